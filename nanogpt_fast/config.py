@@ -1,0 +1,171 @@
+"""A run's configuration: frozen dataclasses, one a section, with nanoGPT's names, meanings and defaults.
+
+Flags stay flat (`--batch_size=32`); the sections only group them in --help and in TOML files.
+The comment beside a field is its help text. How files and flags become a Config is cli.py's work.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from nanogpt_fast.errors import ConfigError
+
+
+def _require(ok: bool, key: str, rule: str, value: object) -> None:
+    if not ok:
+        raise ConfigError(f"--{key} is out of range", where=f"{key} = {value!r}", expected=rule)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where the run goes, when it evaluates and saves."""
+
+    out_dir: str = "out"  # checkpoints, metrics.jsonl and the log go here
+    init_from: str = "scratch"  # scratch | resume | gpt2 | gpt2-medium | gpt2-large | gpt2-xl | a directory or ckpt.pt
+    eval_interval: int = 2000  # evaluate (and save) every so many iterations
+    log_interval: int = 1  # print a line every so many iterations
+    eval_iters: int = 200  # batches a split in an evaluation
+    eval_only: bool = False  # stop right after the first evaluation
+    eval_mode: Literal["random", "full"] = "random"  # random batches as nanoGPT, or the whole split in order
+    always_save_checkpoint: bool = True  # save after each evaluation, not only when val loss improves
+    keep_last: int = 2  # checkpoints kept besides the best one (at least 2)
+    sample_at_end: int = 0  # characters/tokens of a sample printed when training ends, 0 for none
+    seed: int = 1337  # weights, data order, dropout
+
+    def __post_init__(self) -> None:
+        for key in ("eval_interval", "log_interval", "eval_iters"):
+            _require(getattr(self, key) >= 1, key, "a whole number >= 1", getattr(self, key))
+        _require(self.keep_last >= 2, "keep_last", ">= 2: the last one may be cut off while it is written", self.keep_last)
+        _require(self.sample_at_end >= 0, "sample_at_end", ">= 0", self.sample_at_end)
+        _require(0 <= self.seed < 2**63, "seed", "0 <= seed < 2^63", self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read, and in which order."""
+
+    dataset: str = "openwebtext"  # name of a folder in data_dir holding train.bin and val.bin, or a glob of shards
+    data_dir: str = "data"  # parent of the dataset folders
+    gradient_accumulation_steps: int = 5 * 8  # micro-batches an iteration, over all ranks together
+    batch_size: int = 12  # sequences a micro-batch
+    block_size: int = 1024  # tokens a sequence
+    data_order: Literal["shuffle", "nanogpt"] = "shuffle"  # without replacement, or nanoGPT's own random batches
+    ignore_fingerprint: bool = False  # resume although the data files changed since the checkpoint
+
+    def __post_init__(self) -> None:
+        for key in ("gradient_accumulation_steps", "batch_size", "block_size"):
+            _require(getattr(self, key) >= 1, key, "a whole number >= 1", getattr(self, key))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of the GPT."""
+
+    n_layer: int = 12  # transformer blocks
+    n_head: int = 12  # attention heads; must divide n_embd
+    n_embd: int = 768  # width of the residual stream
+    dropout: float = 0.0  # 0 for pretraining; try 0.1 and more for finetuning
+    bias: bool = False  # biases in Linear and LayerNorm layers; GPT-2 has them
+    activation: Literal["gelu", "gelu_tanh"] = "gelu"  # exact erf (nanoGPT) or tanh (OpenAI, HF, llm.c)
+    vocab_size: int = 0  # 0 takes the dataset's; without one 50304 (GPT-2's 50257 padded to a multiple of 64)
+
+    def __post_init__(self) -> None:
+        for key in ("n_layer", "n_head", "n_embd"):
+            _require(getattr(self, key) >= 1, key, "a whole number >= 1", getattr(self, key))
+        _require(0.0 <= self.dropout < 1.0, "dropout", "0 <= dropout < 1", self.dropout)
+        _require(self.vocab_size >= 0, "vocab_size", ">= 0", self.vocab_size)
+        if self.n_embd % self.n_head:
+            fits = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
+            near = sorted(fits, key=lambda h: abs(h - self.n_head))[:3]
+            raise ConfigError(
+                "n_embd is not divisible by n_head",
+                where=f"n_embd = {self.n_embd}, n_head = {self.n_head}",
+                expected=f"n_head one of {', '.join(map(str, sorted(near)))} (nearest that fit)",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and the learning-rate schedule."""
+
+    learning_rate: float = 6e-4  # peak learning rate
+    max_iters: int = 600_000  # iterations in all
+    weight_decay: float = 1e-1  # on tensors with two dimensions and more
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0  # clip the global gradient norm at this value, 0.0 to switch off
+    decay_lr: bool = True  # cosine decay after the warm-up; False keeps learning_rate
+    warmup_iters: int = 2000  # linear warm-up, iterations
+    lr_decay_iters: int = 600_000  # the cosine ends here; usually max_iters
+    min_lr: float = 6e-5  # the cosine ends at this rate; usually learning_rate / 10
+
+    def __post_init__(self) -> None:
+        for key in ("learning_rate", "min_lr", "weight_decay", "grad_clip"):
+            value = getattr(self, key)
+            _require(math.isfinite(value) and value >= 0, key, "a finite number >= 0", value)
+        for key in ("beta1", "beta2"):
+            _require(0.0 <= getattr(self, key) < 1.0, key, f"0 <= {key} < 1", getattr(self, key))
+        for key in ("max_iters", "warmup_iters", "lr_decay_iters"):
+            _require(getattr(self, key) >= 0, key, ">= 0", getattr(self, key))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """Where the figures go besides the console and out_dir/metrics.jsonl."""
+
+    wandb_log: bool = False  # Weights & Biases (extra `log`)
+    wandb_project: str = "owt"
+    wandb_run_name: str = "gpt2"
+    tensorboard: bool = False  # event files under out_dir/tensorboard (extra `log`)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SystemConfig:
+    """Device, precision and kernels."""
+
+    device: str = "auto"  # auto | cpu | cuda | cuda:0 ...
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on CUDA, float32 on the CPU
+    compile: bool = True  # let torch.compile fuse the reference ops on CUDA; no effect on the CPU or on Triton ops
+    kernels: str = "auto"  # auto | triton | reference, and per op: triton,attention=reference
+    backend: str = "nccl"  # torch.distributed backend for CUDA ranks (CPU ranks use gloo)
+    dry_run: bool = False  # print the resolved configuration, tokens, memory; train nothing
+    debug: bool = False  # tracebacks instead of short errors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything a run is. Sections are read by the part they belong to, never the whole tree."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    system: SystemConfig = field(default_factory=SystemConfig)
+
+    @property
+    def tokens_per_iter(self) -> int:
+        """Tokens one optimizer step sees, over all ranks."""
+        return self.data.gradient_accumulation_steps * self.data.batch_size * self.data.block_size
+
+    def flat(self) -> dict[str, Any]:
+        """{flat name: value} over all sections, in order; nanoGPT's checkpoint `config`."""
+        return {key: getattr(getattr(self, section), key) for key, section in SECTION_OF.items()}
+
+    def replace(self, **changes: Any) -> "Config":
+        """A copy with flat names changed, checked again."""
+        by_section: dict[str, dict[str, Any]] = {}
+        for key, value in changes.items():
+            by_section.setdefault(SECTION_OF[key], {})[key] = value
+        return dataclasses.replace(
+            self,
+            **{s: dataclasses.replace(getattr(self, s), **values) for s, values in by_section.items()},
+        )
+
+
+SECTION_OF: dict[str, str] = {
+    option.name: section.name
+    for section in dataclasses.fields(Config)
+    for option in dataclasses.fields(section.default_factory)  # type: ignore[arg-type]
+}
