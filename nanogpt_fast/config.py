@@ -86,6 +86,46 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """A model's resolved shape: what a checkpoint records as `model_args` and GPT(...) is built from."""
+
+    block_size: int = 1024
+    vocab_size: int = 50304
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True
+    activation: str = "gelu"
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """{name: shape} of every parameter, in the fixed order wte, wpe, blocks, ln_f (tied head left out)."""
+        C, shapes = self.n_embd, {}
+
+        def add(name: str, *shape: int) -> None:
+            shapes[f"transformer.{name}.weight"] = shape
+            if self.bias and name not in ("wte", "wpe"):
+                shapes[f"transformer.{name}.bias"] = shape[:1]
+
+        add("wte", self.vocab_size, C)
+        add("wpe", self.block_size, C)
+        for i in range(self.n_layer):
+            add(f"h.{i}.ln_1", C)
+            add(f"h.{i}.attn.c_attn", 3 * C, C)
+            add(f"h.{i}.attn.c_proj", C, C)
+            add(f"h.{i}.ln_2", C)
+            add(f"h.{i}.mlp.c_fc", 4 * C, C)
+            add(f"h.{i}.mlp.c_proj", C, 4 * C)
+        add("ln_f", C)
+        return shapes
+
+    def num_params(self, non_embedding: bool = True) -> int:
+        """Parameters as nanoGPT counts them: without the position embedding unless asked."""
+        total = sum(math.prod(shape) for shape in self.parameter_shapes().values())
+        return total - self.block_size * self.n_embd if non_embedding else total
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW and the learning-rate schedule."""
 
