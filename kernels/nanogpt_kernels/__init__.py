@@ -1,0 +1,1 @@
+"""GPT-2's ops: `reference` specifies each in plain PyTorch."""

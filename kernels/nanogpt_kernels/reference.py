@@ -1,0 +1,282 @@
+"""The specification: every op of the model in plain PyTorch, differentiable, on any device and dtype.
+
+Letters: B batch, T time, C channels, H heads, D = C / H, V vocabulary, M = B*T rows, F = 4C. Linear weights are
+(out, in). One-dimensional parameters are float32 whatever the activations' dtype; statistics and losses are float32
+(float64 for float64 inputs).
+
+Where a weight carries `main_grad` (a float32 view of the flat gradient buffer), its gradient is added there in
+backward and autograd gets None; otherwise autograd gets it as usual.
+
+Dropout at `site` keeps element (m, n) of a tensor seen as [M, N] when word n % 4 of Philox4x32-10 is at least
+floor(p * 2^32), with key = seed (64 bit), counter = (g mod 2^32, g div 2^32, site, 0), g = m * ceil(N / 4) + n // 4.
+Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_MASK32 = 0xFFFFFFFF
+
+
+# ---- dropout ----
+
+
+def philox(seed: Tensor, group: Tensor, site: int) -> list[Tensor]:
+    """Four 32-bit words (int64 tensors shaped like `group`) of Philox4x32-10. seed: int64 [1] or []."""
+    counter = [group & _MASK32, (group >> 32) & _MASK32, torch.full_like(group, site), torch.zeros_like(group)]
+    key = [seed & _MASK32, (seed >> 32) & _MASK32]
+    for _ in range(10):
+        first, second = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57  # exact modulo 2^64
+        counter = [
+            ((second >> 32) & _MASK32) ^ counter[1] ^ key[0],
+            second & _MASK32,
+            ((first >> 32) & _MASK32) ^ counter[3] ^ key[1],
+            first & _MASK32,
+        ]
+        key = [(key[0] + 0x9E3779B9) & _MASK32, (key[1] + 0xBB67AE85) & _MASK32]
+    return counter
+
+
+def dropout_mask(shape: torch.Size | tuple[int, ...], p: float, seed: Tensor, site: int) -> Tensor:
+    """The keep-mask, bool, of a tensor of this shape (last dimension = N, all others together = M)."""
+    N = shape[-1]
+    groups_a_row = (N + 3) // 4
+    M = torch.Size(shape[:-1]).numel()
+    group = torch.arange(M * groups_a_row, device=seed.device)
+    words = torch.stack(philox(seed, group, site), dim=-1).view(M, 4 * groups_a_row)
+    return (words[:, :N] >= int(p * 2**32)).view(shape)
+
+
+def dropout(x: Tensor, p: float, seed: Tensor, site: int) -> Tensor:
+    """x where kept, scaled by 1 / (1 - p), else 0; the mask is a function of (seed, site) alone."""
+    if p == 0.0:
+        return x
+    return torch.where(dropout_mask(x.shape, p, seed, site), x * (1.0 / (1.0 - p)), 0.0)
+
+
+# ---- linear ----
+
+
+class _Linear(torch.autograd.Function):
+    """x w^T, adding dw into w.main_grad where that is set."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.main_grad = w.main_grad  # type: ignore[attr-defined]
+        ctx.has_bias = b is not None
+        return F.linear(x, w, None if b is None else b.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        (dy,) = grads
+        x, w = ctx.saved_tensors
+        dy_rows, x_rows = dy.flatten(0, -2), x.flatten(0, -2)
+        if dy.dtype == torch.float32:
+            ctx.main_grad.addmm_(dy_rows.t(), x_rows)
+        elif dy.is_cuda:
+            torch.addmm(ctx.main_grad, dy_rows.t(), x_rows, out_dtype=torch.float32, out=ctx.main_grad)
+        else:
+            ctx.main_grad.add_(dy_rows.t() @ x_rows)
+        dx = dy @ w if ctx.needs_input_grad[0] else None
+        return dx, None, dy_rows.sum(0, dtype=torch.float32) if ctx.has_bias else None
+
+
+def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    """x [..., C_in] times w [C_out, C_in] transposed, plus b [C_out] -> [..., C_out]."""
+    if getattr(w, "main_grad", None) is not None and torch.is_grad_enabled():
+        return _Linear.apply(x, w, b)  # type: ignore[return-value]
+    return F.linear(x, w, None if b is None else b.to(x.dtype))
+
+
+# ---- the model's ops ----
+
+
+class _Lookup(torch.autograd.Function):
+    """table[idx], adding the gradient into table.main_grad."""
+
+    @staticmethod
+    def forward(ctx, idx: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(idx)
+        ctx.main_grad = table.main_grad  # type: ignore[attr-defined]
+        return F.embedding(idx, table)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        (dr,) = grads
+        (idx,) = ctx.saved_tensors
+        ctx.main_grad.index_add_(0, idx.flatten(), dr.flatten(0, -2).to(ctx.main_grad.dtype))
+        return None, None
+
+
+def _lookup(idx: Tensor, table: Tensor) -> Tensor:
+    if getattr(table, "main_grad", None) is not None and torch.is_grad_enabled():
+        return _Lookup.apply(idx, table)  # type: ignore[return-value]
+    return F.embedding(idx, table)
+
+
+def embedding(
+    idx: Tensor, wte: Tensor, wpe: Tensor, p: float, seed: Tensor | None, site: int, start: int = 0
+) -> Tensor:
+    """dropout(wte[idx] + wpe[start : start + T]); idx [B, T] int64 -> r [B, T, C]."""
+    positions = torch.arange(start, start + idx.size(1), device=idx.device)
+    r = _lookup(idx, wte) + _lookup(positions, wpe)
+    return r if p == 0.0 else dropout(r, p, seed, site)  # type: ignore[arg-type]
+
+
+def norm(r: Tensor, w: Tensor, b: Tensor | None, eps: float = 1e-5) -> Tensor:
+    """LayerNorm over the last dimension: (r - mean) / sqrt(var + eps) * w + b; w, b [C] float32."""
+    return F.layer_norm(r, w.shape, w, b, eps)
+
+
+def add_norm(
+    r: Tensor,
+    delta: Tensor,
+    delta_bias: Tensor | None,
+    w: Tensor,
+    b: Tensor | None,
+    eps: float,
+    p: float,
+    seed: Tensor | None,
+    site: int,
+) -> tuple[Tensor, Tensor]:
+    """r' = r + dropout(delta + delta_bias), y = norm(r'); all [..., C]; returns (r', y)."""
+    if delta_bias is not None:
+        delta = delta + delta_bias.to(delta.dtype)
+    r = r + (delta if p == 0.0 else dropout(delta, p, seed, site))  # type: ignore[arg-type]
+    return r, norm(r, w, b, eps)
+
+
+def attention(qkv: Tensor, p: float, seed: Tensor | None, site: int, doc_ids: Tensor | None = None) -> Tensor:
+    """Causal softmax(q k^T / sqrt(D)) v on packed qkv [B, T, 3, H, D] -> [B, T, H, D].
+
+    With doc_ids [B, T] a token attends only to tokens with its own id. Dropout acts on the probabilities [B, H, T, T].
+    """
+    B, T, _, H, D = qkv.shape
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, T, D] each, no copy
+    if p == 0.0 and doc_ids is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    allowed = torch.ones(T, T, dtype=torch.bool, device=qkv.device).tril()
+    if doc_ids is not None:
+        allowed = allowed & (doc_ids[:, None, :, None] == doc_ids[:, None, None, :])  # [B, 1, T, T]
+    if p == 0.0:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2)
+    scores = (q @ k.transpose(-2, -1)).to(_statistics_dtype(qkv)) * D**-0.5
+    probs = scores.masked_fill(~allowed, float("-inf")).softmax(-1)
+    return (dropout(probs, p, seed, site).to(v.dtype) @ v).transpose(1, 2)  # type: ignore[arg-type]
+
+
+def qkv_attention(
+    y: Tensor,
+    w_qkv: Tensor,
+    b_qkv: Tensor | None,
+    n_head: int,
+    p: float,
+    seed: Tensor | None,
+    site: int,
+    doc_ids: Tensor | None = None,
+) -> Tensor:
+    """attention(y w_qkv^T + b_qkv); y [B, T, C], w_qkv [3C, C] -> o [B, T, C]."""
+    B, T, C = y.shape
+    qkv = linear(y, w_qkv, b_qkv).view(B, T, 3, n_head, C // n_head)
+    return attention(qkv, p, seed, site, doc_ids).reshape(B, T, C)
+
+
+def cached_attention(
+    y: Tensor, w_qkv: Tensor, b_qkv: Tensor | None, n_head: int, cache: Tensor, start: int
+) -> Tensor:
+    """qkv_attention of T new tokens at positions start... against a cache [2, B, H, T_max, D] of keys and values,
+    which receives theirs; no dropout, no gradient. y [B, T, C] -> o [B, T, C]."""
+    B, T, C = y.shape
+    q, k, v = F.linear(y, w_qkv, None if b_qkv is None else b_qkv.to(y.dtype)).view(
+        B, T, 3, n_head, C // n_head
+    ).permute(2, 0, 3, 1, 4)
+    cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v
+    keys, values = cache[0, :, :, : start + T], cache[1, :, :, : start + T]
+    allowed = torch.ones(T, start + T, dtype=torch.bool, device=y.device).tril(start)
+    o = F.scaled_dot_product_attention(q, keys, values, attn_mask=None if T == 1 else allowed)
+    return o.transpose(1, 2).reshape(B, T, C)
+
+
+def mlp(y: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, activation: str = "gelu") -> Tensor:
+    """gelu(y w_fc^T + b_fc) w_proj^T; w_fc [F, C], w_proj [C, F]; the projection's bias belongs to the next add_norm.
+
+    activation: "gelu" is x Phi(x) by erf, "gelu_tanh" GPT-2's tanh approximation of it.
+    """
+    pre = linear(y, w_fc, b_fc)
+    return linear(F.gelu(pre, approximate="tanh" if activation == "gelu_tanh" else "none"), w_proj)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    grad_scale: Tensor | float = 1.0,
+    ignore_index: int = -1,
+    valid_vocab: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of logits x w^T against targets; x [..., C], w [V, C], targets [...] int64.
+
+    Returns (loss, nll): nll [M] is each row's negative log-likelihood, 0 where the target is ignore_index, detached;
+    loss = grad_scale * sum(nll), the only differentiable output, and backward must be called on it with gradient 1.
+    Logit columns from valid_vocab on take no part.
+    """
+    logits = linear(x.flatten(0, -2), w)
+    logits = logits.to(_statistics_dtype(logits))
+    if valid_vocab is not None and valid_vocab < w.size(0):
+        logits = logits[:, :valid_vocab]
+    nll = F.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, reduction="none")
+    return (nll * grad_scale).sum(), nll.detach()
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+# ---- the optimizer's ops ----
+
+
+def grad_norm(g: Tensor) -> Tensor:
+    """The 2-norm of the flat gradient g [N] float32, as a float32 scalar on its device."""
+    return torch.linalg.vector_norm(g)
+
+
+LR, STEP, MAX_NORM, LOSS_SCALE, GRAD_NORM = range(5)  # slots of adamw_'s scalars, a float64 [5] tensor on the device
+
+
+def adamw_(
+    p: Tensor | None,
+    master: Tensor,
+    m: Tensor,
+    v: Tensor,
+    g: Tensor,
+    scalars: Tensor,
+    segments: list[tuple[int, int, float]],
+    beta1: float,
+    beta2: float,
+    eps: float = 1e-8,
+) -> None:
+    """One AdamW update, in place, of flat float32 buffers [N]; p, when given, receives master in its own dtype.
+
+    scalars: LR, STEP (updates applied so far; this call adds 1), MAX_NORM (0 switches clipping off), LOSS_SCALE (g is
+    multiplied by it), GRAD_NORM (norm of g as it stands, so with LOSS_SCALE in it). segments: (start, end, weight decay).
+    A non-finite GRAD_NORM writes nothing at all. Source: Loshchilov and Hutter, arXiv 1711.05101; clipping as
+    torch.nn.utils.clip_grad_norm_.
+    """
+    lr, step, max_norm, loss_scale, norm = scalars.tolist()
+    if not torch.isfinite(scalars[GRAD_NORM]):
+        return
+    scalars[STEP] = step = step + 1
+    norm /= loss_scale
+    clip = min(1.0, max_norm / (norm + 1e-6)) if max_norm > 0.0 else 1.0
+    grad = g if clip == loss_scale == 1.0 else g * (clip / loss_scale)
+    for start, end, decay in segments:
+        if decay:
+            master[start:end].mul_(1.0 - lr * decay)
+    m.lerp_(grad, 1.0 - beta1)
+    v.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
+    denominator = v.sqrt().div_((1.0 - beta2**step) ** 0.5).add_(eps)
+    master.addcdiv_(m, denominator, value=-lr / (1.0 - beta1**step))
+    if p is not None:
+        p.copy_(master)

@@ -1,0 +1,219 @@
+"""GPT-2, exactly: learned positions, pre-LayerNorm, tied head. Every computation is an op of `ops`.
+
+A block carries (r, delta): the residual stream r and a branch's output delta that the next add_norm adds to it,
+so that residual, bias, dropout and LayerNorm are one op. Modules and parameter names are nanoGPT's.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nanogpt_fast.config import GPTConfig
+from nanogpt_fast.ops import REFERENCE, Ops
+
+EPS = 1e-5  # LayerNorm's; GPT-2's own
+
+
+class _Affine(nn.Module):
+    """Holder of a weight and perhaps a bias; the ops do the computing."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, *shape: int, bias: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.register_parameter("bias", nn.Parameter(torch.empty(shape[0])) if bias else None)
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_attn = _Affine(3 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj = _Affine(config.n_embd, config.n_embd, bias=config.bias)
+
+
+class _MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = _Affine(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj = _Affine(config.n_embd, 4 * config.n_embd, bias=config.bias)
+
+
+class _Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = _Affine(config.n_embd, bias=config.bias)
+        self.attn = _Attention(config)
+        self.ln_2 = _Affine(config.n_embd, bias=config.bias)
+        self.mlp = _MLP(config)
+
+
+class _Transformer(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.wte = _Affine(config.vocab_size, config.n_embd)
+        self.wpe = _Affine(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(_Block(config) for _ in range(config.n_layer))
+        self.ln_f = _Affine(config.n_embd, bias=config.bias)
+
+
+class GPT(nn.Module):
+    """GPT(config, ops): forward gives (loss, nll), logits() the logits, generate() a continuation.
+
+    Parameters are uninitialised until init_weights or load_state_dict; .train() switches dropout on.
+    """
+
+    def __init__(self, config: GPTConfig, ops: Ops = REFERENCE):
+        super().__init__()
+        self.config, self.ops = config, ops
+        self.transformer = _Transformer(config)
+        self.blocks: list[_Block] = list(self.transformer.h)  # type: ignore[arg-type]
+
+    def num_params(self, non_embedding: bool = True) -> int:
+        return self.config.num_params(non_embedding)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """N(0, 0.02), residual projections N(0, 0.02 / sqrt(2 n_layer)), biases 0, LayerNorm weights 1.
+
+        Draws what nanoGPT's construction draws, in its order: each layer's default initialisation is drawn and
+        dropped, then every layer again, then the residual projections once more. So one seed gives both
+        programs the same weights, and leaves the generator in the same state for the data order.
+        """
+        named = dict(self.named_parameters())
+        matrices = [name for name, shape in self.config.parameter_shapes().items() if len(shape) > 1]
+        head, std = named["transformer.wte.weight"], 0.02
+
+        def normal(parameter: Tensor, std: float) -> None:
+            parameter.copy_(torch.normal(0.0, std, parameter.shape, generator=generator))
+
+        def draw_linear_default(parameter: Tensor, bias: bool) -> None:
+            torch.empty(parameter.shape).uniform_(generator=generator)
+            if bias:
+                torch.empty(parameter.shape[0]).uniform_(generator=generator)
+
+        with torch.no_grad():
+            for name, parameter in named.items():
+                if parameter.dim() < 2:
+                    parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            for name in matrices:  # the default initialisation of nn.Embedding and nn.Linear, as nanoGPT builds them
+                if name.endswith(("wte.weight", "wpe.weight")):
+                    normal(named[name], 1.0)
+                else:
+                    draw_linear_default(named[name], self.config.bias)
+            draw_linear_default(head, bias=False)
+            for name in matrices:
+                normal(named[name], std)
+            normal(head, std)  # the head is visited last and shares wte's storage
+            for name in matrices:
+                if name.endswith("c_proj.weight"):
+                    normal(named[name], std / math.sqrt(2 * self.config.n_layer))
+
+    def crop_block_size(self, block_size: int) -> None:
+        """Drop positions from block_size on, in place; the parameter becomes a new, smaller one."""
+        self.config = _with_block_size(self.config, block_size)
+        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
+
+    def hidden(self, idx: Tensor, seed: Tensor | None = None, doc_ids: Tensor | None = None) -> Tensor:
+        """Token ids [B, T] int64 -> the final LayerNorm's output [B, T, C]. seed: int64 [1], for dropout."""
+        ops, t = self.ops, self.transformer
+        if idx.size(1) > self.config.block_size:
+            raise ValueError(f"sequence of {idx.size(1)} tokens, but block_size is {self.config.block_size}")
+        p = self.config.dropout if self.training else 0.0
+        r = ops.embedding(idx, t.wte.weight, t.wpe.weight, p, seed, 0)
+        y = ops.norm(r, self.blocks[0].ln_1.weight, self.blocks[0].ln_1.bias, EPS)
+        for i, block in enumerate(self.blocks):
+            site, attn, mlp = 1 + 3 * i, block.attn, block.mlp
+            o = ops.qkv_attention(y, attn.c_attn.weight, attn.c_attn.bias, self.config.n_head, p, seed, site, doc_ids)
+            delta, ln = ops.linear(o, attn.c_proj.weight), block.ln_2
+            r, y = ops.add_norm(r, delta, attn.c_proj.bias, ln.weight, ln.bias, EPS, p, seed, site + 1)
+            delta = ops.mlp(y, mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight, self.config.activation)
+            ln = self._norm_after(i)
+            r, y = ops.add_norm(r, delta, mlp.c_proj.bias, ln.weight, ln.bias, EPS, p, seed, site + 2)
+        return y
+
+    def _norm_after(self, i: int) -> _Affine:
+        return self.blocks[i + 1].ln_1 if i + 1 < len(self.blocks) else self.transformer.ln_f
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor,
+        grad_scale: Tensor | float = 1.0,
+        seed: Tensor | None = None,
+        doc_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(loss = grad_scale * sum of nll, nll [B*T] float32, 0 where targets is -1); idx, targets [B, T] int64."""
+        y = self.hidden(idx, seed, doc_ids)
+        return self.ops.linear_cross_entropy(y, self.transformer.wte.weight, targets, grad_scale)
+
+    def logits(self, idx: Tensor) -> Tensor:
+        """[B, T] -> logits [B, T, V] in the parameters' dtype."""
+        return self.ops.linear(self.hidden(idx), self.transformer.wte.weight)
+
+    def _next_logits(self, idx: Tensor, cache: Tensor, start: int) -> Tensor:
+        """Feed idx [B, t], at positions start..., through the cache; the last position's logits [B, V]."""
+        ops, t = self.ops, self.transformer
+        r = ops.embedding(idx, t.wte.weight, t.wpe.weight, 0.0, None, 0, start)
+        y = ops.norm(r, self.blocks[0].ln_1.weight, self.blocks[0].ln_1.bias, EPS)
+        for i, block in enumerate(self.blocks):
+            attn, mlp = block.attn, block.mlp
+            o = ops.cached_attention(y, attn.c_attn.weight, attn.c_attn.bias, self.config.n_head, cache[i], start)
+            delta, ln = ops.linear(o, attn.c_proj.weight), block.ln_2
+            r, y = ops.add_norm(r, delta, attn.c_proj.bias, ln.weight, ln.bias, EPS, 0.0, None, 0)
+            delta = ops.mlp(y, mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight, self.config.activation)
+            ln = self._norm_after(i)
+            r, y = ops.add_norm(r, delta, mlp.c_proj.bias, ln.weight, ln.bias, EPS, 0.0, None, 0)
+        return ops.linear(y[:, -1], t.wte.weight)
+
+    @torch.no_grad()
+    def stream(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+        valid_vocab: int | None = None,
+    ) -> Iterator[Tensor]:
+        """Continue idx [B, t >= 1]: yields [B, 1] new ids, max_new_tokens times. temperature 0 takes the likeliest.
+
+        Keys and values are cached up to block_size tokens. Past that every position moves, as learned positions
+        must, so each token costs a forward over the last block_size tokens: nanoGPT's own rule. Ids from
+        valid_vocab on (a padded vocabulary's) are never drawn.
+        """
+        c, w = self.config, self.transformer.wte.weight
+        shape = (c.n_layer, 2, idx.size(0), c.n_head, c.block_size, c.n_embd // c.n_head)
+        cache = torch.empty(shape, dtype=w.dtype, device=w.device)
+        idx, cached = idx[:, -c.block_size :], 0
+        for _ in range(max_new_tokens):
+            logits = self._next_logits(idx[:, cached:], cache, cached).float()
+            drawn = _draw(logits[:, :valid_vocab], temperature, top_k, generator)
+            yield drawn
+            cached = idx.size(1)
+            idx = torch.cat((idx, drawn), dim=1)
+            if idx.size(1) > c.block_size:
+                idx, cached = idx[:, 1:], 0
+
+    def generate(self, idx: Tensor, max_new_tokens: int, *args: Any, **kwargs: Any) -> Tensor:
+        """idx [B, t] with the tokens of `stream`, whose arguments these are, appended: [B, t + max_new_tokens]."""
+        return torch.cat([idx, *self.stream(idx, max_new_tokens, *args, **kwargs)], dim=1)
+
+
+def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+    """One id a row [B, 1] from logits [B, V]."""
+    if temperature == 0.0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits / temperature
+    if top_k is not None:
+        kth = torch.topk(logits, min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+
+
+def _with_block_size(config: GPTConfig, block_size: int) -> GPTConfig:
+    if block_size > config.block_size:
+        raise ValueError(f"cannot crop block_size {config.block_size} to {block_size}")
+    return GPTConfig(**{**vars(config), "block_size": block_size})
