@@ -1,0 +1,304 @@
+"""Turns a command line into a dataclass: nanoGPT's flat flags, config files and presets, read from left to right.
+
+    load_config(argv) -> Config       the trainer's; find_preset, preset_names and to_toml go with it
+    parse(cls, argv, ...) -> cls      every other command's
+
+argv is normalised and checked here: names, forms (`--k=v`, `--k v`, `--k-with-dashes`, `--compile`, `--no-compile`),
+types, files. tyro then fills positional arguments, builds the dataclass, and writes --help from its annotations and
+comments. The dataclass checks its ranges. What comes later on the line wins, a file as much as a flag. A TOML file
+sets keys in Config's sections, or at top level as flags do.
+
+    python -m nanogpt_fast.cli --config NAME ...    prints the resolved configuration as TOML
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import re
+import sys
+import tomllib
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import tyro
+
+from nanogpt_fast import nanogpt_config
+from nanogpt_fast.config import SECTION_OF, Config
+from nanogpt_fast.errors import ConfigError, did_you_mean, run_command
+from nanogpt_fast.options import BOOLS, options_of
+
+T = TypeVar("T")
+
+_LINE = "command line"
+_SAMPLE_KEYS = ("start", "num_samples", "max_new_tokens", "temperature", "top_k")  # of nanoGPT's sample.py alone
+_TRAIN_HELP = """
+presets: {presets}
+
+examples:
+  {prog} --config shakespeare_char_cpu --max_iters=500
+  {prog} config/train_shakespeare_char.py --batch_size=32 --compile=False
+  torchrun --standalone --nproc_per_node=8 -m nanogpt_fast.train --config gpt2_124m
+
+A config is a preset, a FILE.toml or a nanoGPT FILE.py, with or without --config before it. What comes later wins."""
+
+
+def load_config(argv: list[str], *, prog: str = "python -m nanogpt_fast.train") -> Config:
+    """The trainer's configuration. Raises ConfigError; --help prints and exits 0."""
+    return parse(Config, argv, prog=prog, description="Train, finetune or evaluate a GPT.")
+
+
+def parse(cls: type[T], argv: list[str], *, prog: str, description: str = "", default: T | None = None) -> T:
+    """argv as `cls`: Config, or any flat frozen dataclass of scalars, Literals and tyro.conf.Positional fields.
+
+    Bare words fill the positional fields; a class without any takes them as config files. `default` replaces the
+    class's own defaults. Raises ConfigError; --help prints and exits 0.
+    """
+    words, settings = ["--help"], {}
+    if not {"-h", "--help"}.intersection(argv):
+        words, settings = _Reader(cls, prog).read(argv)
+    console = _Console()
+    own_defaults: dict[str, Any] = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stdout(console), contextlib.redirect_stderr(console):
+            return tyro.cli(
+                cls,
+                prog=prog,
+                description=description,
+                args=[f"--{key}={setting.value}" for key, setting in settings.items()] + words,
+                use_underscores=True,
+                config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
+                **own_defaults,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            print(console.getvalue().rstrip())
+            if cls is Config:
+                print(_TRAIN_HELP.format(prog=prog, presets=", ".join(preset_names())))
+            raise
+        rows = [row.strip("│╭╰╮╯─|+- ") for row in console.getvalue().splitlines()]
+        told = " ".join(row for row in rows if row and not row.startswith(("For full helptext", prog)))
+        raise ConfigError(told, where=_LINE, hint=f"{prog} --help") from None
+    except ConfigError as error:  # of a range check: add which file or flag brought the values it names
+        keys = re.findall(r"(\w+) = ", error.where)
+        sources = dict.fromkeys(settings[key].where for key in keys if key in settings)
+        where = f"{error.where} ({', '.join(sources)})" if sources else error.where
+        raise ConfigError(
+            error.what, where=where, expected=error.expected, found=error.found, hint=error.hint
+        ) from None
+
+
+def preset_names() -> list[str]:
+    """The names --config takes."""
+    return sorted(path.stem for path in _presets().glob("*.toml"))
+
+
+def find_preset(name: str) -> Path:
+    """The preset's TOML file, whatever the working directory. Raises ConfigError naming the closest presets."""
+    names = preset_names()
+    if name not in names:
+        raise ConfigError(
+            f"no preset is named {name!r}{did_you_mean(name, names)}",
+            where=_LINE,
+            expected=f"a FILE.toml, a nanoGPT FILE.py, or one of {', '.join(names)}",
+        )
+    return _presets() / f"{name}.toml"
+
+
+def to_toml(config: Any) -> str:
+    """A resolved Config, or a flat dataclass, as TOML that loads back equal. None is left out: TOML has no null."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    sections = {name: value for name, value in values.items() if dataclasses.is_dataclass(value)}
+    rows = [f"{k} = {_toml_value(v)}" for k, v in values.items() if k not in sections and v is not None]
+    blocks = ["\n".join(rows)] + [f"[{name}]\n{to_toml(section).rstrip()}" for name, section in sections.items()]
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(_toml_value(item) for item in value)}]"
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's, but DEL
+
+
+def _presets() -> Path:
+    """A wheel carries its presets inside the package; a checkout has configs/ beside it.
+
+    Inside is looked at first: beside an installed package lies site-packages, where `configs` is someone else's.
+    """
+    package = Path(__file__).resolve().parent
+    packaged = package / "presets"
+    return packaged if packaged.is_dir() else package.parent / "configs"
+
+
+class _Console(io.StringIO):
+    """Catches what tyro prints, and answers for stdout when tyro asks about colours and box characters."""
+
+    def isatty(self) -> bool:
+        return sys.__stdout__ is not None and sys.__stdout__.isatty() and not os.environ.get("NO_COLOR")
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(sys.__stdout__, "encoding", None) or "utf-8"
+
+
+class _Setting(NamedTuple):
+    """A value on its way into the dataclass, and the file or flag that gave it."""
+
+    value: Any
+    where: str
+
+
+class _Reader:
+    """Reads flags and config files for one dataclass."""
+
+    def __init__(self, cls: type, prog: str):
+        self.cls, self.prog = cls, prog
+        options = options_of(cls)
+        self.flags = {name: option for name, option in options.items() if not option.positional}
+        self.takes_words = len(self.flags) < len(options)
+
+    def read(self, argv: list[str]) -> tuple[list[str], dict[str, _Setting]]:
+        """The positional words, and the settings of all flags and files, a later one replacing an earlier."""
+        words: list[str] = []
+        settings: dict[str, _Setting] = {}
+        args = deque(argv)
+        while args:
+            arg = args.popleft()
+            if any("\ud800" <= char <= "\udfff" for char in arg):  # how Python passes bytes that are not UTF-8
+                raise ConfigError("an argument is not UTF-8 text", where=_LINE, found=ascii(arg))
+            name, equals, value = arg.partition("=")
+            if name == "--config":
+                settings |= self.read_config(value if equals else _next_value(name, args, "a preset or a file"))
+            elif name.startswith("--"):
+                key, text = self.read_flag(name, value if equals else None, args)
+                settings[key] = _Setting(self.flags[key].value(text, _LINE, from_text=True), _LINE)
+            elif name.startswith("-") and len(arg) > 1:
+                raise self.unknown("--" + name.lstrip("-"), _LINE)
+            elif self.takes_words:
+                words.append(arg)
+            elif equals and name.replace("-", "_") in self.flags:
+                raise ConfigError(f"a flag begins with two dashes, did you mean --{arg}?", where=_LINE, found=arg)
+            else:
+                settings |= self.read_config(arg)
+        return words, settings
+
+    def read_flag(self, name: str, text: str | None, args: deque[str]) -> tuple[str, str]:
+        """(key, text) of a flag in any of its forms; takes the next word as its value if it has none inline."""
+        key = name[2:].replace("-", "_")
+        positive = key.removeprefix("no_")
+        if key not in self.flags and text is None and positive in self.flags and self.flags[positive].kind is bool:
+            return positive, "False"
+        if key not in self.flags:
+            raise self.unknown(name, _LINE)
+        if text is None and self.flags[key].kind is bool:
+            text = args.popleft() if args and args[0].lower() in BOOLS else "True"
+        return key, _next_value(name, args, self.flags[key].expected) if text is None else text
+
+    def unknown(self, name: str, where: str) -> ConfigError:
+        """The error for a flag (`--name`) or a config file's key (`name`) that this dataclass does not have."""
+        dashes = "--" if name.startswith("--") else ""
+        key = name.removeprefix(dashes).replace("-", "_")
+        if self.cls is Config and key in _SAMPLE_KEYS:
+            hint = "give it to python -m nanogpt_fast.sample"
+            return ConfigError(f"{name} is a setting of sampling, not of training", where=where, hint=hint)
+        if self.cls is not Config and key in SECTION_OF:
+            hint = "leave it out here, give it to python -m nanogpt_fast.train"
+            return ConfigError(f"{name} is a setting of training, not of this command", where=where, hint=hint)
+        near = did_you_mean(dashes + key, [dashes + known for known in self.flags])
+        return ConfigError(
+            f"unknown {'flag' if dashes else 'key'} {name}{near}", where=where, hint=f"{self.prog} --help"
+        )
+
+    def read_config(self, name: str) -> dict[str, _Setting]:
+        """The settings of a preset, a TOML file or a nanoGPT .py file."""
+        path = Path(name).expanduser()
+        if path.suffix.lower() not in (".py", ".toml"):
+            path = find_preset(name)
+        elif not path.is_file():
+            raise _missing(path)
+        try:
+            items = list(_python_items(path) if path.suffix.lower() == ".py" else self.toml_items(path))
+        except OSError as error:
+            raise ConfigError("a config file cannot be read", where=str(path), found=str(error.strerror)) from None
+        settings = {}
+        for key, value, where in items:
+            if key not in self.flags:
+                raise self.unknown(key, where)
+            settings[key] = _Setting(self.flags[key].value(value, where, from_text=False), where)
+        return settings
+
+    def toml_items(self, path: Path) -> Iterator[tuple[str, Any, str]]:
+        """(key, value, where), each key checked to stand in its section or at top level."""
+        sections = {option.section: None for option in self.flags.values() if option.section}
+        seen: set[str] = set()
+        for name, value in _read_toml(path).items():
+            in_section = isinstance(value, dict)
+            where = f"{path} [{name}]" if in_section else str(path)
+            if in_section and name not in sections:
+                known = f"one of [{'], ['.join(sections)}]" if sections else "keys without sections"
+                raise ConfigError(
+                    f"unknown section [{name}]{did_you_mean(name, sections)}", where=where, expected=known
+                )
+            for key, item in value.items() if in_section else [(name, value)]:
+                home = self.flags[key].section if key in self.flags else name
+                if in_section and home != name:
+                    raise ConfigError(f"{key} is in the wrong section", where=where, expected=f"[{home}]")
+                if key in seen:
+                    raise ConfigError(
+                        f"{key} is set twice", where=where, expected="in its section or at top level, once"
+                    )
+                seen.add(key)
+                yield key, item, where
+
+
+def _next_value(name: str, args: deque[str], expected: str) -> str:
+    """The word after a flag. One that begins with a single dash is a value too (--min_lr -1e-5)."""
+    if not args or args[0].startswith("--"):
+        found = args[0] if args else "the end of the line"
+        raise ConfigError(f"{name} needs a value", where=_LINE, expected=expected, found=found)
+    return args.popleft()
+
+
+def _python_items(path: Path) -> Iterator[tuple[str, Any, str]]:
+    """(key, value, where) of a nanoGPT config; names that begin with an underscore are helpers of its own."""
+    for key, (value, line) in nanogpt_config.read(path).items():
+        if not key.startswith("_"):
+            yield key, value, f"{path}:{line}"
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    source = path.read_bytes()
+    try:
+        return tomllib.loads(source.decode())
+    except UnicodeDecodeError as error:
+        line = source.count(b"\n", 0, error.start) + 1
+        raise ConfigError("the file is not UTF-8 text", where=f"{path}:{line}", expected="TOML") from None
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        place = re.search(r"line (\d+)", str(error))
+        line = int(place[1]) if place else source.count(b"\n") + 1  # "(at end of document)"
+        raise ConfigError(f"not valid TOML: {error}", where=f"{path}:{line}", expected="KEY = VALUE") from None
+
+
+def _missing(path: Path) -> ConfigError:
+    siblings = [file.name for pattern in ("*.py", "*.toml") for file in path.parent.glob(pattern)]
+    near = did_you_mean(path.name, siblings) or did_you_mean(path.stem.removeprefix("train_"), preset_names())
+    return ConfigError(
+        f"there is no config file {path}{near}",
+        where=f"working directory {Path.cwd()}",
+        expected=f"a file, or one of the presets {', '.join(preset_names())}",
+    )
+
+
+def main(argv: list[str]) -> None:
+    print(to_toml(load_config(argv, prog="python -m nanogpt_fast.cli")), end="")
+
+
+if __name__ == "__main__":
+    run_command(main)
