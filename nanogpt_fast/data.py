@@ -1,0 +1,242 @@
+"""From token files to batches: the worker that reads ahead, and the batches of an evaluation.
+
+A sample is a window of block_size + 1 tokens: inputs, and the same shifted by one as targets. A step's batch is one
+tensor [accumulation, B, T+1] of uint16 (int32 for four-byte tokens), allocated anew for each step: it stays valid for
+as long as the caller holds it, and a pinned one goes back to torch's caching host allocator, which reuses it only when
+the copies from it are done. No ring of buffers, so nothing that a slow GPU could still be reading is overwritten.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from nanogpt_fast.errors import ConfigError, DataError
+from nanogpt_fast.tokens import TokenSource
+
+PLAN_ROWS = 4096  # windows planned at once: numpy's cost a call is spread over many steps
+POLL_SECONDS = 1.0  # how often a waiting consumer asks whether the worker lives
+
+# ---- Training batches ----
+
+
+class Loader:
+    """Iterator over steps' batches [accumulation / world_size, B, T+1], read ahead by a worker thread.
+
+    Step s is the samples start_sample + [s A B, (s+1) A B); rank r takes the micro-batches r A/W .. (r+1) A/W - 1 of
+    it, so any number of ranks sees one global order. prefetch=0 reads in next(), without a worker. An error of the
+    worker (DataError) comes out of next() after the batches that were read before it.
+    """
+
+    def __init__(
+        self,
+        order: ShuffleOrder | NanogptOrder,
+        *,
+        batch_size: int,
+        accumulation: int,
+        vocab_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start_sample: int = 0,
+        pin_memory: bool = False,
+        prefetch: int = 2,
+    ):
+        if accumulation % world_size:
+            raise ConfigError(
+                "gradient_accumulation_steps does not divide among the ranks",
+                where=f"gradient_accumulation_steps = {accumulation}, {world_size} ranks",
+                expected=f"a multiple of {world_size}",
+                hint=f"--gradient_accumulation_steps={-(-accumulation // world_size) * world_size}",
+            )
+        self.order, self.samples_seen = order, start_sample  # samples handed out by all ranks, not those read ahead
+        self._batch_size, self._vocab_size, self._pin = batch_size, vocab_size, pin_memory
+        self._accumulation, self._rank = accumulation // world_size, rank
+        self._samples_a_step = accumulation * batch_size
+        self._dtype = torch.uint16 if order.source.dtype == np.uint16 else torch.int32
+        self._wait = 0.0
+        self._failure: BaseException | None = None
+        self._pending: list[np.ndarray] = []  # micro-batches drawn, not yet a whole step
+        self._drawn: queue.SimpleQueue[np.ndarray | None] = queue.SimpleQueue()
+        if isinstance(order, NanogptOrder):
+            self._plans = self._drawn_plans()
+            self._draw(1)
+        else:
+            self._plans = self._shuffled_plans(order, start_sample)
+        self._empty: queue.SimpleQueue[torch.Tensor | None] = queue.SimpleQueue()  # consumer -> worker
+        self._ready: queue.SimpleQueue[torch.Tensor | BaseException] = queue.SimpleQueue()  # worker -> consumer
+        self._thread = threading.Thread(target=self._work, name="data worker", daemon=True) if prefetch else None
+        if self._thread:
+            for _ in range(prefetch):
+                self._empty.put(self._allocate())
+            self._thread.start()
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __next__(self) -> torch.Tensor:
+        if self._failure:
+            raise self._failure
+        if isinstance(self.order, NanogptOrder):
+            self._draw(self._accumulation)
+        began = time.perf_counter()
+        batch = self._take() if self._thread else self._fill(self._allocate())
+        self._wait += time.perf_counter() - began
+        self.samples_seen += self._samples_a_step
+        return batch
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far, of all ranks."""
+        return self.samples_seen / self.order.samples_per_epoch
+
+    def take_wait(self) -> float:
+        """Seconds that next() was blocked since this was last asked."""
+        wait, self._wait = self._wait, 0.0
+        return wait
+
+    def close(self) -> None:
+        """Stop the worker; the source stays open, it belongs to the caller."""
+        self._failure = ValueError("the loader is closed")
+        self._empty.put(None)
+        self._drawn.put(None)
+        if self._thread:
+            self._thread.join()
+
+    def _draw(self, micro_batches: int) -> None:
+        assert isinstance(self.order, NanogptOrder)
+        self._pending += [self.order.draw(self._batch_size) for _ in range(micro_batches)]
+        while len(self._pending) >= self._accumulation:
+            self._drawn.put(np.concatenate(self._pending[: self._accumulation]))
+            del self._pending[: self._accumulation]
+
+    def _drawn_plans(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for starts in iter(self._drawn.get, None):
+            yield np.zeros_like(starts), starts
+
+    def _shuffled_plans(self, order: ShuffleOrder, sample: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        rows = self._accumulation * self._batch_size
+        steps = max(1, PLAN_ROWS // rows)
+        mine = np.arange(rows) + self._rank * rows + self._samples_a_step * np.arange(steps)[:, None]
+        while True:
+            files, starts = order.windows((sample + mine).ravel())
+            yield from zip(files.reshape(steps, rows), starts.reshape(steps, rows))
+            sample += steps * self._samples_a_step
+
+    def _allocate(self) -> torch.Tensor:
+        shape = (self._accumulation, self._batch_size, self.order.block_size + 1)
+        return torch.empty(shape, dtype=self._dtype, pin_memory=self._pin)
+
+    def _fill(self, batch: torch.Tensor) -> torch.Tensor:
+        self.order.source.check_unchanged()
+        files, starts = next(self._plans)
+        read_windows(self.order.source, files, starts, batch.numpy().reshape(len(files), -1), self._vocab_size)
+        return batch
+
+    def _work(self) -> None:
+        try:
+            while (batch := self._empty.get()) is not None and self._failure is None:
+                self._ready.put(self._fill(batch))
+        except StopIteration:  # closed while it waited for a draw
+            pass
+        except BaseException as error:
+            self._ready.put(error)
+
+    def _take(self) -> torch.Tensor:
+        while True:
+            try:
+                item = self._ready.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                assert self._thread is not None
+                if self._thread.is_alive() or not self._ready.empty():
+                    continue
+                item = DataError("the data worker stopped without an error", hint="--init_from=resume continues")
+            if isinstance(item, BaseException):
+                self._failure = item
+                raise item
+            self._empty.put(self._allocate())
+            return item
+
+
+def read_windows(source: TokenSource, files: np.ndarray, starts: np.ndarray, out: np.ndarray, vocab_size: int) -> None:
+    """Fill out [rows, T+1] with these windows; DataError for an id that the model has no embedding for."""
+    source.read_rows(files.tolist(), starts.tolist(), out)
+    ids = out if out.dtype == np.uint16 else out.view(np.uint32)  # a negative int32 is a huge id
+    if ids.max() < vocab_size:
+        return
+    row, column = np.argwhere(ids >= vocab_size)[0].tolist()
+    file, token = source.files[int(files[row])], int(starts[row]) + column
+    raise DataError(
+        "a token id is outside the vocabulary",
+        where=f"{file.path}, token {token:,} (byte {file.offset + token * out.itemsize})",
+        expected=f"ids below vocab_size = {vocab_size}",
+        found=str(ids[row, column]),
+        hint="the data were prepared with another tokenizer than the model's: check --dataset, or set --vocab_size",
+    )
+
+
+# ---- Evaluation batches ----
+
+
+def random_batches(
+    source: TokenSource,
+    *,
+    batch_size: int,
+    block_size: int,
+    iters: int,
+    generator: torch.Generator,
+    vocab_size: int,
+    stack: int = 0,
+) -> Iterator[torch.Tensor]:
+    """`iters` random batches [B, T+1], with nanoGPT's draws; stack=K gives the same ones as [K, B, T+1], K at a time.
+
+    The last stack holds what is left of iters.
+    """
+    require_window(source, block_size)
+    ends = np.cumsum([max(0, file.n_tokens - block_size) for file in source.files])
+    for first in range(0, iters, max(stack, 1)):
+        count = min(max(stack, 1), iters - first)
+        drawn = np.concatenate([draw_starts(source, block_size, batch_size, generator) for _ in range(count)])
+        files = np.searchsorted(ends, drawn, side="right")
+        starts = drawn - np.concatenate([[0], ends])[files]
+        out = np.empty((count * batch_size, block_size + 1), source.dtype)
+        read_windows(source, files, starts, out, vocab_size)
+        batch = torch.from_numpy(out).view(count, batch_size, block_size + 1)
+        yield batch if stack else batch[0]
+
+
+def full_split(
+    source: TokenSource, *, batch_size: int, block_size: int, vocab_size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Every target of the split once, in order: (tokens [B, T+1], valid targets of each row, int64 [B]).
+
+    All batches have B rows. Row b predicts tokens[b, 1 : 1 + valid[b]]; what is behind that is zeros to be ignored.
+    """
+    files, starts, valid = [], [], []
+    for index, file in enumerate(source.files):
+        first = np.arange(0, file.n_tokens - 1, block_size)
+        files.append(np.full_like(first, index))
+        starts.append(first)
+        valid.append(np.minimum(block_size, file.n_tokens - 1 - first))
+    files, starts, valid = (np.concatenate(parts) for parts in (files, starts, valid))
+    if not len(files):
+        raise DataError(
+            "no token to predict", where=source.files[0].path, expected="2 tokens", hint="prepare more text"
+        )
+    for at in range(0, len(files), batch_size):
+        lengths = valid[at : at + batch_size]
+        tokens = np.zeros((batch_size, block_size + 1), source.dtype)
+        for length in np.unique(lengths).tolist():  # one read for the whole windows, one for a file's last part
+            rows = np.flatnonzero(lengths == length)
+            part = np.empty((len(rows), length + 1), source.dtype)
+            read_windows(source, files[at + rows], starts[at + rows], part, vocab_size)
+            tokens[rows, : length + 1] = part
+        yield torch.from_numpy(tokens), torch.from_numpy(np.pad(lengths, (0, batch_size - len(lengths))))

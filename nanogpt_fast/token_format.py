@@ -1,0 +1,127 @@
+"""What a token file is: its layout, told by its first bytes, and its length, checked against its header.
+
+nanogpt   headerless little-endian uint16, nanoGPT's train.bin
+llm.c     256 int32 of header [magic, version, tokens, 0...], then uint16 (20240520 v1) or uint32 (20240801 v7)
+npy       a 1-D array of uint16, uint32 or int32, as build-nanogpt saves it
+"""
+
+import io
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from nanogpt_fast.errors import DataError
+
+HEADER_BYTES = 1024
+LLMC_LAYOUTS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic: (version, dtype)
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """One file as it was when it was opened; `identity` is (bytes, mtime in ns, inode)."""
+
+    path: str
+    layout: str  # nanogpt | llm.c | npy
+    dtype: str  # <u2, <u4 or <i4
+    offset: int  # bytes before the first token
+    n_tokens: int
+    identity: tuple[int, int, int]
+
+
+def inspect(path: str) -> TokenFile:
+    """Open, sniff and measure one token file; DataError says what is wrong with it."""
+    try:
+        with open(path, "rb") as file:
+            head, identity = file.read(4 * HEADER_BYTES), identity_of(os.fstat(file.fileno()))
+    except OSError as error:
+        raise unreadable(path, error, f"look at it with: ls -l {path}") from error
+    layout, dtype, offset, claimed = _sniff(path, head, identity[0])
+    size = np.dtype(dtype).itemsize
+    if layout == "nanogpt" and identity[0] % size:
+        raise DataError(
+            "a headerless token file has an odd length",
+            where=path,
+            expected=f"a multiple of {size} bytes ({np.dtype(dtype).name} tokens)",
+            found=f"{identity[0]} bytes",
+            hint="it was cut off while it was written or copied: prepare it again",
+        )
+    if claimed >= 0 and offset + claimed * size != identity[0]:
+        raise DataError(
+            "a token file is truncated" if offset + claimed * size > identity[0] else "a token file has trailing bytes",
+            where=path,
+            expected=f"{offset} bytes of header + {claimed:,} tokens of {size} bytes = {offset + claimed * size} bytes",
+            found=f"{identity[0]} bytes",
+            hint="download or prepare this shard again",
+        )
+    return TokenFile(path, layout, dtype, offset, (identity[0] - offset) // size, identity)
+
+
+def _sniff(path: str, head: bytes, size: int) -> tuple[str, str, int, int]:
+    """(layout, dtype, bytes of header, tokens that the header claims or -1)."""
+    if size == 0:
+        raise DataError("a token file is empty", where=path, found="0 bytes", hint=prepare_hint(path))
+    if head.startswith(b"\x93NUMPY"):
+        return _sniff_npy(path, head)
+    words = np.frombuffer(head[: min(len(head), HEADER_BYTES) // 4 * 4], "<i4").tolist() + [0] * 3
+    magic, version, count = words[:3]
+    if magic in LLMC_LAYOUTS:
+        known_version, dtype = LLMC_LAYOUTS[magic]
+        if version != known_version:
+            raise DataError(
+                "a token file's header has an unknown version",
+                where=path,
+                expected=f"version {known_version} for magic {magic}",
+                found=f"version {version}",
+                hint="write the shard again with a tool that makes this version",
+            )
+        return "llm.c", dtype, HEADER_BYTES, max(count, 0)
+    bare_header = count > 0 and size in (HEADER_BYTES + 2 * count, HEADER_BYTES + 4 * count) and not any(words[3:])
+    if 20240101 <= magic <= 20241231 or bare_header:  # llm.c's magics are dates, no pair of GPT-2 tokens reads so
+        raise DataError(
+            "a token file's header has the wrong magic number",
+            where=path,
+            expected=" or ".join(map(str, LLMC_LAYOUTS)) + ", or no header at all (nanoGPT)",
+            found=str(magic) + (" (llm.c: a model, tokenizer, state or evaluation file)" if not bare_header else ""),
+            hint=prepare_hint(path),
+        )
+    if len(head) >= 64 and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in head):
+        raise DataError(
+            "a token file holds text, not tokens", where=path, found=repr(head[:40].decode()), hint=prepare_hint(path)
+        )
+    return "nanogpt", "<u2", 0, -1
+
+
+def _sniff_npy(path: str, head: bytes) -> tuple[str, str, int, int]:
+    stream = io.BytesIO(head)
+    try:
+        version = np.lib.format.read_magic(stream)
+        reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, _, dtype = reader(stream)
+    except (ValueError, KeyError) as error:
+        raise DataError(
+            "a .npy header cannot be read", where=path, found=str(error), hint=prepare_hint(path)
+        ) from error
+    if len(shape) != 1 or dtype.str not in ("<u2", "<u4", "<i4"):
+        raise DataError(
+            "a .npy file does not hold tokens",
+            where=path,
+            expected="one dimension of uint16, uint32 or int32, little-endian",
+            found=f"shape {shape}, {dtype.name} ({dtype.str})",
+            hint="save it as np.save(path, tokens.astype(np.uint16))",
+        )
+    return "npy", dtype.str, stream.tell(), shape[0]
+
+
+def identity_of(stat: os.stat_result) -> tuple[int, int, int]:
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+
+def unreadable(path: str, error: OSError, hint: str) -> DataError:
+    gone = isinstance(error, FileNotFoundError)
+    what = "a token file is gone" if gone else "a token file cannot be read"
+    return DataError(what, where=path, found=error.strerror or str(error), hint=hint)
+
+
+def prepare_hint(path: str) -> str:
+    return f"python -m nanogpt_fast.prepare {os.path.basename(os.path.dirname(path)) or 'NAME'}"
