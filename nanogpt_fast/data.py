@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from nanogpt_fast.errors import ConfigError, DataError
+from nanogpt_fast.orders import NanogptOrder, ShuffleOrder, draw_starts, require_window
 from nanogpt_fast.tokens import TokenSource
 
 PLAN_ROWS = 4096  # windows planned at once: numpy's cost a call is spread over many steps
