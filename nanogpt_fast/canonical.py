@@ -1,0 +1,192 @@
+"""Weights: the one form that every format is read into and written from, and the checks all formats share."""
+
+import math
+import pickle
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanogpt_fast.checkpoint import Checkpoint, check_model
+from nanogpt_fast.config import GPTConfig, ModelConfig
+from nanogpt_fast.errors import CheckpointError, ConfigError
+
+GPT2_VOCAB = 50257  # GPT-2's tokens, <|endoftext|> included
+GPT2_PADDED = 50304  # the same padded to a multiple of 64, nanoGPT's vocab_size from scratch
+
+_WRAPPERS = ("_orig_mod.", "module.")  # torch.compile's and DistributedDataParallel's
+_MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks stored as buffers; c_attn.bias is not one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """A model by our names, float32, with what else its file knew.
+
+    model: {name: tensor} in the order of model_args.parameter_shapes(), no lm_head (it is tied).
+    optimizer: {"exp_avg.NAME", "exp_avg_sq.NAME"} for every name, or None; optimizer_step: its updates.
+    step: nanoGPT's iter_num. config: flat configuration of the run, {} when unknown.
+    tokenizer: the `tokenizer` of the dataset's meta.json, when known.
+    """
+
+    model_args: GPTConfig
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor] | None = None
+    optimizer_step: int = 0
+    step: int = 0
+    best_val_loss: float = math.inf
+    config: dict[str, Any] = field(default_factory=dict)
+    tokenizer: dict[str, Any] | None = None
+
+    @property
+    def used_vocab(self) -> int:
+        """Tokens the tokenizer can produce: vocab_size without its padding rows."""
+        vocab = self.model_args.vocab_size
+        if self.tokenizer and self.tokenizer.get("kind") == "char":
+            return min(vocab, len(self.tokenizer["itos"]))
+        return min(vocab, GPT2_VOCAB) if self.is_gpt2_vocab else vocab
+
+    @property
+    def is_gpt2_vocab(self) -> bool:
+        """Whether the ids are GPT-2's: said by the tokenizer, else told from the vocabulary's size."""
+        if self.tokenizer:
+            return self.tokenizer.get("kind") == "gpt2"
+        return self.model_args.vocab_size in (GPT2_VOCAB, GPT2_PADDED)
+
+
+def model_config(where: str, **values: Any) -> GPTConfig:
+    """GPTConfig(**values), checked: these values come out of a file. Raises CheckpointError."""
+    for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
+        value = values.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise CheckpointError(
+                f"{key} is missing or no size", where=where, expected="a whole number >= 1", found=repr(value)
+            )
+    try:
+        ModelConfig(**{key: value for key, value in values.items() if key != "block_size"})
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError("the model's configuration makes no GPT", where=where, found=str(error)) from error
+    return GPTConfig(**values)
+
+
+def plain_names(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """{our name: tensor}: wrappers' prefixes stripped, mask buffers and the tied head dropped.
+
+    Raises CheckpointError for anything that is not a dense tensor, and for a head that is not the token embedding.
+    """
+    plain = {}
+    for key, tensor in tensors.items():
+        tensor = dense(key, tensor, where)
+        while key.startswith(_WRAPPERS):
+            key = key.split(".", 1)[1]
+        if key.endswith(_MASKS):
+            continue
+        plain[key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"] = tensor
+    head, wte = plain.pop("lm_head.weight", None), plain.get("transformer.wte.weight")
+    if head is not None and wte is not None and not torch.equal(head, wte):
+        raise CheckpointError(
+            "the output head is not the token embedding",
+            where=f"{where}: lm_head.weight",
+            expected="lm_head.weight equal to transformer.wte.weight (tied)",
+            found="two different tensors",
+        )
+    return plain
+
+
+def with_biases(weights: Weights) -> dict[str, Tensor]:
+    """The model for formats that always have biases: zeros where ours has none, wte cut to the used vocabulary."""
+    shapes = replace(weights.model_args, bias=True).parameter_shapes()
+    full = {n: weights.model[n] if n in weights.model else torch.zeros(shape) for n, shape in shapes.items()}
+    return full | {"transformer.wte.weight": full["transformer.wte.weight"][: weights.used_vocab]}
+
+
+def dense(key: str, value: Any, where: str) -> Tensor:
+    """value, if it is an ordinary tensor: sparse ones come out of a pickle unvalidated. Raises CheckpointError."""
+    if isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu":
+        return value.detach()
+    found = f"{value.layout} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+    raise CheckpointError(
+        "only dense tensors can be read", where=f"{where}: {key}", expected="a dense tensor", found=found
+    )
+
+
+def checked(weights: Weights, where: str) -> Weights:
+    """The same as float32, contiguous, in parameter_shapes() order, each tensor with a storage of its own.
+
+    Raises CheckpointError: names missing or foreign, another shape, no floating type, NaN or infinity.
+    """
+    model = {name: _float32(tensor) for name, tensor in weights.model.items()}
+    moments = {name: _float32(tensor) for name, tensor in (weights.optimizer or {}).items()}
+    loaded = Checkpoint(weights.step, asdict(weights.model_args), model, moments)
+    try:
+        loaded = check_model(loaded, weights.model_args)
+    except CheckpointError as error:
+        at = f"{where}: {error.where}" if error.where else where
+        raise CheckpointError(
+            error.what, where=at, expected=error.expected, found=error.found, hint=error.hint
+        ) from error
+    return replace(weights, model=loaded.model, optimizer=loaded.optimizer or None)
+
+
+def _float32(tensor: Tensor) -> Tensor:
+    if tensor.is_floating_point():
+        tensor = tensor.float().contiguous()
+    # A view (nanoGPT's cropped wpe is one) would be saved with all of the storage behind it.
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def load_pickle(path: Path) -> Any:
+    """torch.load that runs no code from the file; mapped, not copied, where the file's form allows it."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if not named:
+            raise CheckpointError("the file is damaged or is no torch file", where=str(path)) from error
+        raise CheckpointError(
+            "the file holds more than tensors and plain values; refused, and nothing in it was run",
+            where=str(path),
+            expected="tensors, numbers, strings, lists and dicts",
+            found=f"the Python object {named[1]}",
+            hint="if you trust its author, save it again without that object",
+        ) from error
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            "the file is damaged, cut off or no torch file", where=str(path), found=str(error).split("\n")[0][:200]
+        ) from error
+
+
+@contextmanager
+def publish(dst: Path, force: bool = False) -> Iterator[Path]:
+    """A path beside dst to write the file or folder to; it becomes dst in one rename when the block succeeds.
+
+    Raises CheckpointError when dst exists and force is not set. What dst held is gone only after the new is in place.
+    """
+    if dst.exists() and not force:
+        raise CheckpointError(
+            "the destination exists", where=str(dst), hint="choose another name, or add --force to replace it"
+        )
+    try:
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        workshop = Path(tempfile.mkdtemp(prefix=f".{dst.name}.", dir=dst.parent))
+    except OSError as error:
+        raise CheckpointError("cannot write there", where=str(dst), found=str(error)) from error
+    new, old = workshop / "new", workshop / "old"
+    try:
+        yield new
+        if dst.is_dir():  # a rename replaces a file, but no folder that holds something
+            dst.rename(old)
+        new.replace(dst)
+    except OSError as error:
+        if old.exists() and not dst.exists():
+            old.rename(dst)
+        raise CheckpointError("could not be written", where=str(dst), found=str(error)) from error
+    finally:
+        shutil.rmtree(workshop, ignore_errors=True)

@@ -1,0 +1,140 @@
+"""Other people's weights, and our own checkpoints, by one door: what is this path, read it, write it.
+
+native    our out_dir, or one step folder of it       hf     a Hugging Face GPT-2 folder, or gpt2 ... gpt2-xl
+nanogpt   nanoGPT's ckpt.pt, or the out_dir around it  llmc   llm.c's model file
+"""
+
+import math
+import struct
+import sys
+import warnings
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from nanogpt_fast import checkpoint, huggingface, llmc, nanogpt_ckpt
+from nanogpt_fast.canonical import Weights, checked, publish
+from nanogpt_fast.checkpoint import Checkpoint
+from nanogpt_fast.config import GPTConfig
+from nanogpt_fast.errors import CheckpointError
+from nanogpt_fast.huggingface import HUB, load_pretrained
+
+__all__ = ["FORMATS", "Format", "Weights", "load_pretrained", "read", "sniff", "write"]
+
+Format = Literal["native", "nanogpt", "hf", "llmc"]
+FORMATS: dict[Format, str] = {
+    "native": "nanogpt_fast checkpoint",
+    "nanogpt": "nanoGPT checkpoint",
+    "hf": "Hugging Face GPT-2 folder",
+    "llmc": "llm.c model file",
+}
+_DATA_SHARDS = (20240520, 20240801)  # llm.c's token files
+
+
+def sniff(path: str | Path) -> Format:
+    """The format at path, from its contents; hub names are "hf". Raises CheckpointError for anything else."""
+    path, found = Path(path), "a folder without any of these"
+    if str(path).removeprefix("openai-community/") in HUB:
+        return "hf"
+    if path.is_dir():
+        if (path / "checkpoints").is_dir() or (path / checkpoint.STATE).is_file():
+            return "native"
+        if (path / "config.json").is_file():
+            return "hf"
+        if (path / "ckpt.pt").is_file():
+            return "nanogpt"
+    elif path.is_file():
+        head = path.open("rb").read(4)
+        magic = struct.unpack("<i", head)[0] if len(head) == 4 else 0
+        if magic == llmc.MAGIC:
+            return "llmc"
+        if head[:2] in (b"PK", b"\x80\x02"):  # torch.save's zip, and its form before torch 1.6
+            return "nanogpt"
+        found = (
+            "an llm.c token file: data, not a model" if magic in _DATA_SHARDS else f"a file that begins with {head!r}"
+        )
+    else:
+        found = "nothing there"
+    raise CheckpointError(
+        "no weights in a known form",
+        where=str(path),
+        expected="an out_dir or step folder of ours, a nanoGPT ckpt.pt, a folder with config.json and "
+        f"model.safetensors, an llm.c model file, or one of {', '.join(HUB)}",
+        found=found,
+    )
+
+
+def read(path: str | Path) -> Weights:
+    """The weights at path, whatever their format; see sniff. Raises CheckpointError."""
+    kind, path = sniff(path), Path(path)
+    if kind == "native":
+        return _read_native(path)
+    if kind == "nanogpt":
+        return nanogpt_ckpt.read(path / "ckpt.pt" if path.is_dir() else path)
+    return load_pretrained(path) if kind == "hf" else llmc.read(path)
+
+
+def write(weights: Weights, dst: Path, to: Format, *, dtype: torch.dtype = torch.float32, force: bool = False) -> Path:
+    """Write dst whole or not at all; returns what was written (in an out_dir, the file or folder inside it).
+
+    dtype: for hf float32, bfloat16 or float16, for llmc float32 or bfloat16, else float32. force: replace what is
+    at dst, if that is of the same format. Raises CheckpointError.
+    """
+    if to == "native":
+        return _write_native(weights, dst, force)
+    if to == "nanogpt" and dst.suffix != ".pt":
+        dst = dst / "ckpt.pt"
+    if force and dst.exists() and sniff(dst) != to:
+        raise CheckpointError(
+            "the destination is something else, and is not replaced",
+            where=str(dst),
+            expected=FORMATS[to],
+            found=FORMATS[sniff(dst)],
+        )
+    with publish(dst, force) as new:
+        if to == "nanogpt":
+            nanogpt_ckpt.write(weights, new)
+        elif to == "hf":
+            huggingface.write(weights, new, dtype)
+        else:
+            llmc.write(weights, new, dtype)
+    return dst
+
+
+def _read_native(path: Path) -> Weights:
+    if (path / checkpoint.STATE).is_file():
+        found = checkpoint.load(path)
+    else:
+        found, skipped = checkpoint.newest(path)
+        for line in skipped:
+            warnings.warn(line, stacklevel=3)
+    state, known = found.state, {f.name for f in fields(GPTConfig)}
+    weights = Weights(
+        model_args=GPTConfig(**{key: value for key, value in found.model_args.items() if key in known}),
+        model=found.model,
+        optimizer=found.optimizer or None,
+        optimizer_step=state.get("optimizer_step", found.step),
+        step=found.step,
+        best_val_loss=state.get("best_val_loss", math.inf),
+        config=state.get("config", {}),
+        tokenizer=state.get("tokenizer"),
+    )
+    return checked(weights, str(path))
+
+
+def _write_native(weights: Weights, out_dir: Path, force: bool) -> Path:
+    if checkpoint.list_steps(out_dir):
+        if not force:
+            raise CheckpointError(
+                "the destination holds checkpoints", where=str(out_dir), hint="choose another folder, or add --force"
+            )
+        checkpoint.set_aside_later(out_dir, weights.step)
+    state = {"config": weights.config, "optimizer_step": weights.optimizer_step}
+    if math.isfinite(weights.best_val_loss):
+        state["best_val_loss"] = weights.best_val_loss
+    if weights.tokenizer:
+        state["tokenizer"] = weights.tokenizer
+    new = Checkpoint(weights.step, asdict(weights.model_args), weights.model, weights.optimizer or {}, state)
+    return checkpoint.save(out_dir, new, keep_last=sys.maxsize)
