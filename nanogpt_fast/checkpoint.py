@@ -1,0 +1,320 @@
+"""Checkpoints that survive kill -9, full disks and flipped bits: float32 safetensors and JSON, never pickle.
+
+    out_dir/checkpoints/step_00000250/
+        model.safetensors        float32 masters by nanoGPT's names
+        optimizer.safetensors    exp_avg.NAME and exp_avg_sq.NAME, float32; absent when only weights were saved
+        state.json               step, model_args and whatever else the run needs to go on
+        manifest.json            bytes and SHA-256 of the others, written last
+
+A directory is filled under a name nobody reads, fsynced, then renamed: a name like step_00000250 means finished.
+Nothing is used before its hashes are checked, because a flipped bit in a tensor loads without any complaint. Which
+checkpoint is the latest is computed from the step numbers, never from times or a stored pointer.
+"""
+
+import dataclasses
+import errno
+import json
+import math
+import os
+import platform
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from nanogpt_fast import __version__
+from nanogpt_fast.config import GPTConfig
+from nanogpt_fast.errors import CheckpointError, did_you_mean
+from nanogpt_fast.manifest import Chunks, read_json, read_manifest, verify, write_files
+from nanogpt_fast.rundir import aside, clean_stale, publish, sync
+
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+REQUIRED, OPTIONAL = (MODEL, STATE), (OPTIMIZER,)
+_STEP = re.compile(r"step_(\d{8,})")
+_WRAPPERS = re.compile(r"(?:_orig_mod\.|module\.)+")  # torch.compile's and DDP's prefixes
+
+
+class SaveFailed(CheckpointError):
+    """A checkpoint could not be written. Older ones are untouched: warn, train on, try again at the next one."""
+
+
+@dataclass
+class Checkpoint:
+    """All a run needs to go on."""
+
+    step: int  # iterations completed, nanoGPT's iter_num
+    model_args: dict[str, Any]  # GPTConfig's fields
+    model: dict[str, Tensor]  # float32 masters by name
+    optimizer: dict[str, Tensor] = field(default_factory=dict)  # exp_avg.NAME, exp_avg_sq.NAME; empty: weights only
+    state: dict[str, Any] = field(default_factory=dict)  # JSON; `val_loss` decides which checkpoint is the best
+
+
+def list_steps(out_dir: Path) -> dict[int, Path]:
+    """{step: directory} of all finished checkpoints, unverified, in ascending order."""
+    folder = out_dir / "checkpoints"
+    named = [(p, _STEP.fullmatch(p.name)) for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
+    return dict(sorted((int(match[1]), path) for path, match in named if match))
+
+
+def save(out_dir: Path, checkpoint: Checkpoint, *, keep_last: int) -> Path:
+    """Publish the checkpoint atomically, then prune: the newest `keep_last` and the best one stay.
+
+    Tensors may live on any device; they are copied to the host one at a time. Checkpoints of later steps (another
+    run's, or the future before a rewind) are neither counted nor removed. Raises SaveFailed when the disk refuses.
+    """
+    step, folder = checkpoint.step, out_dir / "checkpoints"
+    final = folder / f"step_{step:08d}"
+    tmp = aside(final, "tmp")
+    state = {"step": step, "model_args": checkpoint.model_args, "state": checkpoint.state}
+    contents: dict[str, Chunks] = {STATE: [json.dumps(state, indent=1).encode()], MODEL: _encode(checkpoint.model)}
+    if checkpoint.optimizer:
+        contents[OPTIMIZER] = _encode(checkpoint.optimizer)
+    facts = {
+        "step": step,
+        "created_by": f"nanogpt_fast {__version__}",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    outcome = f"could not save the checkpoint of step {step}; older ones are untouched"
+    try:
+        tmp.mkdir(parents=True)
+        write_files(tmp, contents, facts)
+        publish(tmp, final)
+        sync(out_dir)
+        outcome = f"step {step} is saved, but older checkpoints could not be removed"
+        _prune(out_dir, step, keep_last)
+    except OSError as error:
+        numbers = sum(t.numel() for tensors in (checkpoint.model, checkpoint.optimizer) for t in tensors.values())
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise SaveFailed(
+            outcome,
+            where=str(final),
+            expected=f"room for {4e-9 * numbers:.2f} GB" if full else "",
+            found=error.strerror or str(error),
+            hint=f"{'free some space' if full else 'check the disk and its mount'}: the next save tries again",
+        ) from error
+    finally:
+        clean_stale(folder)  # what a failed save had written, what a good one pruned or replaced
+    return final
+
+
+def load(path: Path) -> Checkpoint:
+    """The checkpoint in `path`, tensors on the CPU, every file checked against the manifest.
+
+    Tensors are mapped privately, not read: copy them where they belong and drop the Checkpoint. CheckpointError
+    names the file that is missing or damaged.
+    """
+    try:
+        manifest = read_manifest(path, REQUIRED, OPTIONAL)
+        verify(path, manifest, manifest["files"])
+        state = _read_state(path, manifest)
+        model = load_file(path / MODEL)
+        optimizer = load_file(path / OPTIMIZER) if OPTIMIZER in manifest["files"] else {}
+    except OSError as error:
+        raise CheckpointError(
+            "a checkpoint cannot be read", where=str(error.filename or path), found=error.strerror or str(error)
+        ) from error
+    except SafetensorError as error:
+        raise CheckpointError("a checkpoint holds no valid tensors", where=str(path), found=str(error)) from error
+    return Checkpoint(state["step"], state["model_args"], model, optimizer, state["state"])
+
+
+def newest(out_dir: Path) -> tuple[Checkpoint, list[str]]:
+    """The latest checkpoint that verifies, and a line for each later one that does not.
+
+    Raises CheckpointError when none does, with each one's reason.
+    """
+    skipped = []
+    for path in reversed(list_steps(out_dir).values()):
+        try:
+            return load(path), skipped
+        except CheckpointError as error:
+            skipped.append(f"skipped {path.name} because {_in_one_line(error)}")
+    foreign = out_dir / "ckpt.pt"
+    raise CheckpointError(
+        "no checkpoint can be used" if skipped else "there is no checkpoint to resume from",
+        where=str(out_dir / "checkpoints"),
+        expected="directories named step_00000250, each with a manifest.json",
+        found="".join(f"\n    {line}" for line in skipped) or "none",
+        hint=f"{foreign} is nanoGPT's: start from it with --init_from={foreign}"
+        if foreign.exists()
+        else "start anew with --init_from=scratch, or point --out_dir at the run to go on with",
+    )
+
+
+def best(out_dir: Path) -> Path | None:
+    """The checkpoint with the lowest state["val_loss"], the later one of equals; None when none was evaluated.
+
+    Looks at sizes and state.json, without hashing the tensors.
+    """
+    step = _best_step(_val_losses(out_dir))
+    return None if step is None else list_steps(out_dir)[step]
+
+
+def set_aside_later(out_dir: Path, step: int) -> Path | None:
+    """Move checkpoints later than `step` to `out_dir/checkpoints.abandoned-N`; returns that folder, None if none.
+
+    For a run that starts anew (step=-1) or rewinds: left in place, the old future would be what the next resume takes.
+    """
+    later = {s: path for s, path in list_steps(out_dir).items() if s > step}
+    if not later:
+        return None
+    number = 1
+    while (folder := out_dir / f"checkpoints.abandoned-{number}").exists():
+        number += 1
+    folder.mkdir()
+    for path in later.values():
+        os.rename(path, folder / path.name)
+    sync(out_dir)
+    return folder
+
+
+def _encode(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The safetensors file of float32 tensors, one tensor at a time: save_file would need all on the host at once."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32:
+            raise TypeError(f"{name} is {tensor.dtype}: checkpoints hold float32 masters")
+        end = start + 4 * tensor.numel()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # data begins 8-byte aligned
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for tensor in tensors.values():
+        yield tensor.detach().cpu().contiguous().numpy().astype("<f4", copy=False).reshape(-1).data
+
+
+def _read_state(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """state.json, already verified; its step is the truth that the manifest's and the directory's name must match."""
+    state = read_json(path / STATE)
+    if not (
+        isinstance(state.get("step"), int)
+        and isinstance(state.get("model_args"), dict)
+        and isinstance(state.get("state"), dict)
+    ):
+        raise CheckpointError(f"{STATE} is damaged", where=str(path / STATE), expected="step, model_args and state")
+    name = _STEP.fullmatch(path.name)
+    found = {"manifest.json": manifest.get("step"), "directory name": int(name[1]) if name else state["step"]}
+    for where, step in found.items():
+        if step != state["step"]:
+            raise CheckpointError(
+                f"the {where} and {STATE} disagree on the step",
+                where=str(path),
+                expected=f"step {state['step']}",
+                found=f"step {step}",
+            )
+    return state
+
+
+def _val_losses(out_dir: Path) -> dict[int, float]:
+    """{step: validation loss} of the checkpoints that look sound (files there, sizes right); inf when not evaluated."""
+    losses = {}
+    for step, path in list_steps(out_dir).items():
+        try:
+            manifest = read_manifest(path, REQUIRED, OPTIONAL)
+            verify(path, manifest, [STATE])
+            loss = _read_state(path, manifest)["state"].get("val_loss")
+        except (CheckpointError, OSError):
+            continue  # neither the best nor ours to remove; whoever loads it hears why
+        losses[step] = loss if isinstance(loss, int | float) and math.isfinite(loss) else math.inf
+    return losses
+
+
+def _best_step(losses: dict[int, float]) -> int | None:
+    """The step of the lowest finite loss, the later one of equals."""
+    step = min(losses, key=lambda s: (losses[s], -s), default=None)
+    return step if step is not None and losses[step] < math.inf else None
+
+
+def _prune(out_dir: Path, saved: int, keep_last: int) -> None:
+    """Rename what may go to `.trash-...`: deleted in place, a kill would leave half a directory with a good name."""
+    losses = {step: loss for step, loss in _val_losses(out_dir).items() if step <= saved}
+    keep = {saved, _best_step(losses), *list(losses)[-keep_last:]}
+    steps = list_steps(out_dir)
+    for step in losses.keys() - keep:
+        if not steps[step].is_symlink():
+            os.rename(steps[step], aside(steps[step], "trash"))
+    sync(out_dir / "checkpoints")
+
+
+def _some(items: Iterable[str], limit: int = 5) -> str:
+    items = list(items)
+    return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")
+
+
+def _in_one_line(error: CheckpointError) -> str:
+    sides = [f"{label} {text}" for label, text in (("expected", error.expected), ("found", error.found)) if text]
+    return ", ".join([error.what, *sides])
+
+
+def check_model(checkpoint: Checkpoint, config: GPTConfig) -> Checkpoint:
+    """The checkpoint with `_orig_mod.` and `module.` stripped from its names, fit for a model of `config`.
+
+    Raises CheckpointError for missing or unexpected names, shapes other than the config's, anything but float32,
+    and NaN or infinity, in the weights and in the optimizer's moments.
+    """
+    shapes = config.parameter_shapes()
+    differing = ", ".join(
+        f"{key}: checkpoint {checkpoint.model_args[key]!r}, run {value!r}"
+        for key, value in dataclasses.asdict(config).items()
+        if key in checkpoint.model_args and checkpoint.model_args[key] != value
+    )
+    hint = f"the configurations differ in {differing}" if differing else ""
+    moments = {f"{m}.{name}": shape for m in ("exp_avg", "exp_avg_sq") for name, shape in shapes.items()}
+    model = _check_tensors(checkpoint.model, "", shapes, hint)
+    optimizer = _check_tensors(checkpoint.optimizer, "optimizer ", moments, hint) if checkpoint.optimizer else {}
+    return dataclasses.replace(checkpoint, model=model, optimizer=optimizer)
+
+
+def _check_tensors(
+    tensors: dict[str, Tensor], kind: str, shapes: dict[str, tuple[int, ...]], hint: str
+) -> dict[str, Tensor]:
+    """The tensors under clean names, in the order of `shapes`."""
+    clean = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+    if len(clean) < len(tensors):
+        raise CheckpointError("a checkpoint holds the same tensor twice, with and without a wrapper's prefix")
+    missing, unexpected = [n for n in shapes if n not in clean], [n for n in clean if n not in shapes]
+    if missing or unexpected:
+        raise CheckpointError(
+            f"the checkpoint's {kind}tensors are not the model's",
+            expected=_some(f"{name} (missing{did_you_mean(name, unexpected)})" for name in missing),
+            found=_some(f"{name} (unexpected)" for name in unexpected),
+            hint=hint,
+        )
+    for name, shape in shapes.items():
+        tensor = clean[name]
+        if tuple(tensor.shape) != shape:
+            raise CheckpointError(
+                f"a {kind}tensor of the checkpoint has another shape than the model's",
+                where=name,
+                expected=str(shape),
+                found=str(tuple(tensor.shape)),
+                hint=hint,
+            )
+        if tensor.dtype != torch.float32:
+            raise CheckpointError(
+                f"a {kind}tensor of the checkpoint has the wrong dtype",
+                where=name,
+                expected="float32",
+                found=str(tensor.dtype).removeprefix("torch."),
+                hint="checkpoints hold float32 masters; convert the weights explicitly",
+            )
+        low, high = tensor.aminmax()  # both become nan when one element is; no temporary, unlike isfinite
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise CheckpointError(
+                f"a {kind}tensor of the checkpoint holds NaN or infinity",
+                where=name,
+                expected="finite numbers",
+                found=f"values from {low.item()} to {high.item()}",
+                hint="the run had diverged when it was saved: go on from an earlier checkpoint",
+            )
+    return {name: clean[name] for name in shapes}
