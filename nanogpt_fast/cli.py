@@ -18,11 +18,12 @@ import json
 import os
 import re
 import sys
+import textwrap
 import tomllib
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TextIO, TypeVar
 
 import tyro
 
@@ -36,7 +37,8 @@ T = TypeVar("T")
 _LINE = "command line"
 _SAMPLE_KEYS = ("start", "num_samples", "max_new_tokens", "temperature", "top_k")  # of nanoGPT's sample.py alone
 _TRAIN_HELP = """
-presets: {presets}
+presets:
+{presets}
 
 examples:
   {prog} --config shakespeare_char_cpu --max_iters=500
@@ -59,8 +61,11 @@ def parse(cls: type[T], argv: list[str], *, prog: str, description: str = "", de
     """
     words, settings = ["--help"], {}
     if not {"-h", "--help"}.intersection(argv):
-        words, settings = _Reader(cls, prog).read(argv)
-    console = _Console()
+        reader = _Reader(cls, prog)
+        words, settings = reader.read(argv)
+        if default is None:
+            reader.check_words(words)
+    console = _Console(sys.stdout)
     own_defaults: dict[str, Any] = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stdout(console), contextlib.redirect_stderr(console):
@@ -77,9 +82,11 @@ def parse(cls: type[T], argv: list[str], *, prog: str, description: str = "", de
         if not stop.code:
             print(console.getvalue().rstrip())
             if cls is Config:
-                print(_TRAIN_HELP.format(prog=prog, presets=", ".join(preset_names())))
+                presets = textwrap.fill(", ".join(preset_names()), 80, initial_indent="  ", subsequent_indent="  ")
+                print(_TRAIN_HELP.format(prog=prog, presets=presets))
             raise
-        rows = [row.strip("│╭╰╮╯─|+- ") for row in console.getvalue().splitlines()]
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", console.getvalue())
+        rows = [row.strip("│╭╰╮╯─|+- ") for row in plain.splitlines()]
         told = " ".join(row for row in rows if row and not row.startswith(("For full helptext", prog)))
         raise ConfigError(told, where=_LINE, hint=f"{prog} --help") from None
     except ConfigError as error:  # of a range check: add which file or flag brought the values it names
@@ -140,12 +147,16 @@ def _presets() -> Path:
 class _Console(io.StringIO):
     """Catches what tyro prints, and answers for stdout when tyro asks about colours and box characters."""
 
+    def __init__(self, stdout: TextIO):
+        super().__init__()
+        self.stdout = stdout
+
     def isatty(self) -> bool:
-        return sys.__stdout__ is not None and sys.__stdout__.isatty() and not os.environ.get("NO_COLOR")
+        return self.stdout.isatty() and not os.environ.get("NO_COLOR")
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        return getattr(sys.__stdout__, "encoding", None) or "utf-8"
+        return self.stdout.encoding or "utf-8"
 
 
 class _Setting(NamedTuple):
@@ -162,7 +173,7 @@ class _Reader:
         self.cls, self.prog = cls, prog
         options = options_of(cls)
         self.flags = {name: option for name, option in options.items() if not option.positional}
-        self.takes_words = len(self.flags) < len(options)
+        self.slots = [option for option in options.values() if option.positional]
 
     def read(self, argv: list[str]) -> tuple[list[str], dict[str, _Setting]]:
         """The positional words, and the settings of all flags and files, a later one replacing an earlier."""
@@ -180,14 +191,24 @@ class _Reader:
                 key, text = self.read_flag(name, value if equals else None, args)
                 settings[key] = _Setting(self.flags[key].value(text, _LINE, from_text=True), _LINE)
             elif name.startswith("-") and len(arg) > 1:
-                raise self.unknown("--" + name.lstrip("-"), _LINE)
-            elif self.takes_words:
+                raise self.unknown(name, _LINE)
+            elif self.slots:
                 words.append(arg)
             elif equals and name.replace("-", "_") in self.flags:
                 raise ConfigError(f"a flag begins with two dashes, did you mean --{arg}?", where=_LINE, found=arg)
             else:
                 settings |= self.read_config(arg)
         return words, settings
+
+    def check_words(self, words: list[str]) -> None:
+        """As many words as the positional fields need and can hold."""
+        needed = [slot.name.upper() for slot in self.slots if slot.required]
+        usage = f"{self.prog} {' '.join(slot.name.upper() for slot in self.slots)}"
+        if len(words) < len(needed):
+            missing = " and ".join(needed[len(words) :])
+            raise ConfigError(f"{missing} missing", where=_LINE, expected=usage, hint=f"{self.prog} --help")
+        if len(words) > len(self.slots) and not any(slot.repeats for slot in self.slots):
+            raise ConfigError(f"one word too many: {words[len(self.slots)]!r}", where=_LINE, expected=usage)
 
     def read_flag(self, name: str, text: str | None, args: deque[str]) -> tuple[str, str]:
         """(key, text) of a flag in any of its forms; takes the next word as its value if it has none inline."""
@@ -203,8 +224,8 @@ class _Reader:
 
     def unknown(self, name: str, where: str) -> ConfigError:
         """The error for a flag (`--name`) or a config file's key (`name`) that this dataclass does not have."""
-        dashes = "--" if name.startswith("--") else ""
-        key = name.removeprefix(dashes).replace("-", "_")
+        dashes = "--" if name.startswith("-") else ""
+        key = name.lstrip("-").replace("-", "_")
         if self.cls is Config and key in _SAMPLE_KEYS:
             hint = "give it to python -m nanogpt_fast.sample"
             return ConfigError(f"{name} is a setting of sampling, not of training", where=where, hint=hint)

@@ -36,7 +36,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         for key in ("eval_interval", "log_interval", "eval_iters"):
             _require(getattr(self, key) >= 1, key, "a whole number >= 1", getattr(self, key))
-        _require(self.keep_last >= 2, "keep_last", ">= 2: the last one may be cut off while it is written", self.keep_last)
+        _require(
+            self.keep_last >= 2, "keep_last", ">= 2: the last one may be cut off while it is written", self.keep_last
+        )
         _require(self.sample_at_end >= 0, "sample_at_end", ">= 0", self.sample_at_end)
         _require(0 <= self.seed < 2**63, "seed", "0 <= seed < 2^63", self.seed)
 
@@ -76,12 +78,14 @@ class ModelConfig:
         _require(0.0 <= self.dropout < 1.0, "dropout", "0 <= dropout < 1", self.dropout)
         _require(self.vocab_size >= 0, "vocab_size", ">= 0", self.vocab_size)
         if self.n_embd % self.n_head:
-            fits = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
-            near = sorted(fits, key=lambda h: abs(h - self.n_head))[:3]
+            # Only heads near the asked number are tried: a typo as wide as 10^9 must not take minutes to refuse.
+            tried = range(max(1, self.n_head - 512), self.n_head + 513)
+            near = sorted((h for h in tried if self.n_embd % h == 0), key=lambda h: abs(h - self.n_head))[:3]
+            fits = f"n_head one of {', '.join(map(str, sorted(near)))} (nearest that fit)" if near else ""
             raise ConfigError(
                 "n_embd is not divisible by n_head",
                 where=f"n_embd = {self.n_embd}, n_head = {self.n_head}",
-                expected=f"n_head one of {', '.join(map(str, sorted(near)))} (nearest that fit)",
+                expected=fits or "n_embd a multiple of n_head",
             )
 
 
@@ -132,8 +136,8 @@ class OptimConfig:
     learning_rate: float = 6e-4  # peak learning rate
     max_iters: int = 600_000  # iterations in all
     weight_decay: float = 1e-1  # on tensors with two dimensions and more
-    beta1: float = 0.9
-    beta2: float = 0.95
+    beta1: float = 0.9  # decay of the gradient's running mean
+    beta2: float = 0.95  # decay of its running square; 0.99 where an iteration has few tokens
     grad_clip: float = 1.0  # clip the global gradient norm at this value, 0.0 to switch off
     decay_lr: bool = True  # cosine decay after the warm-up; False keeps learning_rate
     warmup_iters: int = 2000  # linear warm-up, iterations
@@ -155,8 +159,8 @@ class LogConfig:
     """Where the figures go besides the console and out_dir/metrics.jsonl."""
 
     wandb_log: bool = False  # Weights & Biases (extra `log`)
-    wandb_project: str = "owt"
-    wandb_run_name: str = "gpt2"
+    wandb_project: str = "owt"  # project there
+    wandb_run_name: str = "gpt2"  # name of the run there
     tensorboard: bool = False  # event files under out_dir/tensorboard (extra `log`)
 
 

@@ -8,6 +8,7 @@ time.time(), the one call nanoGPT's own files make. Imports and docstrings are s
 import ast
 import operator
 import time
+import tokenize
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ _CASTS = {"str": str, "int": int, "float": float}
 class _Refused(Exception):
     """An expression or statement outside the language; `why` completes 'this line cannot be read: '."""
 
-    def __init__(self, node: ast.AST, why: str):
+    def __init__(self, node: ast.expr | ast.stmt, why: str):
         super().__init__(why)
         self.node, self.why = node, why
 
@@ -47,7 +48,9 @@ def read(path: Path) -> dict[str, tuple[Any, int]]:
     Values are bool, int, float, str or None. Raises ConfigError with file and line, OSError if it cannot be read.
     """
     try:
-        tree = ast.parse(path.read_bytes(), filename=str(path))
+        with tokenize.open(path) as file:  # minds a BOM and a coding line, as Python does
+            source = file.read()
+        tree = ast.parse(source, filename=str(path))
     except SyntaxError as error:
         where = f"{path}:{error.lineno or 1}"
         found = (error.text or "").strip()[:80]
@@ -57,22 +60,24 @@ def read(path: Path) -> dict[str, tuple[Any, int]]:
             f"not valid Python: {error or 'nested too deep'}", where=str(path), expected=ALLOWED
         ) from None
 
-    values: dict[str, tuple[Any, int]] = {}
+    names: dict[str, Any] = {}
+    lines: dict[str, int] = {}
     for statement in tree.body:
         try:
-            for name, value in _assignments(statement, {name: value for name, (value, _) in values.items()}):
-                values[name] = (value, statement.lineno)
+            for name, value in _assignments(statement, names):
+                names[name], lines[name] = value, statement.lineno
         except _Refused as error:
+            segment = ast.get_source_segment(source, error.node) or ""
             raise ConfigError(
                 f"this line cannot be read: {error.why}",
-                where=f"{path}:{getattr(error.node, 'lineno', statement.lineno)}",
+                where=f"{path}:{error.node.lineno}",
                 expected=ALLOWED,
-                found=ast.unparse(error.node).splitlines()[0][:80],
+                found=segment.partition("\n")[0][:80],
                 hint="config files are read, never run: write the value itself, or give it as a flag",
             ) from None
         except RecursionError:
             raise ConfigError("nested too deep", where=f"{path}:{statement.lineno}", expected=ALLOWED) from None
-    return values
+    return {name: (value, lines[name]) for name, value in names.items()}
 
 
 def _assignments(statement: ast.stmt, names: dict[str, Any]) -> list[tuple[str, Any]]:

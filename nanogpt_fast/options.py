@@ -28,12 +28,13 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Option:
-    """A field that can be set: its type without tyro's marks, and its section ('' in a flat dataclass)."""
+    """A field that can be set: its type without tyro's marks, its section ('' in a flat dataclass)."""
 
     name: str
     kind: Any
     section: str
     positional: bool
+    required: bool
 
     def value(self, raw: Any, where: str, *, from_text: bool) -> Any:
         """raw as this field's type. ConfigError names the flag, the type and what was found, with near choices."""
@@ -45,6 +46,11 @@ class Option:
             raise ConfigError(
                 f"wrong value for --{self.name}{near}", where=where, expected=self.expected, found=found[:200]
             ) from None
+
+    @property
+    def repeats(self) -> bool:
+        """True for tuple[X, ...] and list[X]: any number of words."""
+        return typing.get_origin(self.kind) in (tuple, list)
 
     @property
     def expected(self) -> str:
@@ -62,7 +68,8 @@ def options_of(cls: Any, section: str = "") -> dict[str, Option]:
             continue
         marks = getattr(kind, "__metadata__", ())
         plain = typing.get_args(kind)[0] if marks else kind
-        options[field.name] = Option(field.name, plain, section, tyro.conf.Positional in marks)
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        options[field.name] = Option(field.name, plain, section, tyro.conf.Positional in marks, required)
     return options
 
 
