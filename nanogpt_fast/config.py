@@ -169,7 +169,7 @@ class SystemConfig:
     """Device, precision and kernels."""
 
     device: str = "auto"  # auto | cpu | cuda | cuda:0 ...
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on CUDA, float32 on the CPU
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 where native
     compile: bool = True  # let torch.compile fuse the reference ops on CUDA; no effect on the CPU or on Triton ops
     kernels: str = "auto"  # auto | triton | reference, and per op: triton,attention=reference
     backend: str = "nccl"  # torch.distributed backend for CUDA ranks (CPU ranks use gloo)

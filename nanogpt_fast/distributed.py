@@ -1,0 +1,107 @@
+"""Ranks: torchrun's environment, and the few collectives the trainer needs; alone, each is the identity."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nanogpt_fast.errors import ConfigError, DeviceError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        """The rank that evaluates, logs and saves."""
+        return self.rank == 0
+
+    def all_reduce_(self, tensor: Tensor) -> None:
+        """Sum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
+    def broadcast_(self, tensor: Tensor) -> None:
+        """Rank 0's values to all, in place."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=0)
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank when it is True on one."""
+        if self.size == 1:
+            return flag
+        votes = torch.tensor([float(flag)], device=self.device)
+        dist.all_reduce(votes)
+        return bool(votes.item())
+
+    def close(self) -> None:
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda`, `cuda:1`, ... -> a device that exists; DeviceError otherwise."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"unknown device {name!r}", where=f"--device={name}", expected="auto, cpu, cuda, cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(
+            f"there is no device {name!r}",
+            where=f"--device={name}",
+            expected="a CUDA GPU that torch sees",
+            found=f"{torch.cuda.device_count()} GPUs, torch {torch.__version__}",
+            hint="--device=cpu, or `python -m nanogpt_fast.doctor`",
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise DeviceError(f"device {name!r} is not supported", where=f"--device={name}", expected="cpu or cuda")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device, data_order: str) -> torch.dtype:
+    """The compute dtype. `auto` takes bfloat16 where the device multiplies it natively, else float16 on CUDA and
+    float32 on the CPU; with nanoGPT's data order on the CPU float32, whose point is to be comparable with nanoGPT."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if data_order != "nanogpt" and _cpu_multiplies_bfloat16() else torch.float32
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:  # not Linux
+        return False
+    return bool(flags & {"avx512_bf16", "amx_bf16"})
+
+
+def join(device: str, backend: str, gradient_accumulation_steps: int) -> World:
+    """The World of this process: alone, or one of torchrun's (RANK, LOCAL_RANK, WORLD_SIZE are set)."""
+    if "RANK" not in os.environ:
+        return World(device=resolve_device(device))
+    rank, local_rank, size = (int(os.environ[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    if gradient_accumulation_steps % size:
+        up = -(-gradient_accumulation_steps // size) * size
+        raise ConfigError(
+            "gradient_accumulation_steps counts the micro-batches of all ranks and must divide by their number",
+            where=f"gradient_accumulation_steps = {gradient_accumulation_steps}, WORLD_SIZE = {size}",
+            expected=f"a multiple of {size}",
+            hint=f"--gradient_accumulation_steps={up}",
+        )
+    on = resolve_device(device)
+    if on.type == "cuda":
+        on = torch.device("cuda", local_rank)
+        torch.cuda.set_device(on)
+    dist.init_process_group(backend if on.type == "cuda" else "gloo", rank=rank, world_size=size)
+    return World(rank, size, on)

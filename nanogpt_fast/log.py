@@ -1,0 +1,142 @@
+"""Where a run's figures go: console lines with nanoGPT's prefixes, metrics.jsonl, TensorBoard, wandb.
+
+A terminal gets a live line below the scrolling ones (progress, ETA); a pipe gets plain lines. A disk that fills up
+stops the logging, once said, never the training.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from nanogpt_fast.config import LogConfig
+from nanogpt_fast.errors import ConfigError
+
+
+class RunLog:
+    """All sinks of one run; every method is a no-op on ranks other than the main one."""
+
+    def __init__(self, out_dir: Path, config: LogConfig, flat: dict[str, Any], *, total: int, enabled: bool = True):
+        self.enabled, self.total = enabled, total
+        self._began = time.perf_counter()
+        self._broken = False
+        self._file = self._wandb = self._tensorboard = self._progress = None
+        if not enabled:
+            return
+        self._file = (out_dir / "metrics.jsonl").open("a", buffering=1)
+        if config.tensorboard:
+            self._tensorboard = _summary_writer(out_dir / "tensorboard")
+        if config.wandb_log:
+            self._wandb = _wandb_run(config, flat)
+        console = Console()
+        if console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TextColumn("eta"),
+                TimeRemainingColumn(),
+                console=console,
+                refresh_per_second=4,
+            )
+            self._task = self._progress.add_task("iter", total=total, figures="")
+
+    def start(self, iteration: int) -> None:
+        """Begin the live line, at this iteration."""
+        if self._progress:
+            self._progress.update(self._task, completed=iteration)
+            self._progress.start()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the log was opened."""
+        return time.perf_counter() - self._began
+
+    def line(self, text: str) -> None:
+        """One console line."""
+        if not self.enabled:
+            return
+        if self._progress:
+            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, flush=True)
+
+    def warn(self, text: str) -> None:
+        """One line that asks for attention."""
+        self.line(f"WARNING: {text}")
+
+    def run(self, **facts: Any) -> None:
+        """The header line of metrics.jsonl: what this process is about to do."""
+        self._write({"kind": "run", **facts})
+
+    def train(self, iteration: int, figures: dict[str, float | None], console: str) -> None:
+        """One logged iteration: its figures by their metrics.jsonl names, and its console line."""
+        self.line(console)
+        self._write({"kind": "train", "iter": iteration, **figures})
+        self._send(iteration, {f"train/{k}": v for k, v in figures.items()})
+
+    def evaluation(self, iteration: int, figures: dict[str, float | None], console: str) -> None:
+        """One evaluation; wandb and TensorBoard get nanoGPT's keys."""
+        self.line(console)
+        self._write({"kind": "eval", "iter": iteration, **figures})
+        names = {"train_loss": "train/loss", "val_loss": "val/loss", "lr": "lr", "mfu": "mfu"}
+        self._send(iteration, {names.get(k, f"eval/{k}"): v for k, v in figures.items()})
+
+    def progress(self, iteration: int, figures: str) -> None:
+        """Move the live line."""
+        if self._progress:
+            self._progress.update(self._task, completed=iteration, figures=figures)
+
+    def close(self) -> None:
+        """Flush and close every sink."""
+        if self._progress:
+            self._progress.stop()
+        if self._file:
+            self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self._file and not self._broken:
+            try:
+                self._file.write(json.dumps(record) + "\n")
+            except OSError as error:
+                self._broken = True
+                print(f"WARNING: metrics.jsonl: {error.strerror}; training goes on without it", file=sys.stderr)
+
+    def _send(self, iteration: int, figures: dict[str, float | None]) -> None:
+        if self._tensorboard:
+            for name, value in figures.items():
+                if value is not None:
+                    self._tensorboard.add_scalar(name, value, iteration)
+        if self._wandb:
+            self._wandb.log({"iter": iteration, **figures}, step=iteration)
+
+
+def _summary_writer(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise _missing("tensorboard", "--tensorboard") from None
+    return SummaryWriter(str(folder))
+
+
+def _wandb_run(config: LogConfig, flat: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise _missing("wandb", "--wandb_log") from None
+    return wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=flat)
+
+
+def _missing(package: str, flag: str) -> ConfigError:
+    return ConfigError(
+        f"{package} is not installed", where=f"{flag}=True", hint=f"pip install 'nanogpt-fast[log]', or {flag}=False"
+    )

@@ -1,0 +1,91 @@
+"""FLOPs, peaks and MFU: pure arithmetic, shared by the trainer, bench and profiling.
+
+MFU is (model FLOPs a second) / peak. Two counts of model FLOPs are in use, and both are reported:
+  nanogpt  6 N + 12 L H Q T   a token, N without the position embedding, full attention (PaLM, arXiv 2204.02311, app. B)
+  llmc     6 N + 6 L C T      a token, all N, causal attention (karpathy/llm.c, train_gpt2.cu)
+"""
+
+import math
+import time
+
+import torch
+
+from nanogpt_fast.config import GPTConfig
+
+# Dense bf16/fp16 tensor-core peaks, TFLOP/s, by the exact name that the driver gives. NVIDIA's data sheets, which print
+# the sparse figure for Ampere and later: half of it. Form factors differ (SXM, PCIe, NVL), so near names never match.
+PEAK_TFLOPS: dict[str, float] = {
+    "NVIDIA A100-SXM4-40GB": 312.0,
+    "NVIDIA A100-SXM4-80GB": 312.0,
+    "NVIDIA A100-PCIE-40GB": 312.0,
+    "NVIDIA A100 80GB PCIe": 312.0,
+    "NVIDIA H100 80GB HBM3": 989.4,
+    "NVIDIA H100 PCIe": 756.5,
+    "NVIDIA H100 NVL": 835.5,
+    "NVIDIA H200": 989.4,
+    "NVIDIA GH200 480GB": 989.4,
+    "NVIDIA L4": 121.0,
+    "NVIDIA L40S": 362.0,
+    "NVIDIA GeForce RTX 3090": 71.0,
+    "NVIDIA GeForce RTX 4090": 165.2,
+}
+GEMM_SIZE = {"cuda": 8192, "cpu": 1024}  # edge of the matrices of measure_gemm
+
+
+def flops_per_token(config: GPTConfig) -> dict[str, float]:
+    """Model FLOPs of forward and backward a token, by both counts."""
+    L, T, C = config.n_layer, config.block_size, config.n_embd
+    return {
+        "nanogpt": 6.0 * config.num_params() + 12.0 * L * C * T,
+        "llmc": 6.0 * config.num_params(non_embedding=False) + 6.0 * L * C * T,
+    }
+
+
+def peak_flops(device_name: str, dtype: str) -> tuple[float, str] | None:
+    """(dense peak FLOP/s, its source) of a GPU by exact name; None for unknown ones and for float32."""
+    if dtype not in ("bfloat16", "float16") or device_name not in PEAK_TFLOPS:
+        return None
+    return PEAK_TFLOPS[device_name] * 1e12, f"data sheet, {device_name}, dense {dtype}"
+
+
+def measure_gemm(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of one square matrix product, the best of several: what this machine really gives."""
+    n = GEMM_SIZE[device.type]
+    a, b = torch.randn(n, n, device=device).to(dtype), torch.randn(n, n, device=device).to(dtype)
+    best = math.inf
+    for _ in range(5):
+        began = time.perf_counter()
+        torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - began)
+    return 2.0 * n**3 / best
+
+
+def resolve_peak(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:
+    """(peak FLOP/s, what it is) that MFU divides by: a GPU's data sheet, a CPU's own measured product, else None."""
+    name = str(dtype).removeprefix("torch.")
+    if device.type == "cpu":
+        if dtype == torch.float16:
+            return None, "unknown: no CPU of ours multiplies float16 fast enough to measure"
+        flops = measure_gemm(device, dtype)
+        return flops, f"{flops / 1e9:.0f} GFLOP/s, measured {GEMM_SIZE['cpu']}^3 {name} product on {device.type}"
+    gpu = torch.cuda.get_device_name(device)
+    known = peak_flops(gpu, name)
+    return known if known else (None, f"unknown for {gpu} in {name}: MFU is n/a, --dtype or metrics.PEAK_TFLOPS")
+
+
+def memory_estimate(config: GPTConfig, batch_size: int, bytes_per_element: int) -> dict[str, float]:
+    """Bytes a training step needs, roughly: state exactly, activations as the ops keep them (logits once).
+
+    Per token and layer the ops keep 2 norm inputs, 2 norm outputs, packed qkv (3), o, and the MLP's pre and act (4
+    each): 16 C; the logits are V a token in the compute dtype and float32.
+    """
+    n, tokens = config.num_params(non_embedding=False), batch_size * config.block_size
+    return {
+        "parameters": n * (4.0 + (bytes_per_element if bytes_per_element < 4 else 0)),
+        "gradients": n * 4.0,
+        "optimizer": n * 8.0,
+        "activations": tokens * config.n_embd * 16.0 * config.n_layer * bytes_per_element,
+        "logits": tokens * config.vocab_size * (4.0 + bytes_per_element),
+    }

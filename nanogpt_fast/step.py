@@ -1,0 +1,46 @@
+"""One optimisation step: forward and backward over the micro-batches, all-reduce, clip, AdamW."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanogpt_fast.distributed import World
+from nanogpt_fast.model import GPT
+from nanogpt_fast.optim import AdamW
+
+
+class StepResult(NamedTuple):
+    """What a step leaves on the device; reading a value synchronises."""
+
+    loss: Tensor  # mean negative log-likelihood of this rank's micro-batches, nats a token
+    grad_norm: Tensor  # global norm before clipping; non-finite when the update was not applied
+
+
+class TrainStep:
+    """step(batch, iteration) -> StepResult; batch [A, B, T + 1] token ids, A this rank's micro-batches.
+
+    The dropout counter of a micro-batch is its global index, iteration * A_global + rank * A + i, beside the seed: so
+    a mask does not depend on how many ranks there are, and a resumed run draws the same ones.
+    """
+
+    def __init__(self, model: GPT, optimizer: AdamW, world: World, seed: int):
+        self.model, self.optimizer, self.world = model, optimizer, world
+        self.base = (seed % 2**31) << 32
+        self.counter = torch.zeros(1, dtype=torch.int64, device=optimizer.m.device)
+
+    def __call__(self, batch: Tensor, iteration: int) -> StepResult:
+        A, B, T = batch.size(0), batch.size(1), batch.size(2) - 1
+        world, optimizer, model = self.world, self.optimizer, self.model
+        micro_batches = A * world.size
+        self.counter.fill_(self.base + iteration * micro_batches + world.rank * A)
+        tokens = batch.to(self.counter.device, non_blocking=True).to(torch.int64)
+        grad_scale = (optimizer.loss_scale / (micro_batches * B * T)).float()
+        total = torch.zeros((), device=self.counter.device)
+        for micro in tokens:
+            loss, nll = model(micro[:, :-1], micro[:, 1:], grad_scale, self.counter)
+            loss.backward()
+            total += nll.mean()
+            self.counter += 1
+        world.all_reduce_(optimizer.flat.grad)
+        return StepResult(total / A, optimizer.step())

@@ -1,0 +1,271 @@
+"""Train or finetune a GPT: `python -m nanogpt_fast.train --config NAME [--flag=value ...]`. Flags are nanoGPT's."""
+
+import dataclasses
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanogpt_fast import __version__, checkpoint, distributed, prepare
+from nanogpt_fast.canonical import GPT2_PADDED
+from nanogpt_fast.cli import load_config, to_toml
+from nanogpt_fast.config import Config, GPTConfig
+from nanogpt_fast.data import Loader
+from nanogpt_fast.distributed import World
+from nanogpt_fast.errors import ConfigError, run_command
+from nanogpt_fast.log import RunLog
+from nanogpt_fast.meta import read_meta
+from nanogpt_fast.metrics import flops_per_token, memory_estimate, resolve_peak
+from nanogpt_fast.model import GPT
+from nanogpt_fast.ops import select_ops
+from nanogpt_fast.optim import AdamW, FlatParameters
+from nanogpt_fast.orders import NanogptOrder, ShuffleOrder
+from nanogpt_fast.restore import Restored, restore
+from nanogpt_fast.rundir import RunLock, probe_writable
+from nanogpt_fast.sample import sample_text
+from nanogpt_fast.step import TrainStep
+from nanogpt_fast.tokenizer import from_json
+from nanogpt_fast.tokens import TokenSource, check_fingerprint, open_split
+from nanogpt_fast.trainer import Trainer
+
+
+def main(argv: list[str]) -> int:
+    """Build the parts in order, then train. Returns the exit code."""
+    config = load_config(argv)
+    if config.system.dry_run:
+        print(describe(config))
+        return 0
+    with ExitStack() as stack:
+        world = distributed.join(config.system.device, config.system.backend, config.data.gradient_accumulation_steps)
+        stack.callback(world.close)
+        say = print if world.is_main else lambda *_: None
+        say(f"tokens per iteration will be: {config.tokens_per_iter:,}")
+        claim_out_dir(config, world, stack)
+        restored = None if config.run.init_from == "scratch" else load_weights(config, say)
+        sources, vocab_size, tokenizer = open_data(config, stack, say)
+        shape = shape_of(config, restored, vocab_size, say)
+        generator = torch.Generator().manual_seed(config.run.seed + world.rank)
+        dtype = distributed.resolve_dtype(config.system.dtype, world.device, config.data.data_order)
+        model = build_model(config, shape, restored, generator, say)
+        optimizer = build_optimizer(config, model, restored, dtype, world, say)
+        resumed = restored if config.run.init_from == "resume" else None
+        order, fingerprint = order_data(config, sources["train"], resumed, generator)
+        start = resumed.step if resumed else 0
+        accumulation = config.data.gradient_accumulation_steps
+        samples = start * accumulation * config.data.batch_size
+        loader = stack.enter_context(
+            Loader(
+                order,
+                batch_size=config.data.batch_size,
+                accumulation=accumulation,
+                vocab_size=shape.vocab_size,
+                rank=world.rank,
+                world_size=world.size,
+                start_sample=resumed.state.get("samples_seen", samples) if resumed else 0,
+                pin_memory=world.device.type == "cuda",
+            )
+        )
+        peak, peak_source = resolve_peak(world.device, dtype) if world.is_main else (None, "")
+        say(f"device {world.device}, dtype {str(dtype).removeprefix('torch.')}, peak for MFU: {peak_source}")
+        log = RunLog(
+            Path(config.run.out_dir), config.log, config.flat(), total=config.optim.max_iters + 1, enabled=world.is_main
+        )
+        stack.callback(log.close)
+        log.run(**run_facts(config, shape, start, dtype, peak_source))
+        trainer = Trainer(
+            config,
+            world,
+            TrainStep(model, optimizer, world, config.run.seed),
+            loader,
+            sources,
+            generator if config.data.data_order == "nanogpt" else None,
+            log,
+            tokenizer,
+            fingerprint,
+            peak,
+            start,
+            resumed.state.get("best_val_loss") or float("inf") if resumed else float("inf"),
+        )
+        code = trainer.run()
+        log.close()
+        if code == 0 and world.is_main and not config.run.eval_only:
+            finish(config, model, tokenizer)
+    return code
+
+
+# ---- the parts ----
+
+
+def claim_out_dir(config: Config, world: World, stack: ExitStack) -> None:
+    """Lock the output directory, prove that it can be written, and move an older run's checkpoints out of the way."""
+    if not world.is_main:
+        return
+    out_dir = Path(config.run.out_dir)
+    probe_writable(out_dir)
+    stack.enter_context(RunLock(out_dir))
+    if config.run.eval_only:
+        return
+    if config.run.init_from != "resume" and (moved := checkpoint.set_aside_later(out_dir, -1)):
+        print(f"this run starts anew: the checkpoints of an earlier one are now in {moved}")
+    (out_dir / "config.toml").write_text(to_toml(config.replace(dry_run=False)))
+
+
+def load_weights(config: Config, say: Any) -> Restored:
+    """The weights that --init_from names."""
+    restored = restore(config.run.init_from, config.run.out_dir, config.data.data_dir)
+    for line in restored.skipped:
+        say(f"WARNING: {line}")
+    say(f"Resuming training from {restored.source}" if config.run.init_from == "resume" else f"weights: {restored.source}")
+    return restored
+
+
+def open_data(config: Config, stack: ExitStack, say: Any) -> tuple[dict[str, TokenSource], int | None, dict[str, Any]]:
+    """(sources by split, the dataset's vocabulary if it says one, its tokenizer)."""
+    folder = prepare.ensure(config.data.dataset, config.data.data_dir)
+    train = stack.enter_context(open_split(config.data, "train"))
+    val = open_split(config.data, "val", required=True) if config.run.eval_only else open_split(config.data, "val")
+    sources = {"train": train}
+    if val is not None:
+        sources["val"] = stack.enter_context(val)
+    meta = read_meta(folder) if folder.is_dir() else None
+    if meta is None or meta.tokenizer.get("kind") == "gpt2":
+        return sources, None, {"kind": "gpt2"}
+    say(f"found vocab_size = {meta.vocab_size} (inside {folder})")
+    return sources, meta.vocab_size, meta.tokenizer
+
+
+def shape_of(config: Config, restored: Restored | None, vocab_size: int | None, say: Any) -> GPTConfig:
+    """The model's shape: the flags', or the loaded weights' with the flags' dropout and a smaller block_size."""
+    m, block_size = config.model, config.data.block_size
+    if restored is None:
+        say("Initializing a new model from scratch")
+        if not m.vocab_size and vocab_size is None:
+            say(f"defaulting to vocab_size of GPT-2 to {GPT2_PADDED} (50257 rounded up for efficiency)")
+        vocab = m.vocab_size or vocab_size or GPT2_PADDED
+        return GPTConfig(**{**vars(m), "vocab_size": vocab, "block_size": block_size})
+    loaded = restored.config
+    if block_size > loaded.block_size:
+        raise ConfigError(
+            "block_size is longer than the loaded model's positions",
+            where=f"block_size = {block_size}, {restored.source}",
+            expected=f"at most {loaded.block_size}",
+            hint=f"--block_size={loaded.block_size}",
+        )
+    for key in ("n_layer", "n_head", "n_embd", "bias", "activation"):
+        if getattr(m, key) != getattr(loaded, key):
+            say(f"{key} = {getattr(loaded, key)}, as the loaded weights have it")
+    return dataclasses.replace(loaded, dropout=m.dropout, block_size=block_size)
+
+
+def build_model(
+    config: Config, shape: GPTConfig, restored: Restored | None, generator: torch.Generator, say: Any
+) -> GPT:
+    """The model on the CPU in float32, initialised or loaded, in training mode."""
+    loaded_shape = restored.config if restored else shape
+    model = GPT(dataclasses.replace(loaded_shape, dropout=shape.dropout), select_ops(config.system.kernels, "cpu"))
+    if restored is None or config.data.data_order == "nanogpt":  # nanoGPT draws the weights even to overwrite them
+        model.init_weights(generator)
+    if restored is not None:
+        model.load_state_dict(restored.model)
+    say(f"number of parameters: {model.num_params() / 1e6:.2f}M")
+    if shape.block_size < model.config.block_size:
+        model.crop_block_size(shape.block_size)
+        say(f"positions cropped from {loaded_shape.block_size} to {shape.block_size}")
+    return model.train()
+
+
+def build_optimizer(
+    config: Config, model: GPT, restored: Restored | None, dtype: torch.dtype, world: World, say: Any
+) -> AdamW:
+    """Move the parameters into flat buffers on the device, and AdamW over them, its state restored on resume."""
+    flat = FlatParameters(model, dtype, world.device)
+    world.broadcast_(flat.master)
+    if flat.params is not flat.master:
+        flat.params.copy_(flat.master)
+    optimizer = AdamW(flat, config.optim, model.ops, scale_loss=dtype == torch.float16)
+    for text, wanted in (("decayed", True), ("non-decayed", False)):
+        shapes = [shape for shape in flat.shapes.values() if (len(shape) > 1) == wanted]
+        say(f"num {text} parameter tensors: {len(shapes)}, with {sum(s.numel() for s in shapes):,} parameters")
+    if config.run.init_from == "resume" and restored is not None and restored.optimizer:
+        rows = model.config.block_size
+        cropped = {k: t[:rows] if k.endswith("wpe.weight") else t for k, t in restored.optimizer.items()}
+        optimizer.load_state_dict(cropped, {"optimizer_step": restored.step, **restored.state})
+    return optimizer
+
+
+def order_data(
+    config: Config, source: TokenSource, resumed: Restored | None, generator: torch.Generator
+) -> tuple[ShuffleOrder | NanogptOrder, dict[str, Any]]:
+    """(the order samples come in, the data's fingerprint, which on resume must be the checkpoint's)."""
+    fingerprint = source.fingerprint()
+    saved = resumed.state.get("fingerprint") if resumed else None
+    if saved and not config.data.ignore_fingerprint:
+        check_fingerprint(saved, fingerprint)
+    if config.data.data_order == "nanogpt":
+        return NanogptOrder(source, config.data.block_size, generator), fingerprint
+    return ShuffleOrder(source, config.data.block_size, config.run.seed), fingerprint
+
+
+# ---- what is said before and after ----
+
+
+def run_facts(config: Config, shape: GPTConfig, start: int, dtype: torch.dtype, peak: str) -> dict[str, Any]:
+    """The header of metrics.jsonl."""
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "model_args": dataclasses.asdict(shape),
+        "dtype": str(dtype).removeprefix("torch."),
+        "peak": peak,
+        "start": start,
+        "config": config.flat(),
+    }
+
+
+def describe(config: Config) -> str:
+    """--dry_run: the resolved configuration, and what it asks for."""
+    m = config.model
+    shape = GPTConfig(
+        **{**vars(m), "vocab_size": m.vocab_size or GPT2_PADDED, "block_size": config.data.block_size}
+    )
+    device = distributed.resolve_device(config.system.device)
+    dtype = distributed.resolve_dtype(config.system.dtype, device, config.data.data_order)
+    tokens = config.tokens_per_iter * (config.optim.max_iters + 1)
+    flops = flops_per_token(shape)["nanogpt"]
+    memory = memory_estimate(shape, config.data.batch_size, dtype.itemsize)
+    peak, peak_source = resolve_peak(device, dtype)
+    rows = [
+        f"parameters      {shape.num_params() / 1e6:,.2f}M (vocab_size {shape.vocab_size:,})",
+        f"tokens          {config.tokens_per_iter:,} an iteration, {tokens:,} in all",
+        f"compute         {flops / 1e9:.3f} GFLOP a token, {flops * tokens / 1e15:,.3f} PFLOP in all",
+        f"memory          {sum(memory.values()) / 2**30:.2f} GiB estimated: "
+        + ", ".join(f"{k} {v / 2**30:.2f}" for k, v in memory.items()),
+        f"device          {device}, {str(dtype).removeprefix('torch.')}, peak {peak_source}",
+    ]
+    if peak:
+        rows.append(f"time            at least {flops * tokens / peak / 3600:.2f} hours on one such device (MFU 100%)")
+    return to_toml(config) + "\n" + "\n".join(f"# {row}" for row in rows)
+
+
+def finish(config: Config, model: GPT, tokenizer: dict[str, Any]) -> None:
+    """After the last iteration: a sample, and what to type next."""
+    run = config.run
+    if run.sample_at_end:
+        print("---------------")
+        for piece in sample_text(model.eval(), from_json(tokenizer), "\n", max_new_tokens=run.sample_at_end, seed=run.seed):
+            print(piece, end="", flush=True)
+        print("\n---------------")
+    print(
+        "next:\n"
+        f"  python -m nanogpt_fast.sample --out_dir={run.out_dir}\n"
+        f"  python -m nanogpt_fast.plot {run.out_dir}\n"
+        f"  python -m nanogpt_fast.evaluate --out_dir={run.out_dir}\n"
+        f"  python -m nanogpt_fast.train --config {run.out_dir}/config.toml --init_from=resume --max_iters=..."
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

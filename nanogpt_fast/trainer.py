@@ -1,0 +1,214 @@
+"""The training loop: schedule, evaluate, save, step, log; nanoGPT's order of events and meanings."""
+
+import math
+import shlex
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanogpt_fast import checkpoint
+from nanogpt_fast.config import Config
+from nanogpt_fast.data import Loader
+from nanogpt_fast.distributed import World
+from nanogpt_fast.errors import CheckpointError, DivergedError
+from nanogpt_fast.evaluate import estimate_loss
+from nanogpt_fast.log import RunLog
+from nanogpt_fast.metrics import flops_per_token
+from nanogpt_fast.optim import learning_rate
+from nanogpt_fast.step import StepResult, TrainStep
+from nanogpt_fast.stopping import StopSignals
+from nanogpt_fast.tokens import TokenSource
+
+MAX_BAD_STEPS = 10  # non-finite gradients in a row before the run stops; float16's scale settles within them
+MAX_FAILED_SAVES = 3
+
+
+@dataclass
+class Trainer:
+    """The parts of a run; run() trains. start: iterations done before this process began."""
+
+    config: Config
+    world: World
+    step: TrainStep
+    loader: Loader
+    sources: dict[str, TokenSource]
+    generator: torch.Generator | None  # nanoGPT's shared generator; None draws each evaluation from (seed, iteration)
+    log: RunLog
+    tokenizer: dict[str, Any]  # meta.json's `tokenizer`, kept with every checkpoint
+    fingerprint: dict[str, Any]
+    peak: float | None  # FLOP/s that MFU divides by
+    start: int = 0
+    best_val_loss: float = math.inf
+
+    def __post_init__(self) -> None:
+        self.out_dir = Path(self.config.run.out_dir)
+        self.model, self.optimizer = self.step.model, self.step.optimizer
+        self._flops = {k: v * self.config.tokens_per_iter for k, v in flops_per_token(self.model.config).items()}
+        self._val_loss: float | None = None
+        self._failed_saves = 0
+        self._mfu = -1.0  # nanoGPT's running value; -1 until five iterations are done
+
+    def run(self) -> int:
+        """Train to max_iters; returns the exit code."""
+        run, self._iteration = self.config.run, self.start
+        with StopSignals() as stop:
+            self.log.start(self.start)
+            self._tick, self._since_log = time.perf_counter(), 0
+            for iteration in range(self.start, self.config.optim.max_iters + 1):
+                self.optimizer.set_lr(learning_rate(iteration, self.config.optim))
+                if iteration % run.eval_interval == 0 or run.eval_only:
+                    self._evaluate_and_save(iteration)
+                    if run.eval_only:
+                        return 0
+                result = self.step(next(self.loader), iteration)
+                self._since_log += 1
+                self._iteration = iteration + 1
+                if iteration % run.log_interval == 0:
+                    self._log_iteration(iteration, result)
+                if self._asked_to_stop(stop, iteration):
+                    self.save(iteration + 1, must=True)
+                    self.log.line(self.resume_line(iteration + 1))
+                    return stop.exit_code or 143
+        if self.best_val_loss == math.inf:  # nothing was evaluated: keep the end of the run
+            self.save(self._iteration, must=True)
+        return 0
+
+    def resume_line(self, step: int) -> str:
+        """What to type to go on from here."""
+        command = ["python", "-m", "nanogpt_fast.train", "--config", str(self.out_dir / "config.toml")]
+        return f"stopped after iteration {step - 1}. To continue:\n  {shlex.join(command)} --init_from=resume"
+
+    def _asked_to_stop(self, stop: StopSignals, iteration: int) -> bool:
+        if self.world.size == 1:
+            return stop.received is not None
+        return iteration % 10 == 0 and self.world.any(stop.received is not None)  # an all-reduce: not every step
+
+    # ---- evaluation and checkpoints ----
+
+    def _evaluate_and_save(self, iteration: int) -> None:
+        losses = self._estimate(iteration)
+        if losses is not None:
+            self._report_evaluation(iteration, losses)
+        val = losses.get("val") if losses else None
+        improved = val is None or val < self.best_val_loss
+        if val is not None and (improved or self.config.run.always_save_checkpoint):
+            self.best_val_loss = min(val, self.best_val_loss)
+        self._val_loss = val
+        if iteration > self.start and (improved or self.config.run.always_save_checkpoint):
+            self.save(iteration)
+        self._tick, self._since_log = time.perf_counter(), 0  # neither evaluating nor saving counts as training time
+
+    def _estimate(self, iteration: int) -> dict[str, float] | None:
+        """Mean losses by split. Every rank takes a share, but in nanoGPT's order rank 0 alone draws, as there."""
+        run, data, world = self.config.run, self.config.data, self.world
+        if "val" not in self.sources:
+            return None
+        alone = self.generator is not None or run.eval_mode == "full"
+        if alone and not world.is_main:
+            return None
+        iters = run.eval_iters if alone else -(-run.eval_iters // world.size)
+        seed = (run.seed << 20) + iteration * world.size + world.rank
+        losses = estimate_loss(
+            self.model,
+            self.sources,
+            eval_iters=iters,
+            batch_size=data.batch_size,
+            block_size=data.block_size,
+            generator=self.generator or torch.Generator().manual_seed(seed % 2**63),
+            mode=run.eval_mode,
+        )
+        if not alone and world.size > 1:
+            values = torch.tensor([losses[k] for k in sorted(losses)], dtype=torch.float64, device=world.device)
+            world.all_reduce_(values)
+            losses = dict(zip(sorted(losses), (values / world.size).tolist()))
+        return losses
+
+    def _report_evaluation(self, iteration: int, losses: dict[str, float]) -> None:
+        perplexity = math.exp(min(losses["val"], 50.0))
+        figures: dict[str, float | None] = {
+            "train_loss": losses["train"],
+            "val_loss": losses["val"],
+            "val_perplexity": perplexity,
+            "lr": learning_rate(iteration, self.config.optim),
+            "mfu": max(self._mfu, 0.0) * 100,
+            "tokens": float(iteration * self.config.tokens_per_iter),
+            "elapsed_s": self.log.elapsed,
+        }
+        text = f"step {iteration}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
+        self.log.evaluation(iteration, figures, f"{text}, val perplexity {perplexity:.2f}")
+
+    def save(self, step: int, must: bool = False) -> None:
+        """Write the checkpoint of `step` completed iterations; a full disk is survived a few times, unless `must`."""
+        if not self.world.is_main:
+            return
+        flat = self.optimizer.flat
+        tensors, numbers = self.optimizer.state_dict()
+        state = {
+            **numbers,
+            "samples_seen": self.loader.samples_seen,
+            "best_val_loss": None if math.isinf(self.best_val_loss) else self.best_val_loss,
+            "val_loss": self._val_loss if step % self.config.run.eval_interval == 0 else None,
+            "fingerprint": self.fingerprint,
+            "tokenizer": self.tokenizer,
+            "config": self.config.flat(),
+        }
+        content = checkpoint.Checkpoint(step, asdict(self.model.config), flat.named(flat.master), tensors, state)
+        try:
+            path = checkpoint.save(self.out_dir, content, keep_last=self.config.run.keep_last)
+        except CheckpointError as error:
+            self._failed_saves += 1
+            if must or self._failed_saves >= MAX_FAILED_SAVES:
+                raise
+            self.log.warn(f"{error}\n  training goes on; the next evaluation tries again")
+        else:
+            self._failed_saves = 0
+            self.log.line(f"saving checkpoint to {path}")
+
+    # ---- figures ----
+
+    def _log_iteration(self, iteration: int, result: StepResult) -> None:
+        loss = result.loss.double()
+        self.world.all_reduce_(loss)
+        loss, norm = loss.item() / self.world.size, result.grad_norm.item()  # these wait for the device
+        now = time.perf_counter()
+        seconds = (now - self._tick) / self._since_log
+        wait = self.loader.take_wait() / (now - self._tick)
+        self._tick, self._since_log = now, 0
+        if self.optimizer.bad_steps >= MAX_BAD_STEPS:
+            raise DivergedError(
+                f"the gradient was not finite {int(self.optimizer.bad_steps)} iterations in a row",
+                where=f"iteration {iteration}, loss {loss}",
+                expected="finite losses and gradients; no such update was applied",
+                hint=f"resume from {self.out_dir} with a lower --learning_rate, or --grad_clip=1.0",
+            )
+        tokens_per_s = self.config.tokens_per_iter / seconds
+        mfu = {name: flops / seconds / self.peak / self.world.size if self.peak else None for name, flops in self._flops.items()}
+        now_mfu = mfu["nanogpt"]
+        if now_mfu is not None and iteration - self.start >= 5:  # nanoGPT: let the loop settle first
+            self._mfu = now_mfu if self._mfu < 0 else 0.9 * self._mfu + 0.1 * now_mfu
+        shown = "n/a" if now_mfu is None else f"{self._mfu * 100:.2f}%"
+        figures: dict[str, float | None] = {
+            "loss": loss,
+            "lr": learning_rate(iteration, self.config.optim),
+            "grad_norm": norm,
+            "time_ms": seconds * 1e3,
+            "tokens_per_s": tokens_per_s,
+            "mfu": None if now_mfu is None else now_mfu * 100,
+            "mfu_llmc": None if mfu["llmc"] is None else mfu["llmc"] * 100,
+            "data_wait": wait * 100,
+            "tokens": float((iteration + 1) * self.config.tokens_per_iter),
+            "elapsed_s": self.log.elapsed,
+        }
+        eta = seconds * (self.config.optim.max_iters - iteration)
+        rest = f"grad norm {norm:.3f}, {tokens_per_s / 1e3:,.1f}K tok/s, data wait {wait * 100:.1f}%, eta {_clock(eta)}"
+        line = f"iter {iteration}: loss {loss:.4f}, time {seconds * 1e3:.2f}ms, mfu {shown}"
+        self.log.train(iteration, figures, f"{line}, {rest}")
+        self.log.progress(iteration + 1, f"loss {loss:.3f} {tokens_per_s / 1e3:,.1f}K tok/s")
+
+
+def _clock(seconds: float) -> str:
+    minutes, s = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}" if minutes >= 60 else f"{minutes}:{s:02d}"

@@ -1,0 +1,110 @@
+"""The import law, the names we must not take, and file lengths: ARCHITECTURE.md as tests."""
+
+import ast
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAINER = ROOT / "nanogpt_fast"
+MAX_LINES = 350
+# Scripts put their own folder first on sys.path: a file of one of these names would shadow the module.
+FORBIDDEN = {"kernels", "nvtx", "torch", "triton", "profile", "trace", "statistics", "logging", "tokenize", "random",
+             "types", "copy", "queue", "select"}  # fmt: skip
+
+
+def levels() -> dict[str, int]:
+    """{module: position} read from ARCHITECTURE.md's list, so that the page cannot go stale."""
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    rows = re.findall(r"^    \d+  ([a-z0-9_ ]+)$", text, re.MULTILINE)
+    return {name: i for i, name in enumerate(" ".join(rows).split())}
+
+
+def python_files(*folders: str) -> list[Path]:
+    return [p for folder in folders for p in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names imported anywhere in a file, `from a import b` as a and a.b."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_architecture_lists_every_trainer_file():
+    assert set(levels()) == {p.stem for p in TRAINER.glob("*.py")} - {"__init__"}
+
+
+@pytest.mark.parametrize("path", sorted(TRAINER.glob("*.py")), ids=lambda p: p.stem)
+def test_trainer_files_import_only_what_stands_above_them(path: Path):
+    order = levels()
+    ours = {name.split(".")[1] for name in imports(path) if name.startswith("nanogpt_fast.")}
+    wrong = {name for name in ours & set(order) if order[name] >= order.get(path.stem, 0)}
+    assert not wrong, f"{path.name} imports {sorted(wrong)}, which ARCHITECTURE.md lists at or after it"
+
+
+def test_only_ops_imports_the_kernels():
+    users = {p.name for p in TRAINER.glob("*.py") if any(n.split(".")[0] == "nanogpt_kernels" for n in imports(p))}
+    assert users == {"ops.py"}
+
+
+def test_kernels_import_torch_and_triton_only():
+    allowed = {"torch", "triton", "nanogpt_kernels"} | set(sys.stdlib_module_names)
+    for path in python_files("kernels"):
+        assert {name.split(".")[0] for name in imports(path)} <= allowed, path
+
+
+def test_nobody_imports_bench_or_profiling():
+    for path in python_files("nanogpt_fast", "kernels", "bench", "profiling"):
+        assert not {name.split(".")[0] for name in imports(path)} & {"bench", "profiling"}, path
+
+
+def test_no_file_is_too_long():
+    long = {str(p.relative_to(ROOT)): n for p in python_files("nanogpt_fast", "kernels", "bench", "profiling", "tests")
+            if (n := len(p.read_text().splitlines())) > MAX_LINES}  # fmt: skip
+    assert not long
+
+
+def test_no_forbidden_names():
+    assert not [p for p in python_files("bench", "profiling", "nanogpt_fast") if p.stem in FORBIDDEN]
+    assert not (ROOT / "kernels/__init__.py").exists() and not (ROOT / "profiling/__init__.py").exists()
+    assert not (ROOT / "tests/kernels").exists()
+
+
+def test_kernels_folder_shadows_no_installed_package():
+    """`kernels` is Hugging Face's: from our root, importing it must not find a package of ours."""
+    code = "import importlib.util as u; s = u.find_spec('kernels'); print(s.origin if s else None)"
+    origin = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert str(ROOT) not in origin
+
+
+def test_importing_touches_no_gpu_and_no_environment():
+    modules = [f"nanogpt_fast.{name}" for name in levels()] + ["nanogpt_kernels.reference"]
+    code = (
+        "import os, sys, importlib, torch\nbefore = dict(os.environ)\n"
+        f"for m in {modules}: importlib.import_module(m)\n"
+        "assert dict(os.environ) == before, 'environment changed'\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "assert not {'transformers', 'datasets', 'tiktoken', 'matplotlib', 'wandb', 'triton'} & set(sys.modules), "
+        "sorted({'transformers', 'datasets', 'tiktoken', 'matplotlib', 'wandb', 'triton'} & set(sys.modules))\n"
+    )
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("tool", [["ruff", "check"], ["ruff", "format", "--check"], ["pyright"]], ids=" ".join)
+def test_lint_and_types(tool: list[str]):
+    if importlib.util.find_spec(tool[0]) is None:
+        pytest.skip(f"{tool[0]} is not installed: pip install -e '.[dev]'")
+    run = subprocess.run([sys.executable, "-m", *tool], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
