@@ -120,7 +120,7 @@ class Loader:
             del self._pending[: self._accumulation]
 
     def _drawn_plans(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for starts in iter(self._drawn.get, None):
+        while (starts := self._drawn.get()) is not None:
             yield np.zeros_like(starts), starts
 
     def _shuffled_plans(self, order: ShuffleOrder, sample: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

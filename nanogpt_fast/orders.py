@@ -51,9 +51,9 @@ class ShuffleOrder:
     """Windows without replacement: sample i is a pure function of (seed, i), so to resume is to know i.
 
     Each file of n tokens is cut into w = max(1, n // T - 1) windows at stride T; none crosses a file. Each epoch moves
-    the cuts by a phase below T and permutes all files' windows together. Within an epoch a token is a target at most
-    once; the phase leaves out fewer than 2T of a file's tokens, other ones each epoch. A file of T tokens or fewer
-    gives no window.
+    the cuts by a phase in [0, n - wT) and permutes all files' windows together. Within an epoch a token is a target at
+    most once; fewer than 2T of a file's tokens are left out, at its ends, and come in other epochs. A file of T tokens
+    or fewer gives no window.
     """
 
     def __init__(self, source: TokenSource, block_size: int, seed: int):
@@ -61,7 +61,7 @@ class ShuffleOrder:
         self.source, self.block_size, self.seed = source, block_size, seed
         n = np.array([file.n_tokens for file in source.files], np.int64)
         counts = np.where(n > block_size, np.maximum(1, n // block_size - 1), 0)
-        self._phases = np.clip(n - counts * block_size, 1, block_size)  # phases that keep every window inside
+        self._phases = np.where(counts > 0, n - counts * block_size, 1)  # all that keep the last window inside
         self._ends = np.cumsum(counts)
         self._first = self._ends - counts
         self.samples_per_epoch = int(self._ends[-1])

@@ -77,12 +77,13 @@ def _sniff(path: str, head: bytes, size: int) -> tuple[str, str, int, int]:
             )
         return "llm.c", dtype, HEADER_BYTES, max(count, 0)
     bare_header = count > 0 and size in (HEADER_BYTES + 2 * count, HEADER_BYTES + 4 * count) and not any(words[3:])
-    if 20240101 <= magic <= 20241231 or bare_header:  # llm.c's magics are dates, no pair of GPT-2 tokens reads so
+    dated = 20240101 <= magic <= 20241231  # llm.c's magics are dates; no pair of GPT-2 tokens reads so
+    if dated or bare_header:
         raise DataError(
             "a token file's header has the wrong magic number",
             where=path,
             expected=" or ".join(map(str, LLMC_LAYOUTS)) + ", or no header at all (nanoGPT)",
-            found=str(magic) + (" (llm.c: a model, tokenizer, state or evaluation file)" if not bare_header else ""),
+            found=str(magic) + (" (llm.c: a model, tokenizer, state or evaluation file)" if dated else ""),
             hint=prepare_hint(path),
         )
     if len(head) >= 64 and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in head):

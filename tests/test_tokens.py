@@ -1,0 +1,311 @@
+"""Reading token files while the world changes under them, and finding a split's files."""
+
+import errno
+import json
+import logging
+import os
+import threading
+
+import numpy as np
+import pytest
+
+from nanogpt_fast import tokens as tokens_module
+from nanogpt_fast.config import DataConfig
+from nanogpt_fast.errors import ConfigError, DataError
+from nanogpt_fast.tokens import TokenSource, check_fingerprint, open_split
+
+
+def write(path, count, first=0) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (np.arange(first, first + count) % 65536).astype("<u2").tofile(path)
+    return str(path)
+
+
+@pytest.fixture
+def no_pause(monkeypatch):
+    monkeypatch.setattr(tokens_module, "RETRY_SECONDS", 0.0)
+
+
+@pytest.mark.parametrize("has_preadv", [True, False])
+def test_rows_of_several_files(tmp_path, monkeypatch, has_preadv):
+    if not has_preadv:  # Windows
+        monkeypatch.delattr(os, "preadv")
+    monkeypatch.setattr(tokens_module, "MAX_OPEN_FILES", 2)
+    paths = [write(tmp_path / f"s_train_{i}.bin", 100, first=1000 * i) for i in range(5)]
+    with TokenSource(paths) as source:
+        assert source.n_tokens == 500
+        out = np.empty((7, 4), np.uint16)
+        source.read_rows([0, 4, 2, 3, 1, 4, 0], [0, 96, 50, 1, 2, 3, 7], out)
+        assert out[:, 0].tolist() == [0, 4096, 2050, 3001, 1002, 4003, 7]
+        assert (np.diff(out.astype(int)) == 1).all()
+        assert len(source._descriptors) == 2
+        with pytest.raises(IndexError):
+            source.read(0, 98, 3)
+
+
+def test_threads_share_a_source(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokens_module, "MAX_OPEN_FILES", 1)  # each read closes the other thread's file
+    source = TokenSource([write(tmp_path / f"{i}.bin", 2000, first=3000 * i) for i in range(2)])
+    wrong = []
+
+    def reader(index):
+        wrong.extend(i for i in range(500) if source.read(index, i, 1)[0] != 3000 * index + i)
+
+    threads = [threading.Thread(target=reader, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    source.close()
+
+
+def test_offsets_past_4_gib(tmp_path):
+    path, count = tmp_path / "train.bin", (5 << 30) // 2
+    with open(path, "wb") as file:
+        for offset in (4 << 30, (5 << 30) - 8):
+            file.seek(offset)
+            file.write(np.arange(1, 5, dtype="<u2").tobytes())
+    assert path.stat().st_blocks * 512 < 1 << 20, "the file should be sparse"
+    with TokenSource([str(path)]) as source:
+        assert source.n_tokens == count
+        assert source.read(0, 2 << 30, 5).tolist() == [1, 2, 3, 4, 0]
+        assert source.read(0, count - 4, 4).tolist() == [1, 2, 3, 4]
+
+
+def test_reads_that_stop_early_are_continued(tmp_path, monkeypatch):
+    whole = tokens_module._pread
+    monkeypatch.setattr(tokens_module, "_pread", lambda fd, view, offset: whole(fd, view[:7], offset))
+    with TokenSource([write(tmp_path / "train.bin", 100)]) as source:
+        np.testing.assert_array_equal(source.read(0, 10, 50), np.arange(10, 60))
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
+def test_network_errors_are_retried_then_reported(tmp_path, monkeypatch, no_pause, caplog, code):
+    whole, failures, opened = tokens_module._pread, [3], []
+
+    def flaky(fd, view, offset):
+        opened.append(fd)
+        if failures[0] > 0:
+            failures[0] -= 1
+            raise OSError(code, os.strerror(code))
+        return whole(fd, view, offset)
+
+    monkeypatch.setattr(tokens_module, "_pread", flaky)
+    with TokenSource([write(tmp_path / "train.bin", 100)]) as source:
+        assert source.read(0, 5, 2).tolist() == [5, 6]
+        assert len(opened) == 4 and caplog.text.count("try ") == 3
+        failures[0] = 4
+        with pytest.raises(DataError, match="cannot be read") as caught:
+            source.read(0, 5, 2)
+    assert os.strerror(code) in caught.value.found and "--init_from=resume" in caught.value.hint
+
+
+def test_other_read_errors_are_not_retried(tmp_path, monkeypatch, caplog):
+    def denied(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with TokenSource([write(tmp_path / "train.bin", 100)]) as source:
+        monkeypatch.setattr(tokens_module, "_pread", denied)
+        with pytest.raises(DataError, match="Permission denied"):
+            source.read(0, 5, 2)
+    assert not caplog.records
+
+
+def test_unreadable_file_at_the_start(tmp_path, monkeypatch):
+    path = write(tmp_path / "train.bin", 100)
+
+    def denied(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", denied)  # root reads a file of mode 000, so chmod shows nothing
+    with pytest.raises(DataError, match="cannot be read") as caught:
+        TokenSource([path])
+    assert caught.value.where == path and "Permission denied" in caught.value.found
+
+
+# ---- Files that change while they are read ----
+
+
+def test_truncated_file(tmp_path):
+    path = write(tmp_path / "train.bin", 1000)
+    with TokenSource([path]) as source:
+        source.read(0, 900, 50)
+        os.truncate(path, 1000)
+        assert source.read(0, 400, 50)[0] == 400  # what is left can still be read
+        with pytest.raises(DataError, match="became shorter") as caught:
+            source.read(0, 900, 50)
+        error = caught.value
+        assert path in error.where and "2000 bytes" in error.expected and "1000 bytes" in error.found
+        assert "--init_from=resume" in error.hint
+        with pytest.raises(DataError, match="replaced"):
+            source.check_unchanged(every_seconds=0)
+
+
+def test_deleted_file(tmp_path):
+    path = write(tmp_path / "train.bin", 1000)
+    with TokenSource([path]) as source:
+        source.read(0, 0, 1)
+        os.unlink(path)
+        assert source.read(0, 900, 50)[0] == 900  # an open file outlives its name
+        source.check_unchanged(every_seconds=60)  # not yet time to look
+        with pytest.raises(DataError, match="is gone") as caught:
+            source.check_unchanged(every_seconds=0)
+    assert caught.value.where == path and "--init_from=resume" in caught.value.hint
+
+
+@pytest.mark.parametrize("fingerprinted", [True, False])
+def test_replaced_file(tmp_path, fingerprinted):
+    path = write(tmp_path / "train.bin", 1000)
+    with TokenSource([path]) as source:
+        if fingerprinted:
+            source.fingerprint()
+        os.replace(write(tmp_path / "new.bin", 1000, first=5), path)
+        with pytest.raises(DataError, match="replaced"):
+            source.check_unchanged(every_seconds=0)
+
+
+def test_a_new_time_stamp_alone_is_forgiven(tmp_path):
+    path = write(tmp_path / "train.bin", 1000)
+    with TokenSource([path]) as source:
+        source.fingerprint()
+        os.replace(write(tmp_path / "copy.bin", 1000), path)  # other inode, other time, same bytes
+        source.check_unchanged(every_seconds=0)
+        os.utime(path, ns=(1, 1))
+        source.check_unchanged(every_seconds=0)
+        assert source.read(0, 900, 1)[0] == 900
+
+
+def test_the_same_shard_twice_warns_once(tmp_path, caplog):
+    path = write(tmp_path / "a_train_0.bin", 100)
+    os.symlink(path, tmp_path / "a_train_1.bin")
+    with open_split(DataConfig(dataset=str(tmp_path)), "train") as source:
+        assert source.n_tokens == 200
+    assert [r.levelno for r in caplog.records] == [logging.WARNING] and "same file" in caplog.text
+
+
+def test_mixed_widths(tmp_path):
+    np.save(tmp_path / "a_train_1.npy", np.arange(9, dtype="<u4"))
+    with pytest.raises(DataError, match="mix"):
+        TokenSource([write(tmp_path / "a_train_0.bin", 9), str(tmp_path / "a_train_1.npy")])
+
+
+# ---- Fingerprint ----
+
+
+def test_fingerprint_survives_json_and_names_the_change(tmp_path):
+    paths = [write(tmp_path / f"a_train_{i}.bin", 2_000_000) for i in range(2)]
+    with TokenSource(paths) as source:
+        saved = json.loads(json.dumps(source.fingerprint()))
+        assert saved["tokens"] == 4_000_000
+        check_fingerprint(saved, source.fingerprint())
+    with open(paths[1], "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\xaa")
+    with TokenSource(paths) as source, pytest.raises(DataError, match="data changed") as caught:
+        check_fingerprint(saved, source.fingerprint())
+    error = caught.value
+    assert error.where == "a_train_1.bin" and "--ignore_fingerprint" in error.hint
+    assert saved["files"][1]["sha256_ends"][:16] in error.expected
+    assert "sha256" in error.found and error.found != error.expected
+
+
+def test_fingerprint_of_fewer_files_and_of_another_order(tmp_path):
+    paths = [write(tmp_path / f"{i}.bin", 100, first=i) for i in range(2)]
+    both, one, turned = (TokenSource(p).fingerprint() for p in (paths, paths[:1], paths[::-1]))
+    with pytest.raises(DataError) as caught:
+        check_fingerprint(both, one)
+    assert caught.value.where == "1.bin" and "no such file" in caught.value.found
+    with pytest.raises(DataError, match="order of the files"):
+        check_fingerprint(both, turned)
+
+
+# ---- Finding the files ----
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["train.bin", "val.bin", "x_train_0.bin"], ["train.bin"]),
+        (["tiny_train.bin", "tiny_val.bin"], ["tiny_train.bin"]),
+        (
+            ["f_train_000002.bin", "f_train_000001.bin", "f_val_000000.bin"],
+            ["f_train_000001.bin", "f_train_000002.bin"],
+        ),
+        (["train_1.bin", "val_1.bin"], ["train_1.bin"]),
+    ],
+)
+def test_folder_by_name(tmp_path, names, expected):
+    for name in names:
+        write(tmp_path / "data" / "web[1]" / name, 100)
+    with open_split(DataConfig(dataset="web[1]", data_dir=str(tmp_path / "data")), "train") as source:
+        assert [os.path.basename(file.path) for file in source.files] == expected
+
+
+def test_npy_folder(tmp_path):
+    for split in ("train", "val"):
+        np.save(tmp_path / f"edufineweb_{split}_000001.npy", np.arange(100, dtype="<u2"))
+    with open_split(DataConfig(dataset=str(tmp_path)), "val", required=True) as source:
+        assert [os.path.basename(file.path) for file in source.files] == ["edufineweb_val_000001.npy"]
+
+
+@pytest.mark.parametrize("pattern", ["web/f_{split}_*.bin", "here/f_{split}_*.bin", "/f_{split}_*.bin"])
+def test_pattern(tmp_path, monkeypatch, pattern):
+    monkeypatch.chdir(tmp_path)
+    folder = {"web": "data/web", "here": "here", "": "."}[pattern.split("/")[0]]
+    for name in ("f_train_1.bin", "f_train_2.bin", "f_val_0.bin"):
+        write(tmp_path / folder / name, 100)
+    dataset = str(tmp_path) + pattern if pattern.startswith("/") else pattern
+    with open_split(DataConfig(dataset=dataset), "train") as source:
+        assert [os.path.basename(file.path) for file in source.files] == ["f_train_1.bin", "f_train_2.bin"]
+
+
+def test_pattern_that_matches_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "web" / "fineweb_train_0.bin", 100)
+    with pytest.raises(DataError) as caught:
+        open_split(DataConfig(dataset="web/finweb_{split}_*.bin"), "train")
+    error = caught.value
+    assert "web/finweb_train_*.bin" in error.where and str(tmp_path) in error.where
+    assert "fineweb_train_0.bin" in error.found and error.hint.startswith("python -m nanogpt_fast.prepare web")
+
+
+def test_pattern_without_split(tmp_path):
+    path = write(tmp_path / "train.bin", 100)
+    for dataset in (path, str(tmp_path / "*.bin")):
+        with pytest.raises(ConfigError, match="split"):
+            open_split(DataConfig(dataset=dataset), "train")
+
+
+def test_missing_dataset_folder(tmp_path):
+    (tmp_path / "shakespeare_char").mkdir()
+    with pytest.raises(DataError) as caught:
+        open_split(DataConfig(dataset="shakespear_char", data_dir=str(tmp_path)), "train")
+    error = caught.value
+    assert "did you mean 'shakespeare_char'" in error.what and "shakespeare_char" in error.found
+    assert error.hint == "python -m nanogpt_fast.prepare shakespear_char"
+    with pytest.raises(DataError, match="no folders"):
+        open_split(DataConfig(dataset="x", data_dir=str(tmp_path / "nowhere")), "train")
+
+
+@pytest.mark.parametrize("name", ["../secrets", "a/../../b", "..", "../f_{split}_*.bin"])
+def test_names_that_climb_out(tmp_path, name):
+    write(tmp_path / "secrets" / "train.bin", 100)
+    with pytest.raises(ConfigError, match="climbs out"):
+        open_split(DataConfig(dataset=name, data_dir=str(tmp_path / "data")), "train")
+
+
+def test_missing_validation_split(tmp_path, caplog):
+    write(tmp_path / "train.bin", 100)
+    data = DataConfig(dataset=str(tmp_path))
+    assert open_split(data, "val") is None
+    assert len(caplog.records) == 1 and "evaluation is off" in caplog.text
+    with pytest.raises(DataError, match="no val tokens") as caught:
+        open_split(data, "val", required=True)
+    assert "train.bin" in caught.value.found
+
+
+def test_missing_training_split(tmp_path):
+    with pytest.raises(DataError, match="no train tokens") as caught:
+        open_split(DataConfig(dataset=str(tmp_path)), "train")
+    assert "empty" in caught.value.found
