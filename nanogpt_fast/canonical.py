@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from nanogpt_fast.checkpoint import Checkpoint, check_model
@@ -169,7 +170,8 @@ def publish(dst: Path, force: bool = False) -> Iterator[Path]:
 
     Raises CheckpointError when dst exists and force is not set. What dst held is gone only after the new is in place.
     """
-    if dst.exists() and not force:
+    empty = dst.is_dir() and not any(dst.iterdir())
+    if dst.exists() and not (force or empty):
         raise CheckpointError(
             "the destination exists", where=str(dst), hint="choose another name, or add --force to replace it"
         )
@@ -184,9 +186,13 @@ def publish(dst: Path, force: bool = False) -> Iterator[Path]:
         if dst.is_dir():  # a rename replaces a file, but no folder that holds something
             dst.rename(old)
         new.replace(dst)
-    except OSError as error:
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # the last two are how torch and safetensors say "disk full"
+        raise CheckpointError("could not be written", where=str(dst), found=str(error).split("\n")[0]) from error
+    finally:
         if old.exists() and not dst.exists():
             old.rename(dst)
-        raise CheckpointError("could not be written", where=str(dst), found=str(error)) from error
-    finally:
         shutil.rmtree(workshop, ignore_errors=True)

@@ -36,8 +36,8 @@ from nanogpt_fast.rundir import aside, clean_stale, publish, sync
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 REQUIRED, OPTIONAL = (MODEL, STATE), (OPTIMIZER,)
-_STEP = re.compile(r"step_(\d{8,})")
-_WRAPPERS = re.compile(r"(?:_orig_mod\.|module\.)+")  # torch.compile's and DDP's prefixes
+_STEP = re.compile(r"step_(\d{8}|[1-9]\d{8,})")
+_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod\.|module\.)+")  # prefixes of torch.compile and DDP
 
 
 class SaveFailed(CheckpointError):

@@ -54,7 +54,9 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"unknown device {name!r}", where=f"--device={name}", expected="auto, cpu, cuda, cuda:N") from None
+        raise ConfigError(
+            f"unknown device {name!r}", where=f"--device={name}", expected="auto, cpu, cuda, cuda:N"
+        ) from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DeviceError(
             f"there is no device {name!r}",

@@ -85,15 +85,18 @@ def _assignments(statement: ast.stmt, names: dict[str, Any]) -> list[tuple[str, 
         case ast.Import() | ast.ImportFrom() | ast.Expr(value=ast.Constant(value=str())):
             return []
         case ast.Assign(targets=targets, value=expression):
-            value = _fold(expression, names)
+            pass
         case ast.AnnAssign(target=target, value=ast.expr() as expression):
-            targets, value = [target], _fold(expression, names)
+            targets = [target]
         case _:
             raise _Refused(statement, "it is not an assignment")
+    keys = []
     for target in targets:
         if not isinstance(target, ast.Name):
             raise _Refused(target, "only a plain name can be set")
-    return [(target.id, value) for target in targets if isinstance(target, ast.Name)]
+        keys.append(target.id)
+    value = _fold(expression, names)
+    return [(key, value) for key in keys]
 
 
 def _fold(node: ast.expr, names: dict[str, Any]) -> Any:

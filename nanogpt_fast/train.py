@@ -117,7 +117,11 @@ def load_weights(config: Config, say: Any) -> Restored:
     restored = restore(config.run.init_from, config.run.out_dir, config.data.data_dir)
     for line in restored.skipped:
         say(f"WARNING: {line}")
-    say(f"Resuming training from {restored.source}" if config.run.init_from == "resume" else f"weights: {restored.source}")
+    say(
+        f"Resuming training from {restored.source}"
+        if config.run.init_from == "resume"
+        else f"weights: {restored.source}"
+    )
     return restored
 
 
@@ -228,9 +232,7 @@ def run_facts(config: Config, shape: GPTConfig, start: int, dtype: torch.dtype, 
 def describe(config: Config) -> str:
     """--dry_run: the resolved configuration, and what it asks for."""
     m = config.model
-    shape = GPTConfig(
-        **{**vars(m), "vocab_size": m.vocab_size or GPT2_PADDED, "block_size": config.data.block_size}
-    )
+    shape = GPTConfig(**{**vars(m), "vocab_size": m.vocab_size or GPT2_PADDED, "block_size": config.data.block_size})
     device = distributed.resolve_device(config.system.device)
     dtype = distributed.resolve_dtype(config.system.dtype, device, config.data.data_order)
     tokens = config.tokens_per_iter * (config.optim.max_iters + 1)
@@ -255,7 +257,9 @@ def finish(config: Config, model: GPT, tokenizer: dict[str, Any]) -> None:
     run = config.run
     if run.sample_at_end:
         print("---------------")
-        for piece in sample_text(model.eval(), from_json(tokenizer), "\n", max_new_tokens=run.sample_at_end, seed=run.seed):
+        for piece in sample_text(
+            model.eval(), from_json(tokenizer), "\n", max_new_tokens=run.sample_at_end, seed=run.seed
+        ):
             print(piece, end="", flush=True)
         print("\n---------------")
     print(

@@ -185,7 +185,10 @@ class Trainer:
                 hint=f"resume from {self.out_dir} with a lower --learning_rate, or --grad_clip=1.0",
             )
         tokens_per_s = self.config.tokens_per_iter / seconds
-        mfu = {name: flops / seconds / self.peak / self.world.size if self.peak else None for name, flops in self._flops.items()}
+        mfu = {
+            name: flops / seconds / self.peak / self.world.size if self.peak else None
+            for name, flops in self._flops.items()
+        }
         now_mfu = mfu["nanogpt"]
         if now_mfu is not None and iteration - self.start >= 5:  # nanoGPT: let the loop settle first
             self._mfu = now_mfu if self._mfu < 0 else 0.9 * self._mfu + 0.1 * now_mfu

@@ -86,12 +86,11 @@ def write(weights: Weights, dst: Path, to: Format, *, dtype: torch.dtype = torch
         return _write_native(weights, dst, force)
     if to == "nanogpt" and dst.suffix != ".pt":
         dst = dst / "ckpt.pt"
-    if force and dst.exists() and sniff(dst) != to:
+    if force and dst.exists() and not _replaceable(dst, to):
         raise CheckpointError(
-            "the destination is something else, and is not replaced",
+            f"the destination is no {FORMATS[to]}; --force replaces nothing else",
             where=str(dst),
-            expected=FORMATS[to],
-            found=FORMATS[sniff(dst)],
+            hint="choose another name, or remove it yourself",
         )
     with publish(dst, force) as new:
         if to == "nanogpt":
@@ -101,6 +100,15 @@ def write(weights: Weights, dst: Path, to: Format, *, dtype: torch.dtype = torch
         else:
             llmc.write(weights, new, dtype)
     return dst
+
+
+def _replaceable(dst: Path, to: Format) -> bool:
+    if dst.is_dir() and not any(dst.iterdir()):
+        return True
+    try:
+        return sniff(dst) == to
+    except CheckpointError:
+        return False
 
 
 def _read_native(path: Path) -> Weights:

@@ -195,15 +195,15 @@ def qkv_attention(
     return attention(qkv, p, seed, site, doc_ids).reshape(B, T, C)
 
 
-def cached_attention(
-    y: Tensor, w_qkv: Tensor, b_qkv: Tensor | None, n_head: int, cache: Tensor, start: int
-) -> Tensor:
+def cached_attention(y: Tensor, w_qkv: Tensor, b_qkv: Tensor | None, n_head: int, cache: Tensor, start: int) -> Tensor:
     """qkv_attention of T new tokens at positions start... against a cache [2, B, H, T_max, D] of keys and values,
     which receives theirs; no dropout, no gradient. y [B, T, C] -> o [B, T, C]."""
     B, T, C = y.shape
-    q, k, v = F.linear(y, w_qkv, None if b_qkv is None else b_qkv.to(y.dtype)).view(
-        B, T, 3, n_head, C // n_head
-    ).permute(2, 0, 3, 1, 4)
+    q, k, v = (
+        F.linear(y, w_qkv, None if b_qkv is None else b_qkv.to(y.dtype))
+        .view(B, T, 3, n_head, C // n_head)
+        .permute(2, 0, 3, 1, 4)
+    )
     cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v
     keys, values = cache[0, :, :, : start + T], cache[1, :, :, : start + T]
     allowed = torch.ones(T, start + T, dtype=torch.bool, device=y.device).tril(start)
