@@ -272,9 +272,9 @@ def adamw_(
     """One AdamW update, in place, of flat float32 buffers [N]; p, when given, receives master in its own dtype.
 
     scalars: LR, STEP (updates applied so far; this call adds 1), MAX_NORM (0 switches clipping off), LOSS_SCALE (g is
-    multiplied by it), GRAD_NORM (norm of g as it stands, so with LOSS_SCALE in it). segments: (start, end, weight decay).
-    A non-finite GRAD_NORM writes nothing at all. g is left in any state: the step zeroes it. Source: Loshchilov and Hutter, arXiv 1711.05101; clipping as
-    torch.nn.utils.clip_grad_norm_.
+    multiplied by it), GRAD_NORM (norm of g as it stands, LOSS_SCALE included). segments: (start, end, weight decay).
+    A non-finite GRAD_NORM writes nothing at all. g is left in any state: the step zeroes it.
+    Source: Loshchilov and Hutter, arXiv 1711.05101; clipping as torch.nn.utils.clip_grad_norm_.
     """
     lr, step, max_norm, loss_scale, norm = scalars.tolist()
     if not math.isfinite(norm):
