@@ -4,8 +4,8 @@
 
 Three figures for each batch shape: tokens/s of the loader alone; how long next() blocks beside a training-like step
 (forward and backward of a small MLP on the CPU); and what that step takes longer than on one fixed batch. Variants are
-interleaved and medians taken over the rounds. The process is a spawned one that fills a ring of shared tensors; it lives here, for
-the comparison only.
+interleaved and medians taken over the rounds. The process is a spawned one that fills a ring of shared tensors; it
+lives here, for the comparison only.
 """
 
 import argparse
@@ -110,9 +110,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, {args.threads} threads, {os.cpu_count()} cores")
-    print(
-        f"{'batch':>9} {'from':<8} {'alone: us/batch':>16} {'M tokens/s':>11} {'next() us':>10} {'added us':>9} {'of us':>7}"
-    )
+    print(f"{'batch':>9} {'from':<8} {'alone us':>9} {'M tokens/s':>11} {'next() us':>10} {'added us':>9} {'of us':>7}")
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "train.bin")
         np.random.default_rng(1).integers(0, 50257, TOKENS, dtype=np.uint16).tofile(path)
@@ -138,7 +136,7 @@ def compare(path: str, batch: int, block: int, step: Callable, seconds: float, r
     for name, source in sources.items():
         alone, fetch, added, floor = map(statistics.median, zip(*figures[name]))
         rate = batch * block / alone
-        print(f"{batch:>4}x{block:<4} {name:<8} {alone:16.1f} {rate:11.1f} {fetch:10.1f} {added:9.0f} {floor:7.0f}")
+        print(f"{batch:>4}x{block:<4} {name:<8} {alone:9.1f} {rate:11.1f} {fetch:10.1f} {added:9.0f} {floor:7.0f}")
         source.close()
 
 

@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,8 +27,8 @@ def write(folder, count=3000, name="train.bin", dtype="<u2") -> str:
     return path
 
 
-def shuffled(path, **options) -> Loader:
-    options = {"batch_size": B, "accumulation": 4, "vocab_size": 65536} | options
+def shuffled(path, **options: Any) -> Loader:
+    options = {"batch_size": B, "accumulation": 4, "vocab_size": 65536, **options}
     return Loader(ShuffleOrder(TokenSource([path]), T, seed=1337), **options)
 
 
