@@ -95,7 +95,7 @@ def save(out_dir: Path, checkpoint: Checkpoint, *, keep_last: int) -> Path:
         raise SaveFailed(
             outcome,
             where=str(final),
-            expected=f"room for {4e-9 * numbers:.2f} GB" if full else "",
+            expected=f"room for {4e-6 * numbers:,.1f} MB" if full else "",
             found=error.strerror or str(error),
             hint=f"{'free some space' if full else 'check the disk and its mount'}: the next save tries again",
         ) from error
