@@ -88,14 +88,17 @@ class _SplitFiles:
         while len(tokens):
             shard, at = self._place(self.tokens)
             if self._file is None:
-                self._file = open(self.path(shard), "r+b" if at else "wb", buffering=0)  # noqa: SIM115
-                self._file.seek(self.header_bytes + at * TOKEN_BYTES)  # an unfinished shard's header is zeros
+                self._open(shard, at)
             room = self.shard_tokens - at if self.shard_tokens else len(tokens)
             _write_all(self._file, tokens[:room].astype("<u2").tobytes())
             self.tokens += len(tokens[:room])
             if len(tokens) >= room and self.shard_tokens:
                 self.close()
             tokens = tokens[room:]
+
+    def _open(self, shard: int, at: int) -> None:
+        self._file = open(self.path(shard), "r+b" if at else "wb", buffering=0)  # noqa: SIM115
+        self._file.seek(self.header_bytes + at * TOKEN_BYTES)  # an unfinished shard's header is zeros
 
     def sync(self) -> None:
         if self._file:
@@ -127,6 +130,8 @@ class _SplitFiles:
             if not path.is_file() or path.stat().st_size < size:
                 return False
             os.truncate(path, size)
+        if at:  # even if no token follows, it has to be closed with its header
+            self._open(last, at)
         self.tokens = tokens
         return True
 
@@ -169,6 +174,7 @@ class TokenWriter:
         if not all(held):
             self.documents, self.state = 0, None
             for split in self.splits.values():
+                split.abandon()
                 split.tokens = 0
             return False
         self.committed = self.tokens
