@@ -116,7 +116,7 @@ def find_preset(name: str) -> Path:
 
 
 def to_toml(config: Any) -> str:
-    """A resolved Config, or a flat dataclass, as TOML that loads back equal. None is left out: TOML has no null."""
+    """A Config, or a flat dataclass of scalars, as TOML that loads back equal. None is left out: TOML has no null."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     sections = {name: value for name, value in values.items() if dataclasses.is_dataclass(value)}
     rows = [f"{k} = {_toml_value(v)}" for k, v in values.items() if k not in sections and v is not None]
@@ -129,8 +129,6 @@ def _toml_value(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, int | float):
         return repr(value)
-    if isinstance(value, tuple | list):
-        return f"[{', '.join(_toml_value(item) for item in value)}]"
     return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's, but DEL
 
 
