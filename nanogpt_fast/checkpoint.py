@@ -238,7 +238,7 @@ def _best_step(losses: dict[int, float]) -> int | None:
 def _prune(out_dir: Path, saved: int, keep_last: int) -> None:
     """Rename what may go to `.trash-...`: deleted in place, a kill would leave half a directory with a good name."""
     losses = {step: loss for step, loss in _val_losses(out_dir).items() if step <= saved}
-    keep = {saved, _best_step(losses), *list(losses)[-keep_last:]}
+    keep = {_best_step(losses), *list(losses)[-keep_last:]}
     steps = list_steps(out_dir)
     for step in losses.keys() - keep:
         if not steps[step].is_symlink():

@@ -38,6 +38,12 @@ def test_wrapper_prefixes_are_stripped(prefix):
     assert fitted.optimizer.keys() == plain.optimizer.keys()
 
 
+def test_a_prefix_is_stripped_at_a_dot_only():
+    checkpoint = tiny_checkpoint(1)
+    checkpoint.model["submodule.weight"] = torch.zeros(1)
+    assert "submodule.weight (unexpected)" in refusal(checkpoint)
+
+
 def test_a_tensor_given_twice_is_refused_rather_than_chosen():
     checkpoint = tiny_checkpoint(1)
     checkpoint.model["module." + FC] = torch.zeros(16, 4)
