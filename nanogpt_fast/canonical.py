@@ -51,7 +51,7 @@ class Weights:
     def used_vocab(self) -> int:
         """Tokens the tokenizer can produce: vocab_size without its padding rows."""
         vocab = self.model_args.vocab_size
-        if self.tokenizer and self.tokenizer.get("kind") == "char":
+        if self.tokenizer and self.tokenizer.get("itos"):
             return min(vocab, len(self.tokenizer["itos"]))
         return min(vocab, GPT2_VOCAB) if self.is_gpt2_vocab else vocab
 

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from nanogpt_fast import checkpoint, huggingface, llmc, nanogpt_ckpt
-from nanogpt_fast.canonical import Weights, checked, publish
+from nanogpt_fast.canonical import Weights, checked, model_config, publish
 from nanogpt_fast.checkpoint import Checkpoint
 from nanogpt_fast.config import GPTConfig
 from nanogpt_fast.errors import CheckpointError
@@ -119,13 +119,14 @@ def _read_native(path: Path) -> Weights:
         for line in skipped:
             warnings.warn(line, stacklevel=3)
     state, known = found.state, {f.name for f in fields(GPTConfig)}
+    best = state.get("best_val_loss")  # null until a first evaluation
     weights = Weights(
-        model_args=GPTConfig(**{key: value for key, value in found.model_args.items() if key in known}),
+        model_args=model_config(str(path), **{key: value for key, value in found.model_args.items() if key in known}),
         model=found.model,
         optimizer=found.optimizer or None,
         optimizer_step=state.get("optimizer_step", found.step),
         step=found.step,
-        best_val_loss=state.get("best_val_loss", math.inf),
+        best_val_loss=math.inf if best is None else best,
         config=state.get("config", {}),
         tokenizer=state.get("tokenizer"),
     )

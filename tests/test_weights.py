@@ -51,10 +51,11 @@ def test_sniff_says_what_it_found_instead(tmp_path):
 def test_native_source_may_be_an_out_dir_its_newest_counts(tmp_path):
     old, new = random_weights(seed=1), dataclasses.replace(random_weights(seed=2), step=20)
     for weights in (new, old):
-        model_args = dataclasses.asdict(weights.model_args)
-        save(tmp_path, Checkpoint(weights.step, model_args, weights.model), keep_last=5)
+        model_args, state = dataclasses.asdict(weights.model_args), {"best_val_loss": None, "tokenizer": None}
+        save(tmp_path, Checkpoint(weights.step, model_args, weights.model, state=state), keep_last=5)
     found = read(tmp_path)
     assert found.step == 20 and found.optimizer is None
+    assert read(write(found, tmp_path / "ckpt.pt", "nanogpt")).best_val_loss == float("inf")  # never evaluated
     assert same_tensors(found.model, new.model)
 
 
