@@ -73,7 +73,7 @@ def parse(cls: type[T], argv: list[str], *, prog: str, description: str = "", de
                 cls,
                 prog=prog,
                 description=description,
-                args=[f"--{key}={setting.value}" for key, setting in settings.items()] + words,
+                args=words + [f"--{key}={setting.value}" for key, setting in settings.items()],
                 use_underscores=True,
                 config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
                 **own_defaults,
@@ -86,8 +86,8 @@ def parse(cls: type[T], argv: list[str], *, prog: str, description: str = "", de
                 print(_TRAIN_HELP.format(prog=prog, presets=presets))
             raise
         plain = re.sub(r"\x1b\[[0-9;]*m", "", console.getvalue())
-        rows = [row.strip("│╭╰╮╯─|+- ") for row in plain.splitlines()]
-        told = " ".join(row for row in rows if row and not row.startswith(("For full helptext", prog)))
+        rows = [row.strip("│╭╰╮╯─|+ ") for row in plain.splitlines()]
+        told = " ".join(row for row in rows if row.strip("-") and not row.startswith(("For full helptext", prog)))
         raise ConfigError(told, where=_LINE, hint=f"{prog} --help") from None
     except ConfigError as error:  # of a range check: add which file or flag brought the values it names
         keys = re.findall(r"(\w+) = ", error.where)
