@@ -18,6 +18,12 @@ from nanogpt_fast.tokens import TokenSource
 T, B = 8, 3
 
 
+@pytest.fixture(autouse=True)
+def short_plans(monkeypatch):
+    """Plan a few steps at a time, so that these short runs cross from one plan to the next."""
+    monkeypatch.setattr(data_module, "PLAN_ROWS", 30)
+
+
 def write(folder, count=3000, name="train.bin", dtype="<u2") -> str:
     """Tokens that are their own positions."""
     path = str(folder / name)
@@ -86,6 +92,22 @@ def test_resume_continues_the_order(tmp_path, stop):
     resumed = shuffled(path, start_sample=seen)
     assert resumed.samples_seen == seen and resumed.epoch == seen / (3000 // T - 1)
     assert take(resumed, 60 - stop) == straight[stop:]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs a CUDA device")
+def test_pinned_batches_survive_a_copy_that_lags_behind(tmp_path):
+    path = write(tmp_path)
+    expected = take(shuffled(path), 50)
+    with shuffled(path, pin_memory=True) as loader:
+        copies = []
+        for _ in range(50):
+            batch = next(loader)
+            assert batch.is_pinned()
+            torch.cuda._sleep(1_000_000)  # the copies queue up behind this while the worker runs ahead
+            copies.append(batch.to("cuda", non_blocking=True))
+            del batch
+    assert [copy.cpu().tolist() for copy in copies] == expected
 
 
 def test_a_held_batch_is_never_written_again(tmp_path):

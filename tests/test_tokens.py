@@ -82,19 +82,21 @@ def test_reads_that_stop_early_are_continued(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
 def test_network_errors_are_retried_then_reported(tmp_path, monkeypatch, no_pause, caplog, code):
-    whole, failures, opened = tokens_module._pread, [3], []
+    whole, failures, tries, opened, os_open = tokens_module._pread, [3], [], [], os.open
 
     def flaky(fd, view, offset):
-        opened.append(fd)
+        tries.append(fd)
         if failures[0] > 0:
             failures[0] -= 1
             raise OSError(code, os.strerror(code))
         return whole(fd, view, offset)
 
     monkeypatch.setattr(tokens_module, "_pread", flaky)
+    monkeypatch.setattr(os, "open", lambda *args: opened.append(args) or os_open(*args))
     with TokenSource([write(tmp_path / "train.bin", 100)]) as source:
         assert source.read(0, 5, 2).tolist() == [5, 6]
-        assert len(opened) == 4 and caplog.text.count("try ") == 3
+        assert len(tries) == 4 and caplog.text.count("try ") == 3
+        assert len(opened) == 4  # a stale handle stays stale: each try opens the file again
         failures[0] = 4
         with pytest.raises(DataError, match="cannot be read") as caught:
             source.read(0, 5, 2)
