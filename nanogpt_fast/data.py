@@ -13,11 +13,11 @@ Why a thread: bench/loader.py on 2 EPYC cores, files in the page cache, microsec
     12x1024     30 / 404      46 / 263       54 / 227
     64x1024    140 / 466     158 / 409      185 / 350
 
-A process is slower, takes seconds to start and a second copy of torch. The thread wins nothing on such reads alone
-(the hand-over costs 16 us); it is there for the ones that miss the page cache, and so that next() costs a GPU's launch
-loop only a queue's get. Where every core is busy with other work, to wake a thread can cost the consumer its time slice: beside a
-24 ms step at a load of 8 on 2 cores, next() took 0.09 ms in the median and 9 ms in the slowest tenth, against 0.36 and
-0.72 ms when it read by itself (prefetch=0).
+A process is slower, takes 3 s to start and a second copy of torch. The thread wins nothing on such reads alone (the
+hand-over costs 16 us); it is there for the ones that miss the page cache, and so that next() costs a GPU's launch loop
+no more than a queue's get. Where every core is busy with other work, to wake a thread can cost the consumer its time
+slice: beside a 24 ms step at a load of 8 on 2 cores, next() took 0.09 ms in the median and 9 ms in the slowest tenth,
+against 0.36 and 0.72 ms when it read by itself (prefetch=0).
 """
 
 import queue
