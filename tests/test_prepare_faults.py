@@ -1,0 +1,91 @@
+"""Interrupted from outside: kill -9, Ctrl-C and a disk that is really full."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nanogpt_fast.meta import read_meta, verify
+from nanogpt_fast.prepare import PrepareConfig, prepare
+
+# The command itself, with small steps that take long enough to be hit.
+DRIVER = """
+import sys, time
+from nanogpt_fast import encode, prepare, token_writer
+from nanogpt_fast.errors import run_command
+encode.BATCH_CHARS, prepare.COMMIT_TOKENS = 2000, 5000
+commit = token_writer.TokenWriter.commit
+def slow_commit(self, documents, state):
+    commit(self, documents, state)
+    print(documents, flush=True)
+    time.sleep(float(sys.argv.pop()))
+token_writer.TokenWriter.commit = slow_commit
+sys.argv += ["0.05"] * 1000
+if __name__ == "__main__":
+    run_command(lambda argv: prepare.main(argv[:4]))
+"""
+ARGV = ["mine", "--source=corpus.jsonl", "--tokenizer=char", "--out=made/mine"]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("driver.py").write_text(DRIVER)
+    rows = ({"text": f"Document {i}. " + "Some words. " * (i % 17)} for i in range(3000))
+    Path("corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+
+
+@pytest.mark.parametrize(("sign", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("commits", [1, 4])
+def test_an_interrupted_run_looks_unfinished_and_resumes(corpus: Path, sign: int, code: int, commits: int) -> None:
+    command = [sys.executable, "driver.py", *ARGV]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment(), text=True) as run:
+        assert run.stdout
+        documents = [int(run.stdout.readline()) for _ in range(commits)][-1]
+        time.sleep(0.02)
+        run.send_signal(sign)
+        assert run.wait(30) == code
+    folder = Path("made/mine")
+    assert read_meta(folder) is None and not list(folder.glob("*.bin"))
+    journal = json.loads((folder / ".partial/journal.json").read_text())
+    assert 0 < documents <= journal["documents"] < 3000
+    resumed = prepare(PrepareConfig(name="mine", source="corpus.jsonl", tokenizer="char", out="made/mine"))
+    straight = prepare(PrepareConfig(name="mine", source="corpus.jsonl", tokenizer="char", out="made/straight"))
+    assert resumed.splits == straight.splits and not (folder / ".partial").exists()
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(corpus: Path) -> None:
+    """A real ENOSPC, on a small file system of its own in a user namespace."""
+    if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("user namespaces (unshare -rm) are not permitted here")
+    script = (
+        "mkdir small && mount -t tmpfs -o size=256k tmpfs small || exit 77;"
+        f"'{sys.executable}' -m nanogpt_fast.prepare mine --source=corpus.jsonl --tokenizer=char --out=small/mine;"
+        "code=$?; ls -A small; exit $code"
+    )
+    done = subprocess.run(["unshare", "-rm", "bash", "-c", script], capture_output=True, text=True, env=environment())
+    if done.returncode == 77:
+        pytest.skip("a tmpfs cannot be mounted here")
+    assert done.returncode == 3 and done.stdout == "", done.stdout + done.stderr
+    assert "the disk is full" in done.stderr and "--out" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_ranks_that_ensure_at_once_all_find_the_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = "from nanogpt_fast.prepare import ensure; print(ensure('stdlib', 'made'))"
+    command = [sys.executable, "-c", code]
+    ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) for _ in range(3)]
+    assert [rank.communicate(timeout=120)[0] for rank in ranks] == [f"{Path('made/stdlib')}\n"] * 3
+    assert [rank.returncode for rank in ranks] == [0, 0, 0]
+    verify(Path("made/stdlib"))
