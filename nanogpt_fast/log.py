@@ -27,6 +27,7 @@ class RunLog:
         self._file = self._wandb = self._tensorboard = self._progress = None
         if not enabled:
             return
+        out_dir.mkdir(parents=True, exist_ok=True)
         self._file = (out_dir / "metrics.jsonl").open("a", buffering=1)
         if config.tensorboard:
             self._tensorboard = _summary_writer(out_dir / "tensorboard")

@@ -23,7 +23,7 @@ from nanogpt_fast.ops import select_ops
 from nanogpt_fast.optim import AdamW, FlatParameters
 from nanogpt_fast.orders import NanogptOrder, ShuffleOrder
 from nanogpt_fast.restore import Restored, restore
-from nanogpt_fast.rundir import RunLock, probe_writable
+from nanogpt_fast.rundir import RunLock, clean_stale, probe_writable
 from nanogpt_fast.sample import sample_text
 from nanogpt_fast.step import TrainStep
 from nanogpt_fast.tokenizer import from_json
@@ -42,8 +42,8 @@ def main(argv: list[str]) -> int:
         stack.callback(world.close)
         say = print if world.is_main else lambda *_: None
         say(f"tokens per iteration will be: {config.tokens_per_iter:,}")
-        claim_out_dir(config, world, stack)
         restored = None if config.run.init_from == "scratch" else load_weights(config, say)
+        claim_out_dir(config, world, stack)
         sources, vocab_size, tokenizer = open_data(config, stack, say)
         shape = shape_of(config, restored, vocab_size, say)
         generator = torch.Generator().manual_seed(config.run.seed + world.rank)
@@ -88,6 +88,8 @@ def main(argv: list[str]) -> int:
             start,
             resumed.state.get("best_val_loss") or float("inf") if resumed else float("inf"),
         )
+        if world.is_main and not config.run.eval_only:
+            begin_out_dir(config, shape, start)
         code = trainer.run()
         log.close()
         if code == 0 and world.is_main and not config.run.eval_only:
@@ -99,16 +101,22 @@ def main(argv: list[str]) -> int:
 
 
 def claim_out_dir(config: Config, world: World, stack: ExitStack) -> None:
-    """Lock the output directory, prove that it can be written, and move an older run's checkpoints out of the way."""
-    if not world.is_main:
+    """Prove that the output directory can be written, lock it, and sweep up after a killed run."""
+    if not world.is_main or config.run.eval_only:
         return
     out_dir = Path(config.run.out_dir)
     probe_writable(out_dir)
     stack.enter_context(RunLock(out_dir))
-    if config.run.eval_only:
-        return
-    if config.run.init_from != "resume" and (moved := checkpoint.set_aside_later(out_dir, -1)):
-        print(f"this run starts anew: the checkpoints of an earlier one are now in {moved}")
+    for line in clean_stale(out_dir / "checkpoints"):
+        print(line)
+
+
+def begin_out_dir(config: Config, shape: GPTConfig, start: int) -> None:
+    """Once nothing can fail before the first step: is there room, move checkpoints of an abandoned future aside."""
+    out_dir = Path(config.run.out_dir)
+    probe_writable(out_dir, need_bytes=12 * shape.num_params(non_embedding=False))
+    if moved := checkpoint.set_aside_later(out_dir, start if config.run.init_from == "resume" else -1):
+        print(f"checkpoints of an earlier run, which this one does not continue, are now in {moved}")
     (out_dir / "config.toml").write_text(to_toml(config.replace(dry_run=False)))
 
 

@@ -56,7 +56,7 @@ class Trainer:
         run, self._iteration = self.config.run, self.start
         with StopSignals() as stop:
             self.log.start(self.start)
-            self._tick, self._since_log = time.perf_counter(), 0
+            self._restart_clock()
             for iteration in range(self.start, self.config.optim.max_iters + 1):
                 self.optimizer.set_lr(learning_rate(iteration, self.config.optim))
                 if iteration % run.eval_interval == 0 or run.eval_only:
@@ -99,7 +99,7 @@ class Trainer:
         self._val_loss = val
         if iteration > self.start and (improved or self.config.run.always_save_checkpoint):
             self.save(iteration)
-        self._tick, self._since_log = time.perf_counter(), 0  # neither evaluating nor saving counts as training time
+        self._restart_clock()  # neither evaluating nor saving counts as training time
 
     def _estimate(self, iteration: int) -> dict[str, float] | None:
         """Mean losses by split. Every rank takes a share, but in nanoGPT's order rank 0 alone draws, as there."""
@@ -168,6 +168,10 @@ class Trainer:
             self.log.line(f"saving checkpoint to {path}")
 
     # ---- figures ----
+
+    def _restart_clock(self) -> None:
+        self._tick, self._since_log = time.perf_counter(), 0
+        self.loader.take_wait()
 
     def _log_iteration(self, iteration: int, result: StepResult) -> None:
         loss = result.loss.double()

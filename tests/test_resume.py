@@ -1,0 +1,94 @@
+"""A run cut in two is the run in one piece: parameters, moments, losses, bit for bit, dropout on, mid-epoch."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_run import metrics, train, write_dataset
+
+from nanogpt_fast import checkpoint
+from nanogpt_fast.errors import DataError
+from nanogpt_fast.train import main
+
+CUT, END = 100, 200
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_dataset(tmp_path, tokens=5_003)  # 625 windows, 3.2 batches of 4 x 2 short of a whole number an epoch
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(dropout=0.2, gradient_accumulation_steps=2),
+        dict(dropout=0.2, dtype="bfloat16", bias=True, activation="gelu_tanh"),
+        dict(dtype="float16", max_iters=60),  # the loss scale and its counter too; slow on a CPU, so fewer steps
+    ],
+    ids=["float32", "bfloat16", "float16"],
+)
+def test_half_and_resume_is_bitwise_the_whole(folder: Path, changes: dict):
+    end = changes.pop("max_iters", END)
+    cut = end // 2
+    train(folder, max_iters=end, eval_interval=cut, **changes)
+    whole = checkpoint.load(folder / f"out/checkpoints/step_{end:08d}")
+    losses, evals = metrics(folder, "train", "loss"), metrics(folder, "eval", "val_loss")
+    shutil.rmtree(folder / "out")
+
+    train(folder, max_iters=cut, eval_interval=cut, **changes)
+    train(folder, max_iters=end, eval_interval=cut, init_from="resume", **changes)
+    resumed = checkpoint.load(folder / f"out/checkpoints/step_{end:08d}")
+    assert metrics(folder, "train", "loss") == losses and metrics(folder, "eval", "val_loss") == evals
+    for kind in ("model", "optimizer"):
+        ours, theirs = getattr(resumed, kind), getattr(whole, kind)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs) and len(ours) == len(theirs) > 0
+    assert resumed.state["samples_seen"] == whole.state["samples_seen"]
+    assert resumed.state["optimizer_step"] == whole.state["optimizer_step"]
+
+
+def test_resuming_with_the_written_config_needs_no_other_flag(folder: Path):
+    train(folder, max_iters=10)
+    assert main(["--config", str(folder / "out/config.toml"), "--init_from=resume", "--max_iters=20"]) == 0
+    assert max(metrics(folder, "train", "loss")) == 20
+
+
+def test_a_damaged_newest_checkpoint_is_skipped_and_named(folder: Path, capsys: pytest.CaptureFixture[str]):
+    train(folder, max_iters=20)
+    path = folder / "out/checkpoints/step_00000020/model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x40
+    path.write_bytes(data)
+    train(folder, max_iters=20, init_from="resume")
+    out = capsys.readouterr().out
+    assert "step_00000020" in out and "model.safetensors" in out and "step_00000010" in out
+    assert checkpoint.load(folder / "out/checkpoints/step_00000020")  # written anew
+
+
+def test_changed_data_are_refused_unless_accepted(folder: Path):
+    train(folder, max_iters=10)
+    tokens = np.fromfile(folder / "data/toy/train.bin", np.uint16)
+    tokens[:100] = 0
+    tokens.tofile(folder / "data/toy/train.bin")
+    with pytest.raises(DataError, match="changed since the checkpoint"):
+        train(folder, init_from="resume")
+    assert train(folder, init_from="resume", ignore_fingerprint=True) == 0
+
+
+def test_the_schedule_may_change_and_the_data_order_goes_on(folder: Path):
+    """Another batch size on resume: the samples go on where they were, not at iteration x the new batch."""
+    train(folder, max_iters=10)
+    train(folder, max_iters=20, init_from="resume", batch_size=8, learning_rate=1e-4)
+    state = json.loads((folder / "out/checkpoints/step_00000020/state.json").read_text())["state"]
+    assert state["samples_seen"] == 10 * 4 + 10 * 8
+
+
+def test_finetuning_starts_at_zero_with_fresh_moments(folder: Path):
+    train(folder, max_iters=10)
+    shutil.move(folder / "out", folder / "first")
+    train(folder, max_iters=10, init_from=folder / "first", always_save_checkpoint=True)
+    state = checkpoint.load(folder / "out/checkpoints/step_00000010").state
+    assert state["optimizer_step"] == 10 and min(metrics(folder, "train", "loss")) == 0

@@ -1,0 +1,174 @@
+"""The trainer as a user runs it: it learns, evaluates, saves, stops and says so."""
+
+import math
+import re
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_run import VOCAB, flags, metrics, train, train_process, write_dataset
+
+from nanogpt_fast import checkpoint
+from nanogpt_fast.errors import CheckpointError, ConfigError, DataError, DeviceError, DivergedError
+from nanogpt_fast.train import main
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_dataset(tmp_path)
+    return tmp_path
+
+
+def test_it_learns_and_prints_nanogpts_lines(folder: Path, capsys: pytest.CaptureFixture[str]):
+    assert train(folder, max_iters=150, eval_interval=50) == 0
+    val = metrics(folder, "eval", "val_loss")
+    assert val[0] == pytest.approx(math.log(VOCAB), abs=0.1) and val[150] < 2.0  # ln 3 = 1.10 is the floor
+    out = capsys.readouterr().out
+    assert re.search(r"^tokens per iteration will be: 32$", out, re.MULTILINE)
+    assert re.search(r"^step 50: train loss \d\.\d{4}, val loss \d\.\d{4}", out, re.MULTILINE)
+    assert re.search(r"^iter 7: loss \d\.\d{4}, time \d+\.\d\dms, mfu \d+\.\d\d%", out, re.MULTILINE)
+    assert re.search(r"^iter 0: .* mfu -100\.00%", out, re.MULTILINE)  # nanoGPT's mark of "not settled yet"
+    assert sorted(metrics(folder, "train", "loss")) == list(range(151))  # max_iters + 1 steps, as nanoGPT
+
+
+def test_all_dtypes_and_accumulation_train(folder: Path):
+    losses = {}
+    for dtype in ("float32", "bfloat16", "float16"):
+        train(folder, dtype=dtype, gradient_accumulation_steps=2, bias=True, max_iters=60, eval_interval=60)
+        losses[dtype] = metrics(folder, "eval", "val_loss")[60]
+    assert max(losses.values()) < 2.6, losses
+
+
+def test_eval_only_evaluates_and_writes_nothing(folder: Path):
+    train(folder, eval_only=True)
+    assert list(metrics(folder, "eval", "val_loss")) == [0] and not metrics(folder, "train", "loss")
+    assert not (folder / "out/checkpoints").exists()
+
+
+def test_full_evaluation_covers_the_split(folder: Path):
+    train(folder, eval_only=True, eval_mode="full")
+    train(folder, eval_only=True, eval_mode="full", batch_size=7)
+    first, second = [line for line in (folder / "out/metrics.jsonl").read_text().splitlines() if '"eval"' in line]
+    assert re.search(r'"val_loss": ([\d.]+)', first)[1][:8] == re.search(r'"val_loss": ([\d.]+)', second)[1][:8]
+
+
+def test_saves_only_improvements_when_asked(folder: Path):
+    train(folder, always_save_checkpoint=False, max_iters=40, eval_interval=10, learning_rate=0.0, min_lr=0.0)
+    assert len(checkpoint.list_steps(folder / "out")) <= 4
+    losses, saved = metrics(folder, "eval", "val_loss"), set(checkpoint.list_steps(folder / "out"))
+    best = math.inf
+    improved = {i for i in sorted(losses) if losses[i] < best and ((best := losses[i]) or True)} - {0}
+    assert saved == set(sorted(improved)[-3:])  # keep_last 2, and the best, which is the newest
+
+
+def test_a_new_run_sets_an_older_ones_checkpoints_aside(folder: Path, capsys: pytest.CaptureFixture[str]):
+    train(folder)
+    train(folder, max_iters=10)
+    assert list(checkpoint.list_steps(folder / "out")) == [10]
+    assert "checkpoints.abandoned-1" in capsys.readouterr().out
+
+
+def test_validation_data_may_be_missing(folder: Path):
+    (folder / "data/toy/val.bin").unlink()
+    assert train(folder) == 0
+    assert not metrics(folder, "eval", "val_loss") and list(checkpoint.list_steps(folder / "out"))
+    with pytest.raises(DataError):
+        train(folder, eval_only=True)
+
+
+def test_dry_run_trains_nothing(folder: Path, capsys: pytest.CaptureFixture[str]):
+    assert train(folder, dry_run=True) == 0
+    out = capsys.readouterr().out
+    assert "n_embd = 16" in out and "tokens          32 an iteration, 672 in all" in out and "memory" in out
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "told"),
+    [
+        (dict(dataset="toyy"), DataError, "toy"),
+        (dict(vocab_size=20), DataError, "vocab_size = 20"),
+        (dict(block_size=7000), DataError, "7001 tokens"),
+        (dict(device="cuda:7"), DeviceError, "--device=cpu"),
+        (dict(init_from="resume"), CheckpointError, "no checkpoint to resume from"),
+        (dict(n_head=3), ConfigError, "n_head"),
+    ],
+)
+def test_bad_input_is_said_before_training(folder: Path, changes: dict, error: type[Exception], told: str):
+    with pytest.raises(error, match=re.escape(told)):
+        train(folder, **changes)
+
+
+def test_divergence_stops_the_run(folder: Path):
+    """A learning rate of 1e20 (composer's trick): finite weights are kept, the run ends with its own error."""
+    with pytest.raises(DivergedError, match="not finite"):
+        train(folder, learning_rate=1e20, min_lr=1e20, warmup_iters=0, decay_lr=False, grad_clip=0.0, max_iters=100)
+
+
+def test_positions_are_cropped_on_resume(folder: Path, capsys: pytest.CaptureFixture[str]):
+    train(folder, max_iters=10)
+    train(folder, max_iters=20, init_from="resume", block_size=6, ignore_fingerprint=True)
+    assert "positions cropped from 8 to 6" in capsys.readouterr().out
+    assert checkpoint.newest(folder / "out")[0].model_args["block_size"] == 6
+    with pytest.raises(ConfigError, match="longer than"):
+        train(folder, init_from="resume", block_size=9)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(folder: Path, number: int, code: int):
+    process = train_process(folder, max_iters=100_000, eval_interval=100_000)
+    wait_for(folder, iterations=20)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    (step,) = checkpoint.list_steps(folder / "out")
+    assert step == max(metrics(folder, "train", "loss")) + 1  # the step in flight was finished, and is in it
+    command = re.search(r"python -m nanogpt_fast\.train (.*--init_from=resume)", out)
+    assert command
+    assert main([*command[1].split(), f"--max_iters={step + 5}", f"--eval_interval={step + 5}"]) == 0
+    assert max(metrics(folder, "train", "loss")) == step + 5
+
+
+def test_shard_truncated_while_training_is_an_error_not_a_crash(folder: Path):
+    write_dataset(folder, tokens=400_000)
+    process = train_process(folder, max_iters=1_000_000, eval_interval=1_000_000)
+    wait_for(folder, iterations=20)
+    with (folder / "data/toy/train.bin").open("r+b") as file:
+        file.truncate(1000)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 3, err
+    assert "train.bin" in err and "Traceback" not in err
+
+
+def test_numbers_do_not_depend_on_the_log_interval(folder: Path):
+    train(folder, log_interval=1)
+    first = checkpoint.load(folder / "out/checkpoints/step_00000020").model
+    train(folder, log_interval=7)
+    second = checkpoint.load(folder / "out/checkpoints/step_00000020").model
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_llmc_shards_train_too(folder: Path):
+    tokens = np.fromfile(folder / "data/toy/train.bin", np.uint16)
+    (folder / "data/shards").mkdir()
+    for i, part in enumerate(np.array_split(tokens, 3)):
+        header = np.zeros(256, np.int32)
+        header[:3] = 20240520, 1, len(part)
+        name = "toy_val_000000.bin" if i == 0 else f"toy_train_{i:06d}.bin"
+        (folder / "data/shards" / name).write_bytes(header.tobytes() + part.tobytes())
+    assert train(folder, dataset="shards") == 0
+    assert flags(folder)[0] == "--dataset=toy"
+
+
+def wait_for(folder: Path, iterations: int) -> None:
+    """Until the process has logged so many iterations."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        path = folder / "out/metrics.jsonl"
+        if path.exists() and path.read_text().count('"train"') >= iterations:
+            return
+        time.sleep(0.05)
+    raise AssertionError("the run did not get going")
