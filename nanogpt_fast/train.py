@@ -42,8 +42,8 @@ def main(argv: list[str]) -> int:
         stack.callback(world.close)
         say = print if world.is_main else lambda *_: None
         say(f"tokens per iteration will be: {config.tokens_per_iter:,}")
-        restored = None if config.run.init_from == "scratch" else load_weights(config, say)
         claim_out_dir(config, world, stack)
+        restored = None if config.run.init_from == "scratch" else load_weights(config, say)
         sources, vocab_size, tokenizer = open_data(config, stack, say)
         shape = shape_of(config, restored, vocab_size, say)
         generator = torch.Generator().manual_seed(config.run.seed + world.rank)
@@ -102,9 +102,10 @@ def main(argv: list[str]) -> int:
 
 def claim_out_dir(config: Config, world: World, stack: ExitStack) -> None:
     """Prove that the output directory can be written, lock it, and sweep up after a killed run."""
-    if not world.is_main or config.run.eval_only:
-        return
     out_dir = Path(config.run.out_dir)
+    nothing_there = config.run.init_from == "resume" and not out_dir.is_dir()  # load_weights will say so
+    if not world.is_main or config.run.eval_only or nothing_there:
+        return
     probe_writable(out_dir)
     stack.enter_context(RunLock(out_dir))
     for line in clean_stale(out_dir / "checkpoints"):

@@ -1,0 +1,186 @@
+"""What --init_from names, as weights: one door for train, sample and evaluate.
+
+resume           out_dir's newest checkpoint that verifies, else nanoGPT's out_dir/ckpt.pt
+gpt2 ... gpt2-xl OpenAI's weights from the Hugging Face hub
+anything else    a path: a run of ours or one step of it, nanoGPT's ckpt.pt, a Hugging Face folder, llm.c's .bin
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanogpt_fast import checkpoint, weights
+from nanogpt_fast.canonical import GPT2_PADDED, GPT2_VOCAB, Weights, model_config
+from nanogpt_fast.checkpoint import Checkpoint
+from nanogpt_fast.config import GPTConfig
+from nanogpt_fast.errors import CheckpointError, ConfigError, DataError, did_you_mean
+from nanogpt_fast.huggingface import HUB
+from nanogpt_fast.meta import check_name, read_meta
+from nanogpt_fast.model import GPT
+from nanogpt_fast.ops import REFERENCE, Ops
+from nanogpt_fast.tokenizer import Tokenizer, from_json
+
+
+@dataclass
+class Restored:
+    """Weights and what came with them. Tensors are on the CPU, float32; copy them where they belong."""
+
+    config: GPTConfig
+    model: dict[str, Tensor]  # by name
+    optimizer: dict[str, Tensor] | None  # exp_avg.NAME, exp_avg_sq.NAME
+    step: int  # iterations the weights have behind them
+    state: dict[str, Any]  # what the trainer saved beside them
+    run_config: dict[str, Any]  # flat configuration of the run they come from, {} when unknown
+    tokenizer_json: dict[str, Any] | None  # None: no file says what the ids stand for
+    source: str  # what was loaded, for people
+    skipped: list[str] = field(default_factory=list)  # newer checkpoints that did not verify, and why
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer the model was trained with. Raises DataError when it is unknown or does not fit the model."""
+        vocab_size = self.config.vocab_size
+        if self.tokenizer_json is None:
+            dataset = self.run_config.get("dataset", "its dataset")
+            raise DataError(
+                f"what the model's {vocab_size} ids stand for is unknown",
+                where=self.source,
+                expected=f"a tokenizer in the checkpoint, a meta file of {dataset}, or GPT-2's {GPT2_VOCAB} ids",
+                hint="give the parent of the dataset's folder by --data_dir",
+            )
+        tokenizer = from_json(self.tokenizer_json)
+        if tokenizer.vocab_size > vocab_size:
+            raise DataError(
+                "the tokenizer has more ids than the model has embeddings",
+                where=self.source,
+                expected=f"at most {vocab_size}",
+                found=f"{tokenizer.vocab_size}, kind {self.tokenizer_json['kind']!r}",
+                hint="the dataset was prepared again, or --data_dir is another project's",
+            )
+        return tokenizer
+
+
+def restore(init_from: str, out_dir: str, data_dir: str = "data") -> Restored:
+    """The weights that init_from names. Raises CheckpointError; ConfigError for scratch, which has none."""
+    if init_from == "scratch":
+        raise ConfigError(
+            "a model from scratch has no weights to load",
+            where="--init_from=scratch",
+            expected=f"resume, {', '.join(HUB)} or a path",
+        )
+    if init_from == "resume":
+        return _resume(Path(out_dir), data_dir)
+    on_hub = init_from.removeprefix("openai-community/") in HUB
+    if not on_hub and not Path(init_from).exists():
+        raise CheckpointError(
+            f"--init_from names nothing that is there{did_you_mean(init_from, ['resume', 'scratch', *HUB])}",
+            where=f"--init_from={init_from}",
+            expected=f"resume, {', '.join(HUB)}, or a path: a run, a ckpt.pt, a Hugging Face folder, llm.c's .bin",
+        )
+    form = weights.sniff(init_from)
+    if form == "native":
+        return _from_native(Path(init_from), data_dir)
+    source = f"{init_from} from the Hugging Face hub" if on_hub else f"{weights.FORMATS[form]} {init_from}"
+    return _from_weights(weights.read(init_from), source, data_dir)
+
+
+def _resume(out_dir: Path, data_dir: str) -> Restored:
+    if checkpoint.list_steps(out_dir):
+        return _from_native(out_dir, data_dir)
+    if (out_dir / "ckpt.pt").is_file():
+        found = weights.read(out_dir / "ckpt.pt")
+        return _from_weights(found, f"nanoGPT's {out_dir / 'ckpt.pt'}, imported at iteration {found.step}", data_dir)
+    runs = _runs_near(out_dir)
+    raise CheckpointError(
+        "there is no checkpoint to resume from",
+        where=f"--out_dir={out_dir}",
+        expected=f"{out_dir}/checkpoints/step_..., or nanoGPT's {out_dir}/ckpt.pt",
+        found=f"neither; runs beside it: {', '.join(runs)}" if runs else "neither",
+        hint=f"--out_dir={runs[0]}" if runs else "train first: python -m nanogpt_fast.train --config quickstart",
+    )
+
+
+def _runs_near(out_dir: Path) -> list[str]:
+    """Up to 5 folders beside out_dir that hold a run, the latest written first."""
+    parent = out_dir.parent
+    folders = [p for p in (parent.iterdir() if parent.is_dir() else []) if p.is_dir() and p != out_dir]
+    runs = [p for p in folders if checkpoint.list_steps(p) or (p / "ckpt.pt").is_file()]
+    return [str(p) for p in sorted(runs, key=lambda p: p.stat().st_mtime, reverse=True)][:5]
+
+
+def _from_native(path: Path, data_dir: str) -> Restored:
+    """A run's newest checkpoint that verifies, or the one step folder that path is."""
+    if (path / checkpoint.STATE).is_file():
+        found, skipped = checkpoint.load(path), []
+    else:
+        found, skipped = checkpoint.newest(path)
+        path = checkpoint.list_steps(path)[found.step]
+    config = _config_of(found, str(path))
+    found, state = checkpoint.check_model(found, config), found.state
+    run_config = _dict(state.get("config"))
+    return Restored(
+        config=config,
+        model=found.model,
+        optimizer=found.optimizer or None,
+        step=found.step,
+        state=state,
+        run_config=run_config,
+        tokenizer_json=_tokenizer_json(state.get("tokenizer"), run_config, config, data_dir),
+        source=f"{path}, iteration {found.step}",
+        skipped=skipped,
+    )
+
+
+def _config_of(found: Checkpoint, where: str) -> GPTConfig:
+    known = {f.name for f in dataclasses.fields(GPTConfig)}
+    return model_config(where, **{key: value for key, value in found.model_args.items() if key in known})
+
+
+def _from_weights(found: Weights, source: str, data_dir: str) -> Restored:
+    """Other people's files; the state holds what a resumed optimizer needs of them."""
+    best = found.best_val_loss if math.isfinite(found.best_val_loss) else None
+    return Restored(
+        config=found.model_args,
+        model=found.model,
+        optimizer=found.optimizer,
+        step=found.step,
+        state={"optimizer_step": found.optimizer_step, "best_val_loss": best},
+        run_config=found.config,
+        tokenizer_json=_tokenizer_json(found.tokenizer, found.config, found.model_args, data_dir),
+        source=source,
+    )
+
+
+def _tokenizer_json(saved: Any, run_config: dict[str, Any], config: GPTConfig, data_dir: str) -> dict[str, Any] | None:
+    """The checkpoint's own; else its dataset's; else GPT-2's, where the vocabulary has that size."""
+    if isinstance(saved, dict):
+        return saved
+    dataset = run_config.get("dataset")
+    if isinstance(dataset, str):
+        try:
+            meta = read_meta(
+                Path(data_dir) / check_name(dataset)
+            )  # the name comes out of a file: it must not be a path
+        except DataError:
+            meta = None
+        if meta is not None:
+            return meta.tokenizer
+    return {"kind": "gpt2"} if config.vocab_size in (GPT2_VOCAB, GPT2_PADDED) else None
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def build_model(
+    restored: Restored, device: torch.device, dtype: torch.dtype, ops: Ops = REFERENCE, dropout: float = 0.0
+) -> GPT:
+    """The model on the device, evaluating; matrices in dtype, vectors in float32, as the ops take them."""
+    model = GPT(dataclasses.replace(restored.config, dropout=dropout), ops)
+    model.load_state_dict(restored.model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(device, dtype if parameter.dim() > 1 else torch.float32)
+    return model.eval()

@@ -1,0 +1,192 @@
+"""Sample from a model: `python -m nanogpt_fast.sample --out_dir=out --start="..."`. Flags are nanoGPT's.
+
+On the CPU in float32 a seed gives the text that nanoGPT gives for the same weights: one generator, one draw a token.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from nanogpt_fast import cli
+from nanogpt_fast.distributed import resolve_device, resolve_dtype
+from nanogpt_fast.errors import ConfigError, DataError, did_you_mean, run_command
+from nanogpt_fast.model import GPT
+from nanogpt_fast.ops import select_ops
+from nanogpt_fast.restore import build_model, restore
+from nanogpt_fast.tokenizer import Tokenizer
+
+UNFINISHED = "\ufffd"  # what decoding puts for bytes that are no character, or not one yet
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """nanoGPT's sample.py, and a few more."""
+
+    init_from: str = "resume"  # resume (from out_dir), gpt2 ... gpt2-xl, or a path
+    out_dir: str = "out"  # the run to sample from
+    start: str = "\n"  # the prompt; <|endoftext|> in it counts; FILE:prompt.txt reads a file
+    num_samples: int = 10  # samples to draw
+    max_new_tokens: int = 500  # tokens a sample
+    temperature: float = 0.8  # below 1 less random, above 1 more; 0 takes the likeliest token
+    top_k: int = 200  # draw among so many likeliest tokens; 0 among all
+    seed: int = 1337  # of the draws
+    device: str = "auto"  # auto | cpu | cuda | cuda:0 ...
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on the CPU
+    compile: bool = False  # nanoGPT's; no effect here, where the cache grows with each token
+    kernels: str = "auto"  # auto | reference
+    data_dir: str = "data"  # where the tokenizer is looked up when the checkpoint has none
+    stream: bool = True  # print text as it is generated, not sample by sample
+    stop_at_eot: bool = False  # end a sample at <|endoftext|>
+    debug: bool = False  # tracebacks instead of short errors
+
+    def __post_init__(self) -> None:
+        for key in ("num_samples", "max_new_tokens", "top_k", "seed"):
+            _require(getattr(self, key) >= 0, key, "a whole number >= 0", getattr(self, key))
+        ok = math.isfinite(self.temperature) and self.temperature >= 0.0
+        _require(ok, "temperature", "a finite number >= 0", self.temperature)
+
+
+def _require(ok: bool, key: str, rule: str, value: object) -> None:
+    if not ok:
+        raise ConfigError(f"--{key} is out of range", where=f"{key} = {value!r}", expected=rule)
+
+
+# ---- the library part ----
+
+
+def sample_text(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_new_tokens: int = 500,
+    temperature: float = 0.8,
+    top_k: int = 200,
+    seed: int | torch.Generator = 1337,
+    stop_at_eot: bool = False,
+    drawn: list[int] | None = None,
+) -> Iterator[str]:
+    """The text after the prompt, in pieces as they are generated; together they are the tokens' decoding.
+
+    temperature 0 takes the likeliest token, top_k 0 draws among all. seed: a number, or a generator on the model's
+    device, which several samples may share. drawn, when given, receives the ids.
+    """
+    device = model.transformer.wte.weight.device
+    generator = seed if isinstance(seed, torch.Generator) else torch.Generator(device).manual_seed(seed)
+    idx = torch.tensor([prompt_ids(tokenizer, prompt)], device=device)
+    stream = model.stream(idx, max_new_tokens, temperature, top_k or None, generator, tokenizer.vocab_size)
+
+    def ids() -> Iterator[int]:
+        for token in stream:
+            if stop_at_eot and int(token) == tokenizer.eot:
+                return
+            if drawn is not None:
+                drawn.append(int(token))
+            yield int(token)
+
+    return decode_pieces(ids(), tokenizer)
+
+
+def decode_pieces(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """The ids' text in pieces, each printed as soon as no later token can change it.
+
+    A BPE token may end within a character. Decoding shows that as one U+FFFD at the end, which is held back until the
+    next tokens complete it or show that it is none; everything before it is final.
+    """
+    pending: list[int] = []  # ids since the last clean end of a character
+    given = 0  # characters of their decoding given out
+    for token in ids:
+        pending.append(token)
+        text = tokenizer.decode(pending)
+        final = text.removesuffix(UNFINISHED)
+        if len(final) > given:
+            yield final[given:]
+        pending, given = ([], 0) if final == text else (pending, len(final))
+    if pending:
+        yield tokenizer.decode(pending)[given:]
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The prompt's ids, at least one. Raises DataError for characters outside the vocabulary.
+
+    A model predicts from something: an empty prompt begins at <|endoftext|> or, for characters, at a line's start.
+    The default prompt, a newline, is as good as empty to a vocabulary without one.
+    """
+    if not prompt and tokenizer.eot is not None:
+        return [tokenizer.eot]
+    try:
+        return tokenizer.encode(prompt or "\n")
+    except DataError:
+        if prompt not in ("", "\n"):
+            raise
+        return [0]
+
+
+# ---- the command ----
+
+
+def read_prompt(start: str) -> str:
+    """--start, or the text of the file it names. Raises ConfigError, DataError."""
+    if not start.startswith("FILE:"):
+        return start
+    path = Path(start.removeprefix("FILE:"))
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError("the prompt is not UTF-8 text", where=f"{path}, byte {error.start}") from None
+    except OSError as error:
+        near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise ConfigError(
+            f"the prompt file cannot be read{did_you_mean(path.name, near)}",
+            where=f"--start={start}",
+            found=error.strerror or str(error),
+        ) from None
+
+
+def main(argv: list[str]) -> None:
+    """Print num_samples samples, each with its prompt and nanoGPT's separator after it."""
+    config = cli.parse(SampleConfig, argv, prog="python -m nanogpt_fast.sample", description=__doc__ or "")
+    prompt = read_prompt(config.start)
+    device = resolve_device(config.device)
+    # nanoGPT's order asks for float32 on the CPU: texts can then be compared.
+    dtype = resolve_dtype(config.dtype, device, data_order="nanogpt")
+    restored = restore(config.init_from, config.out_dir, config.data_dir)
+    tokenizer = restored.tokenizer()
+    for line in restored.skipped:
+        print(f"WARNING: {line}", file=sys.stderr)
+    model = build_model(restored, device, dtype, select_ops(config.kernels, device.type))
+    ids, block_size = prompt_ids(tokenizer, prompt), restored.config.block_size
+    print(f"sampling from {restored.source}, {device}, {str(dtype).removeprefix('torch.')}", file=sys.stderr)
+    if len(ids) > block_size:
+        print(f"the prompt has {len(ids)} tokens; the model sees the last {block_size}", file=sys.stderr)
+    generator = torch.Generator(device).manual_seed(config.seed)
+    drawn: list[int] = []
+    began = time.perf_counter()
+    for _ in range(config.num_samples):
+        pieces = sample_text(
+            model,
+            tokenizer,
+            prompt,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            seed=generator,
+            stop_at_eot=config.stop_at_eot,
+            drawn=drawn,
+        )
+        print(prompt, end="", flush=config.stream)
+        for piece in pieces if config.stream else ["".join(pieces)]:
+            print(piece, end="", flush=config.stream)
+        print("\n---------------", flush=True)
+    seconds = time.perf_counter() - began
+    print(f"{len(drawn):,} tokens in {seconds:.2f} s, {len(drawn) / seconds:,.0f} tokens/s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_command(main)
