@@ -5,140 +5,273 @@ their tokenizers. Over a whole split in order, or over nanoGPT's random batches 
 """
 
 import json
-import math
+import sys
+import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from nanogpt_fast import cli
-from nanogpt_fast.config import Config, DataConfig
-from nanogpt_fast.data import full_split, random_batches
+from nanogpt_fast.config import DataConfig
 from nanogpt_fast.distributed import resolve_device, resolve_dtype
 from nanogpt_fast.errors import ConfigError, DataError, run_command
 from nanogpt_fast.meta import check_name, read_meta
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import select_ops
 from nanogpt_fast.restore import Restored, build_model, restore
+from nanogpt_fast.scoring import Batch, Mode, Score, all_targets, random_targets, score, stack_for, strided_targets
+from nanogpt_fast.sources import read_text
+from nanogpt_fast.tokenizer import from_json
 from nanogpt_fast.tokens import TokenSource, open_split
 
-Mode = Literal["random", "full"]
-Batch = tuple[Tensor, Tensor]  # idx and targets, int64 [rows, T] on the CPU; -1 where nothing is to be predicted
+PROG = "python -m nanogpt_fast.evaluate"
 
-FORWARD_TOKENS = 16384
-FORWARD_LOGITS = 2**28
-
-# ---- the library part ----
-
-
-@dataclass(frozen=True)
-class Score:
-    """What a model made of some targets."""
-
-    nll: float  # summed negative log-likelihood, nats
-    tokens: int
-    text_bytes: int = 0  # UTF-8 bytes of the targets' text, 0 when unknown
-
-    @property
-    def loss(self) -> float:
-        return self.nll / self.tokens
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))
-
-    @property
-    def bits_per_byte(self) -> float | None:
-        return self.nll / math.log(2.0) / self.text_bytes if self.text_bytes else None
+# Losses on OpenWebText that nanoGPT's README publishes for OpenAI's weights, by nanoGPT's random batches.
+PUBLISHED = {
+    "gpt2": {"train": 3.11, "val": 3.12},
+    "gpt2-medium": {"train": 2.85, "val": 2.84},
+    "gpt2-large": {"train": 2.66, "val": 2.67},
+    "gpt2-xl": {"train": 2.56, "val": 2.54},
+}
 
 
-def stack_for(batch_size: int, block_size: int, vocab_size: int) -> int:
-    """Batches to put in one forward, at least 1."""
-    tokens = min(FORWARD_TOKENS, FORWARD_LOGITS // vocab_size)
-    return max(1, tokens // (batch_size * block_size))
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What is evaluated, and on what. --config takes these values from a training configuration."""
+
+    init_from: str = "resume"  # resume (from out_dir), gpt2 ... gpt2-xl, or a path
+    out_dir: str = "out"  # the run to evaluate
+    dataset: str = ""  # a folder in data_dir; by default the one the model was trained on
+    data_dir: str = "data"  # parent of the dataset folders
+    split: str = ""  # train, val or train,val; by default val, and both with --eval_mode=random
+    file: str = ""  # a text file to evaluate on instead
+    eval_mode: Mode = "full"  # the whole split in order, or nanoGPT's random batches
+    eval_iters: int = 200  # random batches a split
+    batch_size: int = 12  # sequences a batch
+    block_size: int = 0  # tokens a sequence; 0 takes the model's
+    stride: int = 0  # targets a window when windows overlap: fewer give each more context; 0: they do not overlap
+    seed: int = 1337  # of the random batches
+    device: str = "auto"  # auto | cpu | cuda | cuda:0 ...
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on the CPU
+    kernels: str = "auto"  # auto | reference
+    json: bool = False  # one JSON object a split instead of the table
+    debug: bool = False  # tracebacks instead of short errors
+
+    def __post_init__(self) -> None:
+        for key, least in (("eval_iters", 1), ("batch_size", 1), ("block_size", 0), ("stride", 0), ("seed", 0)):
+            if getattr(self, key) < least:
+                where = f"{key} = {getattr(self, key)!r}"
+                raise ConfigError(f"--{key} is out of range", where=where, expected=f"a whole number >= {least}")
 
 
-@torch.no_grad()
-def score(model: GPT, batches: Iterable[Batch], token_bytes: np.ndarray | None = None) -> Score:
-    """Sum over all targets, in evaluation mode; the model's mode is put back after."""
-    device, was_training = model.transformer.wte.weight.device, model.training
-    total = torch.zeros((), dtype=torch.float64, device=device)  # stays there: no wait for the device a batch
-    tokens = text_bytes = 0
-    model.eval()
-    try:
-        for idx, targets in batches:
-            _, nll = model(idx.to(device), targets.to(device))
-            total += nll.sum(dtype=torch.float64)
-            valid = targets[targets >= 0]
-            tokens += len(valid)
-            if token_bytes is not None:
-                text_bytes += int(token_bytes[valid.numpy()].sum())
-    finally:
-        model.train(was_training)
-    return Score(total.item(), tokens, text_bytes)
+class Row(NamedTuple):
+    """One line of the report."""
+
+    split: str
+    score: Score
+    seconds: float
 
 
-def estimate_loss(
-    model: GPT,
-    sources: dict[str, TokenSource],
-    *,
-    eval_iters: int,
-    batch_size: int,
-    block_size: int,
-    generator: torch.Generator,
-    mode: Mode = "random",
-    stack: int = 0,
-) -> dict[str, float]:
-    """{split: mean loss}, split after split in the order of sources.
+def main(argv: list[str]) -> None:
+    """Evaluate and print a table, or JSON lines."""
+    config = parse_config(argv)
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device, data_order="nanogpt")  # float32 on the CPU: comparable figures
+    restored = restore(config.init_from, config.out_dir, config.data_dir)
+    for line in restored.skipped:
+        print(f"WARNING: {line}", file=sys.stderr)
+    config = resolve(config, restored)
+    model = build_model(restored, device, dtype, select_ops(config.kernels, device.type))
+    generator = torch.Generator().manual_seed(config.seed)
+    with ExitStack() as stack:
+        sources, tokenizer_json = open_sources(config, restored, stack)
+        token_bytes = bytes_of(tokenizer_json, restored.config.vocab_size)
+        rows = []
+        for split, source in sources.items():
+            began = time.perf_counter()
+            result = score(model, targets_of(config, source, model, generator), token_bytes)
+            rows.append(Row(split, result, time.perf_counter() - began))
+    facts = {
+        "model": restored.source,
+        "data": config.file or config.dataset,
+        "mode": config.eval_mode,
+        "block_size": config.block_size,
+        "stride": config.stride,
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    published = PUBLISHED.get(config.init_from, {}) if config.dataset == "openwebtext" and not config.file else {}
+    print("\n".join(json_lines(facts, rows, published) if config.json else table(facts, rows, published)))
 
-    random: nanoGPT's estimate, eval_iters batches a split drawn from generator. full: every token once. stack batches
-    go through one forward (0 chooses), which changes rounding alone.
-    """
-    stack = stack or stack_for(batch_size, block_size, model.config.vocab_size)
-    settings = {"eval_iters": eval_iters, "batch_size": batch_size, "block_size": block_size, "stack": stack}
-    losses = {}
-    for split, source in sources.items():
-        if mode == "random":
-            batches = random_targets(source, model.config.vocab_size, generator=generator, **settings)
-        else:
-            batches = all_targets(source, model.config.vocab_size, batch_size=stack * batch_size, block_size=block_size)
-        losses[split] = score(model, batches).loss
-    return losses
+
+def parse_config(argv: list[str]) -> EvaluateConfig:
+    """The flags, over the values that `--config NAME` (or a leading NAME) shares with a training configuration."""
+    trained: list[str] = []
+    rest = deque(argv)
+    while rest and (rest[0].partition("=")[0] == "--config" or not rest[0].startswith("-")):
+        word = rest.popleft()
+        trained += [word, rest.popleft()] if word == "--config" and rest else [word]
+    default = None
+    if trained:
+        flat = cli.load_config(trained, prog=PROG).flat()
+        shared = {f.name: flat[f.name] for f in fields(EvaluateConfig) if f.name in flat}
+        if shared["init_from"] == "scratch":
+            shared["init_from"] = "resume"  # the run it would train is the run to evaluate
+        default = EvaluateConfig(**shared)
+    return cli.parse(EvaluateConfig, list(rest), prog=PROG, description=__doc__ or "", default=default)
 
 
-def random_targets(
-    source: TokenSource,
-    vocab_size: int,
-    *,
-    eval_iters: int,
-    batch_size: int,
-    block_size: int,
-    generator: torch.Generator,
-    stack: int,
-) -> Iterator[Batch]:
-    """nanoGPT's random batches, `stack` of them at a time. All have as many targets: their mean is the means' mean."""
-    for tokens in random_batches(
-        source,
-        batch_size=batch_size,
+def resolve(config: EvaluateConfig, restored: Restored) -> EvaluateConfig:
+    """The same with dataset, split, block_size and stride filled in. Raises ConfigError."""
+    longest = restored.config.block_size
+    block_size = config.block_size or longest
+    stride = config.stride or block_size
+    if block_size > longest or stride > block_size:
+        key = "block_size" if block_size > longest else "stride"
+        raise ConfigError(
+            f"--{key} is too long",
+            where=f"block_size = {block_size}, stride = {stride}, {restored.source}",
+            expected=f"stride <= block_size <= {longest}, the model's positions",
+        )
+    if stride < block_size and config.eval_mode == "random":
+        raise ConfigError("--stride is for --eval_mode=full", where=f"stride = {stride}, eval_mode = 'random'")
+    dataset = config.dataset or restored.run_config.get("dataset")
+    if not config.file and not dataset:
+        raise ConfigError(
+            "nothing says what to evaluate on",
+            where=restored.source,
+            expected="--dataset=NAME or --file=TEXT",
+            hint="--dataset=openwebtext",
+        )
+    if not config.file and not config.dataset:
+        check_name(str(dataset))  # it comes out of the checkpoint
+    return replace(
+        config,
+        dataset=str(dataset or ""),
+        split=config.split or ("val" if config.eval_mode == "full" else "train,val"),
         block_size=block_size,
-        iters=eval_iters,
-        generator=generator,
-        vocab_size=vocab_size,
-        stack=stack,
-    ):
-        tokens = tokens.flatten(0, 1).to(torch.int64)
-        yield tokens[:, :-1], tokens[:, 1:]
+        stride=stride,
+    )
 
 
-def all_targets(source: TokenSource, vocab_size: int, *, batch_size: int, block_size: int) -> Iterator[Batch]:
-    """Every target of the source once, in order."""
-    position = torch.arange(block_size)
-    for tokens, valid in full_split(source, batch_size=batch_size, block_size=block_size, vocab_size=vocab_size):
-        tokens = tokens.to(torch.int64)
-        yield tokens[:, :-1], tokens[:, 1:].masked_fill(position >= valid[:, None], -1)
+def open_sources(
+    config: EvaluateConfig, restored: Restored, stack: ExitStack
+) -> tuple[dict[str, TokenSource], dict[str, Any] | None]:
+    """({split: tokens}, tokenizer of the data). Raises DataError for data of another tokenizer than the model's."""
+    if config.file:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        tokens = restored.tokenizer().encode_ordinary(read_text(Path(config.file)))
+        path = folder / Path(config.file).name
+        tokens.astype("<u2").tofile(path)
+        if not tokens.size:
+            raise DataError("the text is empty", where=config.file)
+        return {path.name: stack.enter_context(TokenSource([str(path)]))}, restored.tokenizer_json
+    folder = Path(config.data_dir, config.dataset)
+    meta = read_meta(folder) if folder.is_dir() else None
+    theirs, ours = meta.tokenizer if meta else {"kind": "gpt2"}, restored.tokenizer_json
+    if ours is not None and theirs != ours:
+        raise DataError(
+            "the data were prepared with another tokenizer than the model's",
+            where=f"{folder}, {restored.source}",
+            expected=_named(ours),
+            found=_named(theirs),
+            hint="--dataset=NAME of data for this model, or --file=TEXT",
+        )
+    data = DataConfig(dataset=config.dataset, data_dir=config.data_dir)
+    splits = [name.strip() for name in config.split.split(",")]
+    sources = {name: open_split(data, name, required=True) for name in splits}  # type: ignore[call-overload]
+    for source in sources.values():
+        stack.enter_context(source)
+    return sources, theirs
+
+
+def _named(tokenizer_json: dict[str, Any]) -> str:
+    itos = tokenizer_json.get("itos")
+    return f"{len(itos)} characters, {''.join(itos)[:60]!r}" if itos else str(tokenizer_json.get("kind"))
+
+
+def bytes_of(tokenizer_json: dict[str, Any] | None, vocab_size: int) -> np.ndarray | None:
+    """Bytes of text behind each of the model's ids, 0 for the unused; None when the tokenizer is not to be had."""
+    if tokenizer_json is None:
+        return None
+    try:
+        known = from_json(tokenizer_json).token_bytes()
+    except DataError as error:  # GPT-2's vocabulary may be out of reach; the loss needs none
+        print(f"no bits per byte: {error.what}", file=sys.stderr)
+        return None
+    return np.pad(known, (0, max(0, vocab_size - len(known))))
+
+
+def targets_of(config: EvaluateConfig, source: TokenSource, model: GPT, generator: torch.Generator) -> Iterator[Batch]:
+    """The batches that the flags ask for."""
+    B, T, vocab_size = config.batch_size, config.block_size, model.config.vocab_size
+    stack = stack_for(model, B, T)
+    if config.eval_mode == "random":
+        draws = {"eval_iters": config.eval_iters, "generator": generator, "stack": stack}
+        return random_targets(source, vocab_size, batch_size=B, block_size=T, **draws)
+    if config.stride < T:
+        return strided_targets(source, vocab_size, batch_size=stack * B, block_size=T, stride=config.stride)
+    return all_targets(source, vocab_size, batch_size=stack * B, block_size=T)
+
+
+# ---- the report ----
+
+
+def json_lines(facts: dict[str, Any], rows: list[Row], published: dict[str, float]) -> list[str]:
+    """One JSON object a split."""
+    lines = []
+    for split, result, seconds in rows:
+        figures = {
+            "loss": result.loss,
+            "perplexity": result.perplexity,
+            "bits_per_byte": result.bits_per_byte,
+            "tokens": result.tokens,
+            "text_bytes": result.text_bytes or None,
+            "published_loss": published.get(split),
+            "seconds": seconds,
+        }
+        lines.append(json.dumps({"split": split, **facts, **figures}))
+    return lines
+
+
+def table(facts: dict[str, Any], rows: list[Row], published: dict[str, float]) -> list[str]:
+    """What was evaluated, then a line a split."""
+    order = "random batches" if facts["mode"] == "random" else "every token once, in order"
+    windows = f"windows of {facts['block_size']}" + (
+        f", {facts['stride']} apart" if facts["stride"] < facts["block_size"] else ""
+    )
+    lines = [
+        f"model   {facts['model']}",
+        f"data    {facts['data']}: {order}, {windows}",
+        f"device  {facts['device']}, {facts['dtype']}",
+        "",
+    ]
+    header = ["split", "loss", "perplexity", "bits/byte", "tokens", "tokens/s"] + ["published loss"] * bool(published)
+    cells = [header]
+    for split, result, seconds in rows:
+        bits = result.bits_per_byte
+        cells.append(
+            [
+                split,
+                f"{result.loss:.4f}",
+                f"{result.perplexity:,.3f}",
+                "n/a" if bits is None else f"{bits:.4f}",
+                f"{result.tokens:,}",
+                f"{result.tokens / seconds:,.0f}",
+            ]
+            + [f"{published[split]:.2f}" if split in published else "n/a"] * bool(published)
+        )
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines += ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in cells]
+    return lines + ["published: nanoGPT's README, by its random batches"] * bool(published)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -24,6 +24,7 @@ XAxis = Literal["iter", "tokens", "time"]
 Row = dict[str, Any]  # one line of metrics.jsonl
 
 METRICS = "metrics.jsonl"
+_HEADER = '{"kind": "run"'  # how a process's first line begins
 _ITER = re.compile(r"^iter (\d+): loss (\S+), time ([\d.]+)ms")
 _STEP = re.compile(r"^step (\d+): train loss (\S+), val loss ([\w.+-]+)")
 _TOKENS_PER_ITER = re.compile(r"tokens per iteration will be: ([\d,]+)")
@@ -89,45 +90,46 @@ def _name(path: Path) -> str:
 
 def _read_metrics(history: History, text: str, path: Path) -> None:
     """Fill history; of iterations logged twice, as after a resume, the later line counts."""
-    offset = last = 0.0  # a resumed process counts its seconds from 0 again
+    before = seconds = 0.0  # of earlier processes, and of this one, which counts from 0 again
     for row in _json_rows(text, path):
-        if row.get("elapsed_s") is not None:
-            if row["elapsed_s"] < last:
-                offset += last
-            last = row["elapsed_s"]
-            row["elapsed_s"] += offset
         if row["kind"] == "run":
-            _start_over(history, row.get("resumed_from"))
+            start = row.get("start", 0)
+            _start_over(history, start)
+            before, seconds = (before + seconds if start else 0.0), 0.0
         elif row["kind"] in ("train", "eval"):
+            if row.get("elapsed_s") is not None:
+                seconds = row["elapsed_s"]
+                row["elapsed_s"] = before + seconds
             (history.train if row["kind"] == "train" else history.evals)[row["iter"]] = row
 
 
-def _start_over(history: History, resumed_from: Any) -> None:
-    """A process begins: what an abandoned one logged past this one's start is no part of the run."""
-    if isinstance(resumed_from, int):
-        history.train = {i: row for i, row in history.train.items() if i < resumed_from}
-        history.evals = {i: row for i, row in history.evals.items() if i <= resumed_from}
-    elif resumed_from is None:
-        history.train, history.evals = {}, {}
+def _start_over(history: History, start: int) -> None:
+    """A process begins at iteration `start`: what an abandoned one logged beyond is no part of the run."""
+    history.train = {i: row for i, row in history.train.items() if i < start}
+    history.evals = {i: row for i, row in history.evals.items() if 0 < start >= i}
 
 
 def _json_rows(text: str, path: Path) -> Iterator[Row]:
-    """The JSON objects; a line cut off by a kill is passed over when it is the last of a process."""
+    """The JSON objects; a line that a kill cut off is passed over, be it the last or joined to the next process's."""
     lines = text.splitlines()
     for number, line in enumerate(lines, 1):
+        header = line.rfind(_HEADER)
+        is_last_of_a_process = number == len(lines) or lines[number].startswith(_HEADER)
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            if not isinstance(row, dict) or "kind" not in row or (row["kind"] != "run" and "iter" not in row):
-                raise ValueError("no object with kind and iter")
+            yield _row(line[header:] if header > 0 else line)
         except ValueError as error:
-            if number == len(lines) or lines[number].startswith('{"kind": "run"'):
-                continue
-            raise DataError(
-                "unreadable line", where=f"{path}:{number}", expected="a JSON object", found=str(error)
-            ) from None
-        yield row
+            if not is_last_of_a_process:
+                where = f"{path}:{number}"
+                raise DataError("unreadable line", where=where, expected="a JSON object", found=str(error)) from None
+
+
+def _row(line: str) -> Row:
+    row = json.loads(line)
+    if not isinstance(row, dict) or "kind" not in row or (row["kind"] != "run" and "iter" not in row):
+        raise ValueError("no object with kind and iter")
+    return row
 
 
 def _read_console(history: History, text: str) -> None:
@@ -252,7 +254,8 @@ def _draw_loss(ax: "Axes", histories: Sequence[History], axis: Axis) -> None:
         ax.set_ylim(bounds)
     ax.set_title("loss")
     ax.set_ylabel("nats a token")
-    ax.legend(loc="upper right", fontsize=9, framealpha=0.9)
+    if ax.lines:
+        ax.legend(loc="upper right", fontsize=9, framealpha=0.9)
 
 
 def _dark(color: str) -> tuple[float, ...]:

@@ -21,8 +21,8 @@ def evaluation(i: int, val_loss: float) -> dict:
     return {"kind": "eval", "iter": i, "train_loss": 1.0, "val_loss": val_loss, "tokens": 10 * i, "elapsed_s": 0.5 * i}
 
 
-def header(resumed_from: int | None = None) -> dict:
-    return {"kind": "run", "resumed_from": resumed_from}
+def header(start: int = 0) -> dict:
+    return {"kind": "run", "start": start}
 
 
 def write(folder: Path, rows: list[dict], tail: str = "") -> Path:
@@ -64,8 +64,10 @@ def test_a_fresh_run_in_the_same_folder_starts_over(tmp_path: Path):
 def test_a_line_cut_off_by_a_kill_is_passed_over(tmp_path: Path):
     cut = '{"kind": "train", "iter": 2, "lo'
     assert len(plot.read_history(write(tmp_path / "killed", [train(0, 5.0), train(1, 4.0)], cut)).train) == 2
-    goes_on = "\n" + json.dumps(header(2)) + "\n" + json.dumps(train(2, 3.0)) + "\n"
-    assert len(plot.read_history(write(tmp_path / "resumed", [train(0, 5.0), train(1, 4.0)], cut + goes_on)).train) == 3
+    goes_on = json.dumps(header(2)) + "\n" + json.dumps(train(2, 3.0)) + "\n"
+    for i, joint in enumerate(["\n", ""]):
+        folder = write(tmp_path / f"resumed{i}", [train(0, 5.0), train(1, 4.0)], cut + joint + goes_on)
+        assert plot.read_history(folder).column("train", "loss", "iter")[1].tolist() == [5.0, 4.0, 3.0]
 
 
 @pytest.mark.parametrize("line", ['{"kind": "train", "iter": 2, "lo', "[1, 2]", '{"loss": 1.0}'])
@@ -152,7 +154,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path):
 
 
 def test_command_line_errors(out: Path, tmp_path: Path):
-    with pytest.raises(ConfigError, match="no run"):
+    with pytest.raises(ConfigError, match="RUNS missing"):
         plot.main([])
     with pytest.raises(ConfigError, match="cannot be written"):
         plot.main([str(out), f"--out={tmp_path / 'plot.docx'}"])
