@@ -176,9 +176,11 @@ def _from_pickle(path: Path) -> Meta:
     if not isinstance(value, dict) or not isinstance(value.get("vocab_size"), int):
         raise _damaged(path, "no vocab_size in it", "nanoGPT's dict of vocab_size, itos, stoi")
     size, itos = value["vocab_size"], value.get("itos")
-    if not isinstance(itos, dict) or list(itos) != list(range(size)):
-        raise _damaged(path, "itos does not number the characters", f"itos with keys 0 .. {size - 1}")
-    return Meta(vocab_size=size, tokenizer={"kind": "char", "itos": list(itos.values())}, source="nanoGPT meta.pkl")
+    characters = isinstance(itos, dict) and list(itos) == list(range(size))
+    tokenizer = (
+        {"kind": "char", "itos": list(itos.values())} if characters else {"kind": "unknown"}
+    )  # trains all the same
+    return Meta(vocab_size=size, tokenizer=tokenizer, source="nanoGPT meta.pkl")
 
 
 def read_pickle(data: bytes) -> Any:
