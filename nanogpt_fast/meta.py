@@ -176,10 +176,9 @@ def _from_pickle(path: Path) -> Meta:
     if not isinstance(value, dict) or not isinstance(value.get("vocab_size"), int):
         raise _damaged(path, "no vocab_size in it", "nanoGPT's dict of vocab_size, itos, stoi")
     size, itos = value["vocab_size"], value.get("itos")
-    characters = isinstance(itos, dict) and list(itos) == list(range(size))
-    tokenizer = (
-        {"kind": "char", "itos": list(itos.values())} if characters else {"kind": "unknown"}
-    )  # trains all the same
+    tokenizer: dict[str, Any] = {"kind": "unknown"}  # training needs vocab_size alone, as nanoGPT's does
+    if isinstance(itos, dict) and list(itos) == list(range(size)):
+        tokenizer = {"kind": "char", "itos": list(itos.values())}
     return Meta(vocab_size=size, tokenizer=tokenizer, source="nanoGPT meta.pkl")
 
 

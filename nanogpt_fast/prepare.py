@@ -51,7 +51,7 @@ from nanogpt_fast.tokenizer import CharTokenizer, Tokenizer, gpt2_tokenizer
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-INLINE_BYTES = 8 << 20  # below this much text worker processes take longer to start than they save
+INLINE_BYTES = 32 << 20  # below this much text (2.5 s of GPT-2 encoding) worker processes cost more than they save
 COMMIT_TOKENS = 10_000_000  # an interrupted preparation loses at most so many
 
 

@@ -174,6 +174,16 @@ def test_two_at_once_are_refused(play: str) -> None:
         prepare(PrepareConfig(name="shakespeare_char", source=play))
 
 
+def test_ctrl_c_before_anything_was_committed_leaves_nothing(play: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.TokenWriter, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(PrepareConfig(name="mine", source=play, tokenizer="char"))
+    assert list(Path("data").iterdir()) == []
+
+
 # ---- Refusals ----
 
 

@@ -28,9 +28,9 @@ def slow_commit(self, documents, state):
 token_writer.TokenWriter.commit = slow_commit
 sys.argv += ["0.05"] * 1000
 if __name__ == "__main__":
-    run_command(lambda argv: prepare.main(argv[:4]))
+    run_command(lambda argv: prepare.main(argv[:5]))
 """
-ARGV = ["mine", "--source=corpus.jsonl", "--tokenizer=char", "--out=made/mine"]
+ARGV = ["mine", "--source=corpus.jsonl", "--tokenizer=char", "--out=made/mine"]  # and --num_proc
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def environment() -> dict[str, str]:
 @pytest.mark.parametrize(("sign", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("commits", [1, 4])
 def test_an_interrupted_run_looks_unfinished_and_resumes(corpus: Path, sign: int, code: int, commits: int) -> None:
-    command = [sys.executable, "driver.py", *ARGV]
+    command = [sys.executable, "driver.py", *ARGV, "--num_proc=1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment(), text=True) as run:
         assert run.stdout
         documents = [int(run.stdout.readline()) for _ in range(commits)][-1]
@@ -63,6 +63,21 @@ def test_an_interrupted_run_looks_unfinished_and_resumes(corpus: Path, sign: int
     resumed = prepare(PrepareConfig(name="mine", source="corpus.jsonl", tokenizer="char", out="made/mine"))
     straight = prepare(PrepareConfig(name="mine", source="corpus.jsonl", tokenizer="char", out="made/straight"))
     assert resumed.splits == straight.splits and not (folder / ".partial").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="process groups are POSIX")
+def test_ctrl_c_with_several_processes_prints_one_line(corpus: Path) -> None:
+    """A terminal sends SIGINT to the whole group: the workers must leave it to the parent."""
+    command = [sys.executable, "driver.py", *ARGV, "--num_proc=2"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, env=environment(), text=True, start_new_session=True
+    ) as run:
+        assert run.stdout and run.stderr
+        for _ in range(20):  # a second, in which both workers have started
+            run.stdout.readline()
+        os.killpg(run.pid, signal.SIGINT)
+        assert run.wait(30) == 130 and run.stderr.read() == "interrupted\n"
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(corpus: Path) -> None:
