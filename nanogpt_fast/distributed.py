@@ -43,7 +43,7 @@ class World:
         return bool(votes.item())
 
     def close(self) -> None:
-        if self.size > 1 and dist.is_initialized():
+        if dist.is_available() and dist.is_initialized():  # also for torchrun with one rank
             dist.destroy_process_group()
 
 
@@ -92,6 +92,14 @@ def join(device: str, backend: str, gradient_accumulation_steps: int) -> World:
     """The World of this process: alone, or one of torchrun's (RANK, LOCAL_RANK, WORLD_SIZE are set)."""
     if "RANK" not in os.environ:
         return World(device=resolve_device(device))
+    if missing := [k for k in ("LOCAL_RANK", "WORLD_SIZE") if k not in os.environ]:
+        raise ConfigError(
+            "the environment describes half a rank",
+            where="RANK is set",
+            expected="LOCAL_RANK and WORLD_SIZE too, as torchrun sets them",
+            found=f"no {' and no '.join(missing)}",
+            hint="start with torchrun, or `unset RANK` to train alone",
+        )
     rank, local_rank, size = (int(os.environ[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     if gradient_accumulation_steps % size:
         up = -(-gradient_accumulation_steps // size) * size
@@ -103,7 +111,7 @@ def join(device: str, backend: str, gradient_accumulation_steps: int) -> World:
         )
     on = resolve_device(device)
     if on.type == "cuda":
-        on = torch.device("cuda", local_rank)
+        on = resolve_device(f"cuda:{local_rank}")
         torch.cuda.set_device(on)
     dist.init_process_group(backend if on.type == "cuda" else "gloo", rank=rank, world_size=size)
     return World(rank, size, on)

@@ -1,14 +1,17 @@
 """Where a run's figures go: console lines with nanoGPT's prefixes, metrics.jsonl, TensorBoard, wandb.
 
-A terminal gets a live line below the scrolling ones (progress, ETA); a pipe gets plain lines. A disk that fills up
-stops the logging, once said, never the training.
+A terminal gets a live line below the scrolling ones (progress, ETA); a pipe gets plain lines. A disk that fills up,
+or a pipe whose reader is gone (Ctrl-C ends `| tee` too), stops that sink, once said, never the training.
 """
 
 import json
+import math
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -23,12 +26,12 @@ class RunLog:
     def __init__(self, out_dir: Path, config: LogConfig, flat: dict[str, Any], *, total: int, enabled: bool = True):
         self.enabled, self.total = enabled, total
         self._began = time.perf_counter()
-        self._broken = False
+        self._lost: set[str] = set()  # sinks that failed and are no longer written to
         self._file = self._wandb = self._tensorboard = self._progress = None
         if not enabled:
             return
         out_dir.mkdir(parents=True, exist_ok=True)
-        self._file = (out_dir / "metrics.jsonl").open("a", buffering=1)
+        self._file = _append_to(out_dir / "metrics.jsonl")
         if config.tensorboard:
             self._tensorboard = _summary_writer(out_dir / "tensorboard")
         if config.wandb_log:
@@ -65,7 +68,7 @@ class RunLog:
         if self._progress:
             self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
-            print(text, flush=True)
+            self._attempt("console", lambda: print(text, flush=True))
 
     def warn(self, text: str) -> None:
         """One line that asks for attention."""
@@ -97,28 +100,49 @@ class RunLog:
         """Flush and close every sink."""
         if self._progress:
             self._progress.stop()
-        if self._file:
-            self._file.close()
-        if self._tensorboard:
-            self._tensorboard.close()
+        for sink in (self._file, self._tensorboard):
+            if sink:
+                with suppress(OSError):  # what could not be written was said when it failed
+                    sink.close()
         if self._wandb:
             self._wandb.finish()
 
+    def _attempt(self, sink: str, write: Callable[[], object]) -> None:
+        """One write; the first that fails drops its sink."""
+        if sink in self._lost:
+            return
+        try:
+            write()
+        except OSError as error:
+            self._lost.add(sink)
+            with suppress(OSError):
+                print(f"WARNING: {sink}: {error.strerror}; training goes on without it", file=sys.stderr)
+
     def _write(self, record: dict[str, Any]) -> None:
-        if self._file and not self._broken:
-            try:
-                self._file.write(json.dumps(record) + "\n")
-            except OSError as error:
-                self._broken = True
-                print(f"WARNING: metrics.jsonl: {error.strerror}; training goes on without it", file=sys.stderr)
+        if file := self._file:
+            line = json.dumps({k: None if _not_finite(v) else v for k, v in record.items()}) + "\n"
+            self._attempt("metrics.jsonl", lambda: file.write(line))
 
     def _send(self, iteration: int, figures: dict[str, float | None]) -> None:
-        if self._tensorboard:
+        if board := self._tensorboard:
             for name, value in figures.items():
                 if value is not None:
-                    self._tensorboard.add_scalar(name, value, iteration)
+                    self._attempt("tensorboard", lambda n=name, v=value: board.add_scalar(n, v, iteration))
         if self._wandb:
             self._wandb.log({"iter": iteration, **figures}, step=iteration)
+
+
+def _not_finite(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)  # JSON has no word for it; null is what readers expect
+
+
+def _append_to(path: Path) -> TextIO:
+    """The file, open at its end, on a line of its own: a process killed in mid-write leaves half a line."""
+    with path.open("ab+") as file:
+        file.seek(max(0, file.tell() - 1))
+        if file.read(1) not in (b"", b"\n"):
+            file.write(b"\n")
+    return path.open("a", buffering=1)
 
 
 def _summary_writer(folder: Path) -> Any:

@@ -2,7 +2,7 @@
 
 import os
 import signal
-import sys
+from contextlib import suppress
 from types import FrameType
 
 
@@ -28,8 +28,14 @@ class StopSignals:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.received == signal.SIGINT == number:
-            sys.stderr.write("\nstopped at once; the last checkpoint stands\n")
+            _say("stopped at once; the last checkpoint stands")
             os._exit(130)
         self.received = number
         what = "finishing the step and saving; Ctrl-C again leaves at once" if number == signal.SIGINT else "saving"
-        os.write(2, f"\n{signal.Signals(number).name}: {what}\n".encode())
+        _say(f"{signal.Signals(number).name}: {what}")
+
+
+def _say(text: str) -> None:
+    """Straight to the descriptor: a handler may interrupt a print; with `2>&1 | tee`, Ctrl-C has closed the pipe."""
+    with suppress(OSError):
+        os.write(2, f"\n{text}\n".encode())

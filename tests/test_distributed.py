@@ -1,0 +1,172 @@
+"""Ranks: two gloo processes train what one does alone; the device and the environment are checked before anything."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanogpt_fast import distributed
+from nanogpt_fast.distributed import World, join, resolve_device, resolve_dtype
+from nanogpt_fast.errors import ConfigError, DeviceError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Three steps of two micro-batches over all ranks, dropout on; saves rank 0's parameters and each collective's answer.
+WORKER = """
+import sys, torch
+from nanogpt_fast.config import GPTConfig, OptimConfig
+from nanogpt_fast.distributed import join
+from nanogpt_fast.model import GPT
+from nanogpt_fast.ops import REFERENCE
+from nanogpt_fast.optim import AdamW, FlatParameters
+from nanogpt_fast.step import TrainStep
+
+torch.set_num_threads(1)
+world = join("cpu", "nccl", 2)
+# No biases: a key's bias has gradient 0 but for rounding, and Adam would scale that noise up to a whole step.
+config = GPTConfig(block_size=8, vocab_size=29, n_layer=2, n_head=2, n_embd=16, dropout=0.2, bias=False)
+model = GPT(config).train()
+model.init_weights(torch.Generator().manual_seed(world.rank))  # ranks differ until the broadcast
+flat = FlatParameters(model, torch.float32, world.device)
+world.broadcast_(flat.master)
+optimizer = AdamW(flat, OptimConfig(), REFERENCE)
+optimizer.set_lr(1e-2)
+step = TrainStep(model, optimizer, world, seed=3)
+share, norms = 2 // world.size, []
+for iteration in range(3):
+    batch = torch.randint(29, (2, 3, 9), generator=torch.Generator().manual_seed(iteration))
+    norms.append(step(batch[world.rank * share :][:share], iteration).grad_norm.item())
+votes = [world.any(False), world.any(world.rank == world.size - 1)]
+torch.save({"master": flat.master, "norms": norms, "votes": votes, "rank": world.rank}, f"{sys.argv[1]}.{world.rank}")
+world.close()
+world.close()  # idempotent
+"""
+
+
+def run_ranks(size: int, out: Path) -> list[dict]:
+    """WORKER in `size` processes, as torchrun would start them; what each saved. size 0: without its environment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    base = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if size else {}
+    processes = []
+    for rank in range(max(1, size)):
+        ranked = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)} if size else {}
+        command = [sys.executable, "-c", WORKER, str(out)]
+        processes.append(subprocess.Popen(command, env=base | ranked, stderr=subprocess.PIPE, text=True))
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        assert "destroy_process_group" not in errors, errors
+    return [torch.load(f"{out}.{rank}") for rank in range(max(1, size))]
+
+
+def test_two_ranks_train_what_one_does(tmp_path: Path):
+    """Same global batch, same masks: parameters to 1e-6, ranks among themselves bit for bit."""
+    (alone,) = run_ranks(0, tmp_path / "alone")
+    first, second = run_ranks(2, tmp_path / "two")
+    assert [r["rank"] for r in (first, second)] == [0, 1]
+    assert torch.equal(first["master"], second["master"]) and first["norms"] == second["norms"]
+    torch.testing.assert_close(first["master"], alone["master"], rtol=0, atol=1e-6)
+    assert first["norms"] == pytest.approx(alone["norms"], rel=1e-5)
+    assert first["votes"] == second["votes"] == alone["votes"] == [False, True]
+
+
+def test_one_rank_of_torchrun_is_alone_and_closes_its_group(tmp_path: Path):
+    (one,) = run_ranks(1, tmp_path / "one")
+    assert one["votes"] == [False, True]
+
+
+def test_collectives_of_one_process_are_the_identity():
+    world, tensor = World(), torch.tensor([1.0, 2.0])
+    world.all_reduce_(tensor)
+    world.broadcast_(tensor)
+    assert tensor.tolist() == [1.0, 2.0] and world.any(True) and not world.any(False) and world.is_main
+    world.close()
+
+
+# ---- joining ----
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_alone_any_accumulation_will_do(environment: pytest.MonkeyPatch):
+    assert join("cpu", "nccl", 5) == World(0, 1, torch.device("cpu"))
+
+
+def test_accumulation_must_divide_by_the_ranks(environment: pytest.MonkeyPatch):
+    """Before any process group is made, so that every rank says it instead of waiting for the others."""
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}.items():
+        environment.setenv(name, value)
+    with pytest.raises(ConfigError) as error:
+        join("cpu", "nccl", 6)
+    assert "gradient_accumulation_steps = 6, WORLD_SIZE = 4" in str(error.value)
+    assert error.value.hint == "--gradient_accumulation_steps=8" and error.value.exit_code == 2
+
+
+def test_half_an_environment_is_an_error(environment: pytest.MonkeyPatch):
+    environment.setenv("RANK", "0")
+    with pytest.raises(ConfigError, match="no LOCAL_RANK and no WORLD_SIZE"):
+        join("cpu", "nccl", 1)
+
+
+def test_more_ranks_than_gpus(environment: pytest.MonkeyPatch):
+    for name, value in {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4"}.items():
+        environment.setenv(name, value)
+    environment.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(DeviceError, match="'cuda:3'"):
+        join("cuda", "nccl", 4)
+
+
+# ---- devices and dtypes ----
+
+
+def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert resolve_device("cuda") == torch.device("cuda") and resolve_device("cuda:0") == torch.device("cuda:0")
+    with pytest.raises(DeviceError) as error:
+        resolve_device("cuda:1")
+    assert error.value.exit_code == 5 and error.value.found.startswith("1 GPUs") and "--device=cpu" in error.value.hint
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(DeviceError):
+        resolve_device("cuda")
+
+
+@pytest.mark.parametrize(("name", "error"), [("gpu", ConfigError), ("cuda:x", ConfigError), ("meta", DeviceError)])
+def test_devices_that_are_none(name: str, error: type[Exception]):
+    with pytest.raises(error, match=f"--device={name}"):
+        resolve_device(name)
+
+
+@pytest.mark.parametrize("available", [True, False])
+def test_auto_device(monkeypatch: pytest.MonkeyPatch, available: bool):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    assert resolve_device("auto").type == ("cuda" if available else "cpu")
+
+
+AUTO = [  # device, multiplies bfloat16, order, dtype
+    ("cuda", True, "shuffle", torch.bfloat16),
+    ("cuda", True, "nanogpt", torch.bfloat16),
+    ("cuda", False, "shuffle", torch.float16),
+    ("cpu", True, "shuffle", torch.bfloat16),
+    ("cpu", True, "nanogpt", torch.float32),
+    ("cpu", False, "shuffle", torch.float32),
+]
+
+
+@pytest.mark.parametrize(("device", "native", "order", "dtype"), AUTO, ids=lambda v: str(v))
+def test_auto_dtype(monkeypatch: pytest.MonkeyPatch, device: str, native: bool, order: str, dtype: torch.dtype):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: native)
+    monkeypatch.setattr(distributed, "_cpu_multiplies_bfloat16", lambda: native)
+    assert resolve_dtype("auto", torch.device(device), order) == dtype
+    assert resolve_dtype("float16", torch.device(device), order) == torch.float16

@@ -1,0 +1,108 @@
+"""FLOPs, peaks, MFU's denominator and the memory estimate, against published and counted figures."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from nanogpt_fast import metrics
+from nanogpt_fast.config import GPTConfig, OptimConfig
+from nanogpt_fast.metrics import PEAK_TFLOPS, flops_per_token, memory_estimate, peak_flops, resolve_peak
+from nanogpt_fast.model import GPT
+from nanogpt_fast.ops import REFERENCE
+from nanogpt_fast.optim import ALIGNMENT, RANKS, AdamW, FlatParameters
+
+GPT2_124M = GPTConfig(bias=False)
+
+
+def test_nanogpts_count_of_the_124m_model():
+    """0.8548 GFLOP a token, as nanoGPT's estimate_mfu: 6 x 123,587,328 + 12 x 12 x 12 x 64 x 1024."""
+    flops = flops_per_token(GPT2_124M)["nanogpt"]
+    assert flops == 6 * 123_587_328 + 12 * 12 * 12 * 64 * 1024 == 854_770_176
+    assert flops / 1e9 == pytest.approx(0.8548, abs=5e-5)
+
+
+def test_llmcs_count_of_the_124m_model():
+    """All 124,475,904 parameters of its padded vocabulary with biases, and causal attention."""
+    flops = flops_per_token(GPTConfig(vocab_size=50304, bias=True))["llmc"]
+    assert flops == 6 * 124_475_904 + 6 * 12 * 768 * 1024
+
+
+@pytest.mark.parametrize("T", [128, 1024, 4096])
+def test_attention_grows_with_the_block(T: int):
+    """The counts differ by half the attention and by the positions, at any length."""
+    config = dataclasses.replace(GPT2_124M, block_size=T)
+    flops = flops_per_token(config)
+    assert flops["nanogpt"] - flops["llmc"] == 6 * 12 * 768 * T - 6 * 768 * T
+
+
+def test_peaks_match_exact_names_only():
+    flops, source = peak_flops("NVIDIA H100 80GB HBM3", "bfloat16") or (0.0, "")
+    assert flops == 989.4e12 and "NVIDIA H100 80GB HBM3" in source
+    for name in ("NVIDIA H100", "nvidia h100 80gb hbm3", "NVIDIA H100 80GB HBM3e", "", "NVIDIA H100 PCIe "):
+        assert peak_flops(name, "bfloat16") is None, name
+
+
+def test_float32_has_no_peak_in_the_table():
+    """The table is of 16-bit tensor cores: float32 divided by it would flatter by an order of magnitude."""
+    assert peak_flops("NVIDIA H100 80GB HBM3", "float32") is None
+    assert peak_flops("NVIDIA H100 80GB HBM3", "float16") == (
+        989.4e12,
+        "data sheet, NVIDIA H100 80GB HBM3, dense float16",
+    )
+
+
+def test_peaks_are_dense_ones():
+    """No entry is a data sheet's sparse figure, which for these is twice ours; forms of one chip differ."""
+    assert all(50 < tflops < 1000 for tflops in PEAK_TFLOPS.values())
+    assert all(name.startswith("NVIDIA ") for name in PEAK_TFLOPS)
+    sxm, pcie, nvl = (PEAK_TFLOPS[f"NVIDIA H100 {form}"] for form in ("80GB HBM3", "PCIe", "NVL"))
+    assert pcie < nvl < sxm
+    assert PEAK_TFLOPS["NVIDIA A100-SXM4-80GB"] == 312.0, "nanoGPT's constant"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_cpu_is_measured(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype):
+    monkeypatch.setitem(metrics.GEMM_SIZE, "cpu", 128)
+    peak, source = resolve_peak(torch.device("cpu"), dtype)
+    assert peak is not None and peak > 0 and "measured 128^3" in source and str(dtype).split(".")[1] in source
+
+
+def test_float16_on_a_cpu_is_not_measured(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(metrics, "measure_gemm", lambda *_: pytest.fail("takes seconds"))
+    assert resolve_peak(torch.device("cpu"), torch.float16)[0] is None
+
+
+def test_an_unknown_gpu_has_no_peak(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA B900")
+    peak, source = resolve_peak(torch.device("cuda"), torch.bfloat16)
+    assert peak is None and "NVIDIA B900" in source and "n/a" in source
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA L4")
+    assert resolve_peak(torch.device("cuda"), torch.bfloat16)[0] == 121e12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_estimated_state_is_what_the_buffers_hold(dtype: torch.dtype):
+    """Parameters, gradients and moments to the byte, alignment aside."""
+    config = GPTConfig(block_size=64, vocab_size=500, n_layer=2, n_head=2, n_embd=128, bias=True)
+    flat = FlatParameters(GPT(config), dtype, torch.device("cpu"))
+    optimizer = AdamW(flat, OptimConfig(), REFERENCE)
+    estimate = memory_estimate(config, batch_size=4, bytes_per_element=dtype.itemsize)
+    buffers = {
+        "parameters": {id(t): t for t in (flat.master, flat.params)}.values(),
+        "gradients": [flat.grad],
+        "optimizer": [optimizer.m, optimizer.v],
+    }
+    names, n = len(flat.slices), config.num_params(non_embedding=False)
+    for key, tensors in buffers.items():
+        held = sum(t.nbytes for t in tensors)
+        a_parameter = sum(t.element_size() for t in tensors)
+        assert estimate[key] == n * a_parameter
+        assert 0 <= held - estimate[key] <= (names + RANKS) * ALIGNMENT * a_parameter
+
+
+def test_estimated_logits_and_activations():
+    estimate = memory_estimate(GPT2_124M, batch_size=16, bytes_per_element=2)
+    tokens = 16 * 1024
+    assert estimate["logits"] == tokens * 50304 * 6
+    assert estimate["activations"] == tokens * 768 * 12 * 16 * 2
