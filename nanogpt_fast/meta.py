@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_fast.errors import DataError
+from nanogpt_fast.rundir import sync
 
 FORMAT = 1
 _STORE = {"MEMOIZE", "BINPUT", "LONG_BINPUT"}
@@ -72,16 +73,6 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames inside folder survive a power cut (Windows has no such call)."""
-    if os.name != "nt":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def write_atomic(path: Path, data: bytes) -> None:
     """Write path so that it holds the old bytes or the new ones at any instant."""
     temporary = path.with_name(path.name + ".tmp")
@@ -90,7 +81,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

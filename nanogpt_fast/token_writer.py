@@ -18,7 +18,8 @@ import filelock
 import numpy as np
 
 from nanogpt_fast.errors import DataError
-from nanogpt_fast.meta import Meta, Split, TokenFile, nanogpt_pickle, sha256_of, sync_folder, write_atomic, write_json
+from nanogpt_fast.meta import Meta, Split, TokenFile, nanogpt_pickle, sha256_of, write_atomic, write_json
+from nanogpt_fast.rundir import sync
 
 Format = Literal["bin", "llmc"]
 SPLITS = ("train", "val")
@@ -237,7 +238,7 @@ class TokenWriter:
             # The first training file comes last: without it nothing takes the folder for a dataset.
             for path in (p for split in reversed(self.splits.values()) for p in reversed(split.files())):
                 os.replace(path, self.folder / path.name)
-            sync_folder(self.folder)
+            sync(self.folder)
             write_json(self.folder / "meta.json", meta.to_json())
         shutil.rmtree(self.partial, ignore_errors=True)
         return meta

@@ -23,7 +23,6 @@ from nanogpt_fast.meta import (
     verify,
     write_json,
 )
-from nanogpt_fast.tokenizer import from_json
 
 
 def nanogpt_meta(size: int) -> dict:
