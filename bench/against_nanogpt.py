@@ -2,8 +2,8 @@
 
     python bench/against_nanogpt.py --nanogpt DIR --text tinyshakespeare.txt --rounds 3
 
-DIR is a checkout of karpathy/nanoGPT. The job is nanoGPT README's CPU command (4 layers, 4 heads, 128 wide, block 64, batch
-12, 2000 iterations; evaluations, checkpoints and start-up included). One JSON line a run goes to --out.
+DIR is a checkout of karpathy/nanoGPT. The job is nanoGPT README's CPU command (4 layers, 4 heads, 128 wide, block 64,
+batch 12, 2000 iterations; evaluations, checkpoints and start-up included). One JSON line a run goes to --out.
 """
 
 import argparse
@@ -24,10 +24,8 @@ import torch
 from nanogpt_fast.prepare import main as prepare
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = (
-    "--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 "
-    "--n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
-).split()
+FLAGS = ["--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=1", "--block_size=64", "--batch_size=12",
+         "--n_layer=4", "--n_head=4", "--n_embd=128", "--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0"]  # fmt: skip
 
 
 def commands(nanogpt: Path) -> dict[str, tuple[list[str], Path | None]]:

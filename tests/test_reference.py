@@ -149,7 +149,7 @@ def test_mlp(activation: str, bias: bool):
     pre = torch.einsum("btc,fc->btf", y, w_fc) + (0.0 if b_fc is None else b_fc)
     want = torch.einsum("btf,cf->btc", gelu64(pre, activation), w_proj)
     torch.testing.assert_close(reference.mlp(y, w_fc, b_fc, w_proj, activation), want)
-    assert gradcheck(lambda *args: reference.mlp(*args, activation), (y, w_fc, b_fc, w_proj))
+    assert gradcheck(lambda y, fc, b, proj: reference.mlp(y, fc, b, proj, activation), (y, w_fc, b_fc, w_proj))
 
 
 def test_the_two_gelus_differ():

@@ -113,14 +113,14 @@ def test_low_precision_parameters_are_the_rounded_master(dtype: torch.dtype):
 def test_non_finite_gradient_writes_nothing(bad: float, max_norm: float):
     """0 * nan is nan: an update scaled by zero would not do. Bit for bit, the step count too."""
     ours = flat(max_norm=max_norm, loss_scale=8.0)
-    ours.p = ours.master.to(torch.bfloat16)
+    ours.p = p = ours.master.to(torch.bfloat16)
     ours.update(gradient(1))
-    before = [t.clone() for t in (ours.master, ours.m, ours.v, ours.p, ours.scalars[:GRAD_NORM])]
+    kept = (ours.master, ours.m, ours.v, p, ours.scalars[:GRAD_NORM])
+    before = [t.clone() for t in kept]
     g = gradient(2)
     g[N - 1] = bad
     ours.update(g)
-    after = (ours.master, ours.m, ours.v, ours.p, ours.scalars[:GRAD_NORM])
-    assert all(torch.equal(a, b) for a, b in zip(before, after))
+    assert all(torch.equal(a, b) for a, b in zip(before, kept))
     ours.update(gradient(3))
     assert ours.scalars[STEP] == 2 and torch.isfinite(ours.master).all()
 
