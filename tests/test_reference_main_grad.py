@@ -120,8 +120,8 @@ def test_input_that_needs_no_gradient():
 
 
 def test_bias_gradient_is_summed_in_float32():
-    """4096 rows of 1: in bfloat16 a running sum would stop at 256."""
+    """4097 rows of 1: bfloat16 knows 4096 and 4128, and a running sum in it would stop at 256."""
     w = parameters(torch.bfloat16, True)
     add_main_grads(w)
-    reference.linear(torch.zeros(4096, C, dtype=torch.bfloat16), w["qkv"], w["qkv_b"]).sum().backward()
-    assert w["qkv_b"].grad is not None and (w["qkv_b"].grad == 4096).all()
+    reference.linear(torch.zeros(4097, C, dtype=torch.bfloat16), w["qkv"], w["qkv_b"]).sum().backward()
+    assert w["qkv_b"].grad is not None and (w["qkv_b"].grad == 4097).all()
