@@ -24,8 +24,9 @@ import torch
 from nanogpt_fast.prepare import main as prepare
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = ["--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=1", "--block_size=64", "--batch_size=12",
-         "--n_layer=4", "--n_head=4", "--n_embd=128", "--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0"]  # fmt: skip
+FLAGS = ["--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=1", "--block_size=64",
+         "--batch_size=12", "--n_layer=4", "--n_head=4", "--n_embd=128", "--max_iters=2000", "--lr_decay_iters=2000",
+         "--dropout=0.0"]  # fmt: skip
 
 
 def commands(nanogpt: Path) -> dict[str, tuple[list[str], Path | None]]:

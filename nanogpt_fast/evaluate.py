@@ -114,10 +114,14 @@ def main(argv: list[str]) -> None:
 def parse_config(argv: list[str]) -> EvaluateConfig:
     """The flags, over the values that `--config NAME` (or a leading NAME) shares with a training configuration."""
     trained: list[str] = []
-    rest = deque(argv)
-    while rest and (rest[0].partition("=")[0] == "--config" or not rest[0].startswith("-")):
-        word = rest.popleft()
-        trained += [word, rest.popleft()] if word == "--config" and rest else [word]
+    rest: list[str] = []
+    words = deque(argv)
+    while words:
+        word = words.popleft()
+        if word.partition("=")[0] == "--config":
+            trained += [word, words.popleft()] if word == "--config" and words else [word]
+        else:
+            (rest if rest or word.startswith("-") else trained).append(word)  # bare words are names at the start only
     default = None
     if trained:
         flat = cli.load_config(trained, prog=PROG).flat()
@@ -125,7 +129,7 @@ def parse_config(argv: list[str]) -> EvaluateConfig:
         if shared["init_from"] == "scratch":
             shared["init_from"] = "resume"  # the run it would train is the run to evaluate
         default = EvaluateConfig(**shared)
-    return cli.parse(EvaluateConfig, list(rest), prog=PROG, description=__doc__ or "", default=default)
+    return cli.parse(EvaluateConfig, rest, prog=PROG, description=__doc__ or "", default=default)
 
 
 def resolve(config: EvaluateConfig, restored: Restored) -> EvaluateConfig:
@@ -173,6 +177,11 @@ def open_sources(
         if not tokens.size:
             raise DataError("the text is empty", where=config.file)
         return {path.name: stack.enter_context(TokenSource([str(path)]))}, restored.tokenizer_json
+    data = DataConfig(dataset=config.dataset, data_dir=config.data_dir)
+    splits = [name.strip() for name in config.split.split(",")]
+    sources = {name: open_split(data, name, required=True) for name in splits}  # type: ignore[call-overload]
+    for source in sources.values():
+        stack.enter_context(source)
     folder = Path(config.data_dir, config.dataset)
     meta = read_meta(folder) if folder.is_dir() else None
     theirs, ours = meta.tokenizer if meta else {"kind": "gpt2"}, restored.tokenizer_json
@@ -184,11 +193,6 @@ def open_sources(
             found=_named(theirs),
             hint="--dataset=NAME of data for this model, or --file=TEXT",
         )
-    data = DataConfig(dataset=config.dataset, data_dir=config.data_dir)
-    splits = [name.strip() for name in config.split.split(",")]
-    sources = {name: open_split(data, name, required=True) for name in splits}  # type: ignore[call-overload]
-    for source in sources.values():
-        stack.enter_context(source)
     return sources, theirs
 
 

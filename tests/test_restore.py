@@ -87,7 +87,7 @@ def test_a_hub_name_comes_before_a_folder_of_that_name(tmp_path: Path, monkeypat
         found = restore(name, "out")
         assert same_tensors(found.model, expected.model) and "hub" in found.source
     assert fetched == ["openai-community/gpt2"] * 2
-    assert found.tokenizer_json == {"kind": "gpt2"} and found.tokenizer().vocab_size == 50257
+    assert found.tokenizer_json == {"kind": "gpt2"}
 
 
 def test_scratch_has_no_weights():
