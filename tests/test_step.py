@@ -66,7 +66,7 @@ def test_gradient_is_the_mean_losss_against_float64():
     for name, parameter in other.named_parameters():
         assert parameter.grad is not None
         torch.testing.assert_close(
-            got[name].double(), parameter.grad, rtol=1e-4, atol=1e-7, msg=lambda m: f"{name}: {m}"
+            got[name].double(), parameter.grad, rtol=1e-4, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
