@@ -1,6 +1,7 @@
 """Sample from a model: `python -m nanogpt_fast.sample --out_dir=out --start="..."`. Flags are nanoGPT's.
 
-On the CPU in float32 a seed gives the text that nanoGPT gives for the same weights: one generator, one draw a token.
+Draws are nanoGPT's: one generator, one multinomial a token. On the CPU nanoGPT's has drawn a model's initial weights
+before the first token, so a seed's texts are the same only where its sample.py seeds again after loading (measured).
 """
 
 import math

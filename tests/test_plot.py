@@ -56,6 +56,11 @@ def test_a_resumed_run_drops_what_the_abandoned_process_logged_later(tmp_path: P
     assert (np.diff(seconds) > 0).all(), "the seconds go on after a resume"
 
 
+def test_a_resumed_run_that_logged_nothing_yet_ends_where_it_resumed(tmp_path: Path):
+    rows = [header(), *(train(i, 9.0) for i in range(8)), header(4)]
+    assert sorted(plot.read_history(write(tmp_path / "run", rows)).train) == [0, 1, 2, 3]
+
+
 def test_a_fresh_run_in_the_same_folder_starts_over(tmp_path: Path):
     rows = [header(), train(0, 5.0), train(1, 5.0), header(), train(0, 2.0)]
     assert plot.read_history(write(tmp_path / "run", rows)).column("train", "loss", "iter")[1].tolist() == [2.0]
