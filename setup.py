@@ -55,7 +55,11 @@ setup(
     install_requires=[
         "torch>=2.10,<2.14",
         'triton>=3.6,<3.8; platform_system == "Linux"',
-        "numpy>=1.26", "safetensors>=0.5", "tyro>=1.0.10", "rich>=13.7", "filelock>=3.13",
+        "numpy>=1.26",
+        "safetensors>=0.5",
+        "tyro>=1.0.10",
+        "rich>=13.7",
+        "filelock>=3.13",
     ],  # fmt: skip
     extras_require={"data": DATA, "log": LOG, "plot": PLOT, "bench": BENCH, "offline": OFFLINE, "dev": DEV},
 )
