@@ -1,4 +1,4 @@
-"""Set before torch is imported: test tensors are small, and several workers' OpenMP threads would fight over two cores."""
+"""Set before torch is imported: test tensors are small, and OpenMP threads of several workers would fight for cores."""
 
 import os
 
