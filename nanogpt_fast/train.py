@@ -50,6 +50,9 @@ def main(argv: list[str]) -> int:
         dtype = distributed.resolve_dtype(config.system.dtype, world.device, config.data.data_order)
         model = build_model(config, shape, restored, generator, say)
         optimizer = build_optimizer(config, model, restored, dtype, world, say)
+        if config.system.compile and world.device.type == "cuda":
+            say("compiling the model... (takes a ~minute)")
+            model.compile()
         resumed = restored if config.run.init_from == "resume" else None
         order, fingerprint = order_data(config, sources["train"], resumed, generator)
         start = resumed.step if resumed else 0
@@ -126,11 +129,14 @@ def load_weights(config: Config, say: Any) -> Restored:
     restored = restore(config.run.init_from, config.run.out_dir, config.data.data_dir)
     for line in restored.skipped:
         say(f"WARNING: {line}")
-    say(
-        f"Resuming training from {restored.source}"
-        if config.run.init_from == "resume"
-        else f"weights: {restored.source}"
-    )
+    if config.run.init_from != "resume":
+        say(f"Initializing from {restored.source}")
+        return restored
+    say(f"Resuming training from {restored.source}")
+    then, place = restored.run_config, {"init_from", "out_dir", "data_dir", "eval_only", "debug", *vars(config.model)}
+    changed = {k: v for k, v in config.flat().items() if k in then and then[k] != v and k not in place}
+    if changed:
+        say("changed since the checkpoint: " + ", ".join(f"{k} {then[k]} -> {v}" for k, v in changed.items()))
     return restored
 
 
@@ -276,7 +282,8 @@ def finish(config: Config, model: GPT, tokenizer: dict[str, Any]) -> None:
         f"  python -m nanogpt_fast.sample --out_dir={run.out_dir}\n"
         f"  python -m nanogpt_fast.plot {run.out_dir}\n"
         f"  python -m nanogpt_fast.evaluate --out_dir={run.out_dir}\n"
-        f"  python -m nanogpt_fast.train --config {run.out_dir}/config.toml --init_from=resume --max_iters=..."
+        f"  python -m nanogpt_fast.train --config {run.out_dir}/config.toml --init_from=resume"
+        f" --max_iters={2 * config.optim.max_iters}"
     )
 
 

@@ -78,10 +78,13 @@ def test_changed_data_are_refused_unless_accepted(folder: Path):
     assert train(folder, init_from="resume", ignore_fingerprint=True) == 0
 
 
-def test_the_schedule_may_change_and_the_data_order_goes_on(folder: Path):
+def test_the_schedule_may_change_and_the_data_order_goes_on(folder: Path, capsys: pytest.CaptureFixture[str]):
     """Another batch size on resume: the samples go on where they were, not at iteration x the new batch."""
     train(folder, max_iters=10)
+    capsys.readouterr()
     train(folder, max_iters=20, init_from="resume", batch_size=8, learning_rate=1e-4)
+    told = "changed since the checkpoint: batch_size 4 -> 8, learning_rate 0.01 -> 0.0001, max_iters 10 -> 20"
+    assert told in capsys.readouterr().out
     state = json.loads((folder / "out/checkpoints/step_00000020/state.json").read_text())["state"]
     assert state["samples_seen"] == 10 * 4 + 10 * 8
 
