@@ -1,4 +1,4 @@
-"""A wheel is the whole trainer: presets inside, runnable from anywhere, and none of our folder names in site-packages."""
+"""A wheel is the whole trainer: presets inside, runs from anywhere, and none of our folder names in site-packages."""
 
 import os
 import subprocess

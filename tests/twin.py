@@ -74,7 +74,7 @@ def train_twin(
     lr: Any, eval_interval: int, eval_iters: int, seed: int = 1337, betas: tuple[float, float] = (0.9, 0.95),
     weight_decay: float = 0.1, grad_clip: float = 1.0,
 ) -> tuple[Twin, list[list[float]], dict[int, dict[str, float]]]:  # fmt: skip
-    """Train; returns (model, losses [iteration][micro-batch], {iteration: {split: mean loss}}). lr: iteration -> rate."""
+    """(model, losses [iteration][micro-batch], {iteration: {split: mean loss}}); lr maps an iteration to its rate."""
     torch.manual_seed(seed)
     model, T = Twin(c), c.block_size
 
