@@ -12,7 +12,8 @@ from typing import Any, Literal
 from nanogpt_fast.errors import ConfigError
 
 
-def _require(ok: bool, key: str, rule: str, value: object) -> None:
+def require_range(ok: bool, key: str, rule: str, value: object) -> None:
+    """Raise the ConfigError of a value out of its range; rule is what was expected."""
     if not ok:
         raise ConfigError(f"--{key} is out of range", where=f"{key} = {value!r}", expected=rule)
 
@@ -27,7 +28,7 @@ class RunConfig:
     log_interval: int = 1  # print a line every so many iterations
     eval_iters: int = 200  # batches a split in an evaluation
     eval_only: bool = False  # stop right after the first evaluation
-    eval_mode: Literal["random", "full"] = "random"  # random batches as nanoGPT, or the whole split in order
+    eval_mode: Literal["random", "full"] = "random"  # random batches as nanoGPT, or the whole validation split in order
     always_save_checkpoint: bool = True  # save after each evaluation, not only when val loss improves
     keep_last: int = 2  # checkpoints kept besides the best one (at least 2)
     sample_at_end: int = 0  # characters/tokens of a sample printed when training ends, 0 for none
@@ -35,12 +36,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for key in ("eval_interval", "log_interval", "eval_iters"):
-            _require(getattr(self, key) >= 1, key, "a whole number >= 1", getattr(self, key))
-        _require(
+            require_range(getattr(self, key) >= 1, key, "a whole number >= 1", getattr(self, key))
+        require_range(
             self.keep_last >= 2, "keep_last", ">= 2: the last one may be cut off while it is written", self.keep_last
         )
-        _require(self.sample_at_end >= 0, "sample_at_end", ">= 0", self.sample_at_end)
-        _require(0 <= self.seed < 2**63, "seed", "0 <= seed < 2^63", self.seed)
+        require_range(self.sample_at_end >= 0, "sample_at_end", ">= 0", self.sample_at_end)
+        require_range(0 <= self.seed < 2**63, "seed", "0 <= seed < 2^63", self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         for key in ("gradient_accumulation_steps", "batch_size", "block_size"):
-            _require(getattr(self, key) >= 1, key, "a whole number >= 1", getattr(self, key))
+            require_range(getattr(self, key) >= 1, key, "a whole number >= 1", getattr(self, key))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +75,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for key in ("n_layer", "n_head", "n_embd"):
-            _require(getattr(self, key) >= 1, key, "a whole number >= 1", getattr(self, key))
-        _require(0.0 <= self.dropout < 1.0, "dropout", "0 <= dropout < 1", self.dropout)
-        _require(self.vocab_size >= 0, "vocab_size", ">= 0", self.vocab_size)
+            require_range(getattr(self, key) >= 1, key, "a whole number >= 1", getattr(self, key))
+        require_range(0.0 <= self.dropout < 1.0, "dropout", "0 <= dropout < 1", self.dropout)
+        require_range(self.vocab_size >= 0, "vocab_size", ">= 0", self.vocab_size)
         if self.n_embd % self.n_head:
             # Only heads near the asked number are tried: a typo as wide as 10^9 must not take minutes to refuse.
             tried = range(max(1, self.n_head - 512), self.n_head + 513)
@@ -147,11 +148,11 @@ class OptimConfig:
     def __post_init__(self) -> None:
         for key in ("learning_rate", "min_lr", "weight_decay", "grad_clip"):
             value = getattr(self, key)
-            _require(math.isfinite(value) and value >= 0, key, "a finite number >= 0", value)
+            require_range(math.isfinite(value) and value >= 0, key, "a finite number >= 0", value)
         for key in ("beta1", "beta2"):
-            _require(0.0 <= getattr(self, key) < 1.0, key, f"0 <= {key} < 1", getattr(self, key))
+            require_range(0.0 <= getattr(self, key) < 1.0, key, f"0 <= {key} < 1", getattr(self, key))
         for key in ("max_iters", "warmup_iters", "lr_decay_iters"):
-            _require(getattr(self, key) >= 0, key, ">= 0", getattr(self, key))
+            require_range(getattr(self, key) >= 0, key, ">= 0", getattr(self, key))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,8 +171,8 @@ class SystemConfig:
 
     device: str = "auto"  # auto | cpu | cuda | cuda:0 ...
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 where native
-    compile: bool = True  # let torch.compile fuse the reference ops on CUDA; no effect on the CPU or on Triton ops
-    kernels: str = "auto"  # auto | triton | reference, and per op: triton,attention=reference
+    compile: bool = True  # torch.compile the reference ops on CUDA (takes a minute); no effect on the CPU
+    kernels: str = "auto"  # auto | reference
     backend: str = "nccl"  # torch.distributed backend for CUDA ranks (CPU ranks use gloo)
     dry_run: bool = False  # print the resolved configuration, tokens, memory; train nothing
     debug: bool = False  # tracebacks instead of short errors
@@ -192,6 +193,10 @@ class Config:
     def tokens_per_iter(self) -> int:
         """Tokens one optimizer step sees, over all ranks."""
         return self.data.gradient_accumulation_steps * self.data.batch_size * self.data.block_size
+
+    def shape(self, vocab_size: int) -> GPTConfig:
+        """The model to build for this vocabulary, with data.block_size as its context."""
+        return GPTConfig(block_size=self.data.block_size, **{**vars(self.model), "vocab_size": vocab_size})
 
     def flat(self) -> dict[str, Any]:
         """{flat name: value} over all sections, in order; nanoGPT's checkpoint `config`."""

@@ -2,7 +2,8 @@
 
     python profiling/step_trace.py --config shakespeare_char_cpu [--steps 30] [--trace out.json.gz] [--flag=value ...]
 
-Random tokens, the preset's shapes, the trainer's own TrainStep. Open the trace in https://ui.perfetto.dev.
+Random tokens, the preset's shapes, the trainer's own TrainStep. The dataset is not read: give --vocab_size (65 for
+shakespeare_char), or it is GPT-2's padded 50304. Open the trace in https://ui.perfetto.dev.
 """
 
 import argparse
@@ -13,7 +14,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from nanogpt_fast.cli import load_config
-from nanogpt_fast.config import GPTConfig
 from nanogpt_fast.distributed import World, resolve_device, resolve_dtype
 from nanogpt_fast.metrics import flops_per_token, resolve_peak
 from nanogpt_fast.model import GPT
@@ -49,8 +49,8 @@ def main() -> None:
     config = load_config(rest)
     device = resolve_device(config.system.device)
     dtype = resolve_dtype(config.system.dtype, device, config.data.data_order)
-    vocab = config.model.vocab_size or (65 if "char" in config.data.dataset else 50304)
-    shape = GPTConfig(**{**vars(config.model), "vocab_size": vocab, "block_size": config.data.block_size})
+    vocab = config.model.vocab_size or 50304
+    shape = config.shape(vocab)
     model = GPT(shape, select_ops(config.system.kernels, device.type)).train()
     generator = torch.Generator().manual_seed(config.run.seed)
     model.init_weights(generator)

@@ -101,5 +101,14 @@ def test_replace_changes_only_what_it_names_and_copies_are_frozen():
         config.data.batch_size = 4  # type: ignore[misc]
 
 
+def test_the_models_shape_takes_every_model_setting_the_context_and_the_vocabulary():
+    config = Config().replace(
+        n_layer=3, n_head=2, n_embd=8, dropout=0.1, bias=True, activation="gelu_tanh", block_size=5, vocab_size=7
+    )
+    assert config.shape(65) == GPTConfig(
+        block_size=5, vocab_size=65, n_layer=3, n_head=2, n_embd=8, dropout=0.1, bias=True, activation="gelu_tanh"
+    )
+
+
 def test_gpt2_has_124_million_parameters():
     assert GPTConfig(vocab_size=50257, bias=True).num_params(non_embedding=False) == 124_439_808
