@@ -29,7 +29,7 @@ from nanogpt_fast.restore import Restored, build_model, restore
 from nanogpt_fast.scoring import Batch, Mode, Score, all_targets, random_targets, score, stack_for, strided_targets
 from nanogpt_fast.sources import read_text
 from nanogpt_fast.tokenizer import from_json
-from nanogpt_fast.tokens import TokenSource, open_split
+from nanogpt_fast.tokens import TokenSource, dataset_folder, open_split
 
 PROG = "python -m nanogpt_fast.evaluate"
 
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
     """Evaluate and print a table, or JSON lines."""
     config = parse_config(argv)
     device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, device, data_order="nanogpt")  # float32 on the CPU: comparable figures
+    dtype = resolve_dtype(config.dtype, device, comparable=True)
     restored = restore(config.init_from, config.out_dir, config.data_dir)
     for line in restored.skipped:
         print(f"WARNING: {line}", file=sys.stderr)
@@ -182,13 +182,13 @@ def open_sources(
     sources = {name: open_split(data, name, required=True) for name in splits}  # type: ignore[call-overload]
     for source in sources.values():
         stack.enter_context(source)
-    folder = Path(config.data_dir, config.dataset)
-    meta = read_meta(folder) if folder.is_dir() else None
+    folder = dataset_folder(data)
+    meta = read_meta(folder) if folder else None
     theirs, ours = meta.tokenizer if meta else {"kind": "gpt2"}, restored.tokenizer_json
     if ours is not None and theirs != ours:
         raise DataError(
             "the data were prepared with another tokenizer than the model's",
-            where=f"{folder}, {restored.source}",
+            where=f"{folder or config.dataset}, {restored.source}",
             expected=_named(ours),
             found=_named(theirs),
             hint="--dataset=NAME of data for this model, or --file=TEXT",

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
@@ -234,28 +235,41 @@ def open_split(data: DataConfig, split: Literal["train", "val"], *, required: bo
     )
 
 
-def _find_split(data: DataConfig, split: str) -> tuple[list[str], str]:
-    """(the split's files in order, the pattern that was looked for)."""
+def dataset_folder(data: DataConfig) -> Path | None:
+    """The folder that holds the dataset and its meta.json: data_dir/NAME, else NAME as a path; of a pattern that
+    matches files, the part before {split}. None when nothing is there. Raises ConfigError as open_split does."""
+    places = _places(data)
+    if "{split}" in data.dataset:
+        here = (place for place in places if glob.glob(place.replace("{split}", "*")))
+        places = [os.path.dirname(place.partition("{split}")[0]) for place in here]
+    return next((Path(place) for place in places if os.path.isdir(place)), None)
+
+
+def _places(data: DataConfig) -> list[str]:
+    """The paths that --dataset may mean, the first that is there counts."""
     name = data.dataset
-    absolute = os.path.isabs(name)
-    if ".." in name.replace("\\", "/").split("/") and not absolute:
+    if os.path.isabs(name):
+        return [name]
+    if ".." in name.replace("\\", "/").split("/"):
         raise ConfigError(
             "--dataset climbs out of --data_dir",
             where=f"dataset = {name!r}",
             expected="a folder's name, or an absolute path",
             hint=f"--dataset={os.path.abspath(os.path.join(data.data_dir, name))}",
         )
-    places = [name] if absolute else [os.path.join(data.data_dir, name)]
-    if os.path.dirname(name) and not absolute:
-        places.append(name)
-    folder = next((place for place in places if os.path.isdir(place)), None)
-    if folder:
-        stems = (split, f"*_{split}", f"{split}_*", f"*_{split}_*")
-        patterns = [os.path.join(glob.escape(folder), stem + end) for end in (".bin", ".npy") for stem in stems]
-        looked = os.path.join(folder, f"{split}.bin")
-    elif "{split}" in name:
+    return [os.path.join(data.data_dir, name)] + [name] * bool(os.path.dirname(name))
+
+
+def _find_split(data: DataConfig, split: str) -> tuple[list[str], str]:
+    """(the split's files in order, the pattern that was looked for)."""
+    name, places = data.dataset, _places(data)
+    if "{split}" in name:
         patterns = [place.replace("{split}", split) for place in places]
         looked = patterns[-1]
+    elif folder := dataset_folder(data):
+        stems = (split, f"*_{split}", f"{split}_*", f"*_{split}_*")
+        patterns = [os.path.join(glob.escape(str(folder)), stem + end) for end in (".bin", ".npy") for stem in stems]
+        looked = str(folder / f"{split}.bin")
     elif glob.has_magic(name) or any(os.path.isfile(place) for place in places):
         raise ConfigError(
             "--dataset names files without saying which split",

@@ -69,6 +69,13 @@ def test_by_default_the_whole_val_split_of_the_runs_dataset(here: Path, capsys: 
     assert row["bits_per_byte"] == pytest.approx(expected.sum() / math.log(2) / text_bytes, rel=1e-6)
 
 
+def test_the_dataset_by_its_path(here: Path, capsys: pytest.CaptureFixture[str]):
+    (by_name,), (by_path,) = rows(capsys), rows(capsys, "--dataset=data/tiny")
+    assert by_path["bits_per_byte"] == by_name["bits_per_byte"], "its characters are known"
+    (by_pattern,) = rows(capsys, "--dataset=data/tiny/{split}.bin")
+    assert by_pattern["bits_per_byte"] == by_name["bits_per_byte"]
+
+
 def test_a_text_file_is_tokenized_and_scored(here: Path, capsys: pytest.CaptureFixture[str]):
     ids = np.fromfile(here / "data/tiny/val.bin", "<u2")
     (here / "text.txt").write_text("".join(ITOS[i] for i in ids), encoding="utf-8")

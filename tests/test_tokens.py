@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from nanogpt_fast import tokens as tokens_module
 from nanogpt_fast.config import DataConfig
 from nanogpt_fast.errors import ConfigError, DataError
-from nanogpt_fast.tokens import TokenSource, check_fingerprint, open_split
+from nanogpt_fast.tokens import TokenSource, check_fingerprint, dataset_folder, open_split
 
 
 def write(path, count, first=0) -> str:
@@ -260,6 +261,32 @@ def test_pattern(tmp_path, monkeypatch, pattern):
     dataset = str(tmp_path) + pattern if pattern.startswith("/") else pattern
     with open_split(DataConfig(dataset=dataset), "train") as source:
         assert [os.path.basename(file.path) for file in source.files] == ["f_train_1.bin", "f_train_2.bin"]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "folder"),
+    [
+        ("web", "data/web"),
+        ("data/web", "data/web"),  # a path, as the shell completes it
+        ("data/here", "data/data/here"),  # data_dir comes first
+        ("here", None),
+        ("data/web/f_{split}_*.bin", "data/web"),
+        ("web/f_{split}_*.bin", "data/web"),
+        ("parts/{split}/*.bin", "data/parts"),
+        ("web/other_{split}_*.bin", None),
+        ("nowhere", None),
+    ],
+)
+def test_dataset_folder(tmp_path, monkeypatch, dataset, folder):
+    monkeypatch.chdir(tmp_path)
+    for name in ("web/f_train_1.bin", "data/here/train.bin", "parts/train/0.bin"):
+        write(tmp_path / "data" / name, 100)
+    write(tmp_path / "here" / "train.bin", 100)
+    found = dataset_folder(DataConfig(dataset=dataset))
+    assert found == (Path(folder) if folder else None)
+    if found:
+        with open_split(DataConfig(dataset=dataset), "train") as source:
+            assert all(Path(file.path).is_relative_to(found) for file in source.files)
 
 
 def test_pattern_that_matches_nothing(tmp_path, monkeypatch):
