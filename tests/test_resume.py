@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_run import metrics, train, write_dataset
 
-from nanogpt_fast import checkpoint
+from nanogpt_fast import checkpoint, weights
 from nanogpt_fast.errors import DataError
 from nanogpt_fast.train import main
 
@@ -95,3 +95,37 @@ def test_finetuning_starts_at_zero_with_fresh_moments(folder: Path):
     train(folder, max_iters=10, init_from=folder / "first", always_save_checkpoint=True)
     state = checkpoint.load(folder / "out/checkpoints/step_00000010").state
     assert state["optimizer_step"] == 10 and min(metrics(folder, "train", "loss")) == 0
+
+
+@pytest.mark.parametrize("forms", [["nanogpt"], ["nanogpt", "native"], ["native"]], ids=" then ".join)
+def test_a_converted_run_goes_on_as_the_run_itself(folder: Path, forms: list[weights.Format]):
+    """Also without what nanoGPT does not keep: the samples seen, the data's fingerprint, the loss scale."""
+    train(folder, max_iters=20)
+    losses = metrics(folder, "train", "loss")
+    whole = checkpoint.load(folder / "out/checkpoints/step_00000020")
+    path = folder / "out/checkpoints/step_00000010"
+    for form in forms:
+        weights.write(weights.read(path), folder / form, form)
+        path = folder / form
+    shutil.rmtree(folder / "out")
+    shutil.move(path, folder / "out")
+
+    assert train(folder, max_iters=20, init_from="resume") == 0
+    assert metrics(folder, "train", "loss") == {i: loss for i, loss in losses.items() if i >= 10}
+    resumed = checkpoint.load(folder / "out/checkpoints/step_00000020")
+    assert all(torch.equal(resumed.model[name], whole.model[name]) for name in whole.model)
+    for key in ("optimizer_step", "samples_seen", "best_val_loss", "val_loss", "fingerprint"):
+        assert resumed.state[key] == whole.state[key]
+
+
+def test_a_nanogpt_checkpoint_with_no_best_loss_and_no_moments_is_resumed(folder: Path):
+    train(folder, max_iters=10)
+    path = weights.write(weights.read(folder / "out"), folder / "theirs", "nanogpt")
+    saved = torch.load(path, weights_only=True)
+    shutil.rmtree(folder / "out")
+    (folder / "out").mkdir()
+    kept = {key: saved[key] for key in ("model", "model_args", "iter_num")}
+    torch.save(kept, folder / "out/ckpt.pt")
+    assert train(folder, max_iters=20, init_from="resume") == 0
+    state = checkpoint.load(folder / "out/checkpoints/step_00000020").state
+    assert state["optimizer_step"] == 10 and min(metrics(folder, "train", "loss")) == 10
