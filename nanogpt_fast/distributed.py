@@ -70,14 +70,14 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def resolve_dtype(name: str, device: torch.device, data_order: str) -> torch.dtype:
+def resolve_dtype(name: str, device: torch.device, *, comparable: bool) -> torch.dtype:
     """The compute dtype. `auto` takes bfloat16 where the device multiplies it natively, else float16 on CUDA and
-    float32 on the CPU; with nanoGPT's data order on the CPU float32, whose point is to be comparable with nanoGPT."""
+    float32 on the CPU. With comparable=True it is float32 on the CPU, as nanoGPT computes there."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return torch.bfloat16 if data_order != "nanogpt" and _cpu_multiplies_bfloat16() else torch.float32
+    return torch.bfloat16 if not comparable and _cpu_multiplies_bfloat16() else torch.float32
 
 
 def _cpu_multiplies_bfloat16() -> bool:

@@ -155,8 +155,7 @@ def main(argv: list[str]) -> None:
     config = cli.parse(SampleConfig, argv, prog="python -m nanogpt_fast.sample", description=__doc__ or "")
     prompt = read_prompt(config.start)
     device = resolve_device(config.device)
-    # nanoGPT's order asks for float32 on the CPU: texts can then be compared.
-    dtype = resolve_dtype(config.dtype, device, data_order="nanogpt")
+    dtype = resolve_dtype(config.dtype, device, comparable=True)
     restored = restore(config.init_from, config.out_dir, config.data_dir)
     tokenizer = restored.tokenizer()
     for line in restored.skipped:

@@ -47,7 +47,9 @@ def main(argv: list[str]) -> int:
         sources, vocab_size, tokenizer = open_data(config, stack, say)
         shape = shape_of(config, restored, vocab_size, say)
         generator = torch.Generator().manual_seed(config.run.seed + world.rank)
-        dtype = distributed.resolve_dtype(config.system.dtype, world.device, config.data.data_order)
+        dtype = distributed.resolve_dtype(
+            config.system.dtype, world.device, comparable=config.data.data_order == "nanogpt"
+        )
         model = build_model(config, shape, restored, generator, say)
         optimizer = build_optimizer(config, model, restored, dtype, world, say)
         if config.system.compile and world.device.type == "cuda":
@@ -249,7 +251,7 @@ def describe(config: Config) -> str:
     m = config.model
     shape = GPTConfig(**{**vars(m), "vocab_size": m.vocab_size or GPT2_PADDED, "block_size": config.data.block_size})
     device = distributed.resolve_device(config.system.device)
-    dtype = distributed.resolve_dtype(config.system.dtype, device, config.data.data_order)
+    dtype = distributed.resolve_dtype(config.system.dtype, device, comparable=config.data.data_order == "nanogpt")
     tokens = config.tokens_per_iter * (config.optim.max_iters + 1)
     flops = flops_per_token(shape)["nanogpt"]
     memory = memory_estimate(shape, config.data.batch_size, dtype.itemsize)

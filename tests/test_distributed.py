@@ -154,19 +154,19 @@ def test_auto_device(monkeypatch: pytest.MonkeyPatch, available: bool):
     assert resolve_device("auto").type == ("cuda" if available else "cpu")
 
 
-AUTO = [  # device, multiplies bfloat16, order, dtype
-    ("cuda", True, "shuffle", torch.bfloat16),
-    ("cuda", True, "nanogpt", torch.bfloat16),
-    ("cuda", False, "shuffle", torch.float16),
-    ("cpu", True, "shuffle", torch.bfloat16),
-    ("cpu", True, "nanogpt", torch.float32),
-    ("cpu", False, "shuffle", torch.float32),
+AUTO = [  # device, multiplies bfloat16, comparable, dtype
+    ("cuda", True, False, torch.bfloat16),
+    ("cuda", True, True, torch.bfloat16),
+    ("cuda", False, False, torch.float16),
+    ("cpu", True, False, torch.bfloat16),
+    ("cpu", True, True, torch.float32),
+    ("cpu", False, False, torch.float32),
 ]
 
 
-@pytest.mark.parametrize(("device", "native", "order", "dtype"), AUTO, ids=lambda v: str(v))
-def test_auto_dtype(monkeypatch: pytest.MonkeyPatch, device: str, native: bool, order: str, dtype: torch.dtype):
+@pytest.mark.parametrize(("device", "native", "comparable", "dtype"), AUTO, ids=lambda v: str(v))
+def test_auto_dtype(monkeypatch: pytest.MonkeyPatch, device: str, native: bool, comparable: bool, dtype: torch.dtype):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: native)
     monkeypatch.setattr(distributed, "_cpu_multiplies_bfloat16", lambda: native)
-    assert resolve_dtype("auto", torch.device(device), order) == dtype
-    assert resolve_dtype("float16", torch.device(device), order) == torch.float16
+    assert resolve_dtype("auto", torch.device(device), comparable=comparable) == dtype
+    assert resolve_dtype("float16", torch.device(device), comparable=comparable) == torch.float16
