@@ -1,3 +1,3 @@
-"""nanogpt_fast: train, finetune, sample and evaluate GPT-2-class models on our own Triton kernels."""
+"""nanogpt_fast: train, finetune, sample and evaluate GPT-2-class models, in plain PyTorch ops."""
 
 __version__ = "0.1.0"

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanogpt_kernels import reference
+from nanogpt_kernels.reference import GRAD_NORM, LOSS_SCALE, LR, MAX_NORM, STEP  # slots of adamw_'s scalars
 
 from nanogpt_fast.errors import ConfigError, did_you_mean
+
+__all__ = ["GRAD_NORM", "LOSS_SCALE", "LR", "MAX_NORM", "OP_NAMES", "REFERENCE", "STEP", "Op", "Ops", "select_ops"]
 
 Op = Callable[..., Any]
 

@@ -1,8 +1,7 @@
 """Flat parameters, AdamW over them, and the learning-rate schedule.
 
 Every parameter is a view into one flat buffer, so that the gradient norm, the update, the all-reduce and zeroing are
-each one pass over one tensor. Measured on 2 CPU cores, GPT of 0.8M parameters: see ARCHITECTURE.md, "Where the CPU
-step goes".
+each one pass over one tensor.
 """
 
 import math
@@ -11,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt_fast.config import OptimConfig
-from nanogpt_fast.ops import Ops
+from nanogpt_fast.ops import GRAD_NORM, LOSS_SCALE, LR, MAX_NORM, STEP, Ops
 
 ALIGNMENT = 128  # elements: 256 bytes of the narrowest dtype
 RANKS = 8  # the length divides evenly over so many ranks
-LR, STEP, MAX_NORM, LOSS_SCALE, GRAD_NORM = range(5)  # slots of the ops' `scalars` (nanogpt_kernels.reference)
 
 
 class FlatParameters:
