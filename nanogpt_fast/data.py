@@ -28,7 +28,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from nanogpt_fast.errors import ConfigError, DataError
+from nanogpt_fast.errors import DataError
 from nanogpt_fast.orders import NanogptOrder, ShuffleOrder, draw_starts, require_window
 from nanogpt_fast.tokens import TokenSource
 
@@ -60,13 +60,7 @@ class Loader:
         pin_memory: bool = False,
         prefetch: int = 2,
     ):
-        if accumulation % world_size:
-            raise ConfigError(
-                "gradient_accumulation_steps does not divide among the ranks",
-                where=f"gradient_accumulation_steps = {accumulation}, {world_size} ranks",
-                expected=f"a multiple of {world_size}",
-                hint=f"--gradient_accumulation_steps={-(-accumulation // world_size) * world_size}",
-            )
+        assert accumulation % world_size == 0, "distributed.join sees to it"
         self.order, self.samples_seen = order, start_sample  # samples handed out by all ranks, not those read ahead
         self._batch_size, self._vocab_size, self._pin = batch_size, vocab_size, pin_memory
         self._accumulation, self._rank = accumulation // world_size, rank
@@ -108,11 +102,6 @@ class Loader:
         self._wait += time.perf_counter() - began
         self.samples_seen += self._samples_a_step
         return batch
-
-    @property
-    def epoch(self) -> float:
-        """Passes over the data so far, of all ranks."""
-        return self.samples_seen / self.order.samples_per_epoch
 
     def take_wait(self) -> float:
         """Seconds that next() was blocked since this was last asked."""
@@ -210,23 +199,19 @@ def random_batches(
     iters: int,
     generator: torch.Generator,
     vocab_size: int,
-    stack: int = 0,
+    stack: int = 1,
 ) -> Iterator[torch.Tensor]:
-    """`iters` random batches [B, T+1], with nanoGPT's draws; stack=K gives the same ones as [K, B, T+1], K at a time.
-
-    The last stack holds what is left of iters.
-    """
+    """`iters` random batches by nanoGPT's draws, as [stack, B, T+1]; the last stack holds what is left of iters."""
     require_window(source, block_size)
     ends = np.cumsum([max(0, file.n_tokens - block_size) for file in source.files])
-    for first in range(0, iters, max(stack, 1)):
-        count = min(max(stack, 1), iters - first)
+    for first in range(0, iters, stack):
+        count = min(stack, iters - first)
         drawn = np.concatenate([draw_starts(source, block_size, batch_size, generator) for _ in range(count)])
         files = np.searchsorted(ends, drawn, side="right")
         starts = drawn - np.concatenate([[0], ends])[files]
         out = np.empty((count * batch_size, block_size + 1), source.dtype)
         read_windows(source, files, starts, out, vocab_size)
-        batch = torch.from_numpy(out).view(count, batch_size, block_size + 1)
-        yield batch if stack else batch[0]
+        yield torch.from_numpy(out).view(count, batch_size, block_size + 1)
 
 
 def full_split(

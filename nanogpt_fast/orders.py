@@ -96,7 +96,6 @@ class NanogptOrder:
                 hint="--data_order=shuffle",
             )
         self.source, self.block_size, self.generator = source, block_size, generator
-        self.samples_per_epoch = source.n_tokens / block_size  # a sample has T targets, an epoch as many as tokens
 
     def draw(self, batch_size: int) -> np.ndarray:
         """First tokens of one micro-batch, int64 [batch_size]; advances the generator."""

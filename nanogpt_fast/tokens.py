@@ -79,14 +79,6 @@ class TokenSource:
             while self._descriptors:
                 os.close(self._descriptors.popitem()[1])
 
-    def read(self, file_index: int, start: int, count: int) -> np.ndarray:
-        """`count` tokens of one file from token `start` on, [count] of self.dtype."""
-        if not 0 <= start <= start + count <= self.files[file_index].n_tokens:
-            raise IndexError(f"tokens {start}..{start + count} of {self.files[file_index]}")
-        out = np.empty((1, count), self.dtype)
-        self.read_rows([file_index], [start], out)
-        return out[0]
-
     def read_rows(self, file_index: Iterable[int], start: Iterable[int], out: np.ndarray) -> None:
         """Fill row i of out [rows, width] (C-contiguous, self.dtype) with file_index[i]'s tokens from start[i] on."""
         size, row_bytes = self.dtype.itemsize, out.shape[1] * self.dtype.itemsize

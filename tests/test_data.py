@@ -11,7 +11,7 @@ import torch
 
 from nanogpt_fast import data as data_module
 from nanogpt_fast.data import Loader
-from nanogpt_fast.errors import ConfigError, DataError
+from nanogpt_fast.errors import DataError
 from nanogpt_fast.orders import NanogptOrder, ShuffleOrder
 from nanogpt_fast.tokens import TokenSource
 
@@ -73,12 +73,6 @@ def test_any_number_of_ranks_sees_one_order(tmp_path, world_size):
     assert [sum(parts, []) for parts in zip(*ranks)] == alone
 
 
-def test_ranks_must_divide_the_accumulation(tmp_path):
-    with pytest.raises(ConfigError) as caught:
-        shuffled(write(tmp_path), world_size=3)
-    assert caught.value.hint == "--gradient_accumulation_steps=6"
-
-
 @pytest.mark.parametrize("stop", [1, 7, 31, 32])
 def test_resume_continues_the_order(tmp_path, stop):
     path = write(tmp_path)
@@ -90,7 +84,7 @@ def test_resume_continues_the_order(tmp_path, stop):
         seen = loader.samples_seen
     assert seen == stop * 12
     resumed = shuffled(path, start_sample=seen)
-    assert resumed.samples_seen == seen and resumed.epoch == seen / (3000 // T - 1)
+    assert resumed.samples_seen == seen
     assert take(resumed, 60 - stop) == straight[stop:]
 
 
