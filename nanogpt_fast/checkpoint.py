@@ -37,7 +37,6 @@ from nanogpt_fast.rundir import aside, clean_stale, publish, sync
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 REQUIRED, OPTIONAL = (MODEL, STATE), (OPTIMIZER,)
 _STEP = re.compile(r"step_(\d{8}|[1-9]\d{8,})")
-_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod\.|module\.)+")  # prefixes of torch.compile and DDP
 
 
 class SaveFailed(CheckpointError):
@@ -257,7 +256,7 @@ def _in_one_line(error: CheckpointError) -> str:
 
 
 def check_model(checkpoint: Checkpoint, config: GPTConfig) -> Checkpoint:
-    """The checkpoint with `_orig_mod.` and `module.` stripped from its names, fit for a model of `config`.
+    """The checkpoint with its tensors in the order of `config`'s parameters, fit for a model of `config`.
 
     Raises CheckpointError for missing or unexpected names, shapes other than the config's, anything but float32,
     and NaN or infinity, in the weights and in the optimizer's moments.
@@ -278,11 +277,8 @@ def check_model(checkpoint: Checkpoint, config: GPTConfig) -> Checkpoint:
 def _check_tensors(
     tensors: dict[str, Tensor], kind: str, shapes: dict[str, tuple[int, ...]], hint: str
 ) -> dict[str, Tensor]:
-    """The tensors under clean names, in the order of `shapes`."""
-    clean = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
-    if len(clean) < len(tensors):
-        raise CheckpointError("a checkpoint holds the same tensor twice, with and without a wrapper's prefix")
-    missing, unexpected = [n for n in shapes if n not in clean], [n for n in clean if n not in shapes]
+    """The tensors in the order of `shapes`."""
+    missing, unexpected = [n for n in shapes if n not in tensors], [n for n in tensors if n not in shapes]
     if missing or unexpected:
         raise CheckpointError(
             f"the checkpoint's {kind}tensors are not the model's",
@@ -291,7 +287,7 @@ def _check_tensors(
             hint=hint,
         )
     for name, shape in shapes.items():
-        tensor = clean[name]
+        tensor = tensors[name]
         if tuple(tensor.shape) != shape:
             raise CheckpointError(
                 f"a {kind}tensor of the checkpoint has another shape than the model's",
@@ -317,4 +313,4 @@ def _check_tensors(
                 found=f"values from {low.item()} to {high.item()}",
                 hint="the run had diverged when it was saved: go on from an earlier checkpoint",
             )
-    return {name: clean[name] for name in shapes}
+    return {name: tensors[name] for name in shapes}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_fast.errors import CheckpointError
+from nanogpt_fast.meta import sha256_of
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -69,7 +70,7 @@ def read_manifest(folder: Path, required: Collection[str], optional: Collection[
             where=str(path),
             expected=f"format {FORMAT_VERSION} or older",
             found=f"format {version}, created by {manifest.get('created_by', 'an unknown program')}",
-            hint="upgrade: pip install --upgrade nanogpt-fast",
+            hint="update nanogpt_fast",
         )
     files = manifest.get("files")
     if version != FORMAT_VERSION or not isinstance(files, dict) or not all(map(_is_entry, files.values())):
@@ -101,7 +102,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def verify(folder: Path, manifest: Mapping[str, Any], names: Collection[str]) -> None:
     """Hash the named files side by side, in blocks (hashlib drops the GIL); CheckpointError for the first wrong one."""
     with ThreadPoolExecutor(len(names)) as pool:
-        for name, found in zip(names, pool.map(lambda name: _sha256(folder / name), names)):
+        for name, found in zip(names, pool.map(lambda name: sha256_of(folder / name), names)):
             expected = manifest["files"][name]["sha256"]
             if found != expected:
                 raise CheckpointError(
@@ -111,11 +112,6 @@ def verify(folder: Path, manifest: Mapping[str, Any], names: Collection[str]) ->
                     found=f"sha256 {found[:16]}...",
                     hint="use an earlier checkpoint: --init_from=resume finds the newest sound one",
                 )
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _is_entry(entry: object) -> bool:

@@ -25,7 +25,7 @@ _VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "SHORT_BINUNICODE", "BINUNIC
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenFile:
+class FileEntry:
     """One file of tokens in the dataset folder."""
 
     name: str
@@ -38,7 +38,7 @@ class Split:
     """train or val: its tokens and the files that hold them, in order."""
 
     tokens: int
-    files: tuple[TokenFile, ...]
+    files: tuple[FileEntry, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,7 @@ def _from_json(path: Path) -> Meta:
         if written != FORMAT:
             raise _damaged(path, f"format {written!r} (made by {value.get('created_by', '?')})", f"format {FORMAT}")
         splits = {
-            split: Split(tokens=int(row["tokens"]), files=tuple(TokenFile(**file) for file in row["files"]))
+            split: Split(tokens=int(row["tokens"]), files=tuple(FileEntry(**file) for file in row["files"]))
             for split, row in value["splits"].items()
         }
         meta = Meta(

@@ -1,6 +1,7 @@
 """What --init_from names, as weights: one door for train, sample and evaluate.
 
 resume           out_dir's newest checkpoint that verifies, else nanoGPT's out_dir/ckpt.pt
+best             out_dir's checkpoint of the lowest validation loss, as weights to start from
 gpt2 ... gpt2-xl OpenAI's weights from the Hugging Face hub
 anything else    a path: a run of ours or one step of it, nanoGPT's ckpt.pt, a Hugging Face folder, llm.c's .bin
 """
@@ -69,16 +70,18 @@ def restore(init_from: str, out_dir: str, data_dir: str = "data") -> Restored:
         raise ConfigError(
             "a model from scratch has no weights to load",
             where="--init_from=scratch",
-            expected=f"resume, {', '.join(HUB)} or a path",
+            expected=f"resume, best, {', '.join(HUB)} or a path",
         )
     if init_from == "resume":
         return _resume(Path(out_dir), data_dir)
+    if init_from == "best":
+        return _best(Path(out_dir), data_dir)
     on_hub = init_from.removeprefix("openai-community/") in HUB
     if not on_hub and not Path(init_from).exists():
         raise CheckpointError(
-            f"--init_from names nothing that is there{did_you_mean(init_from, ['resume', 'scratch', *HUB])}",
+            f"--init_from names nothing that is there{did_you_mean(init_from, ['resume', 'best', 'scratch', *HUB])}",
             where=f"--init_from={init_from}",
-            expected=f"resume, {', '.join(HUB)}, or a path: a run, a ckpt.pt, a Hugging Face folder, llm.c's .bin",
+            expected=f"resume, best, {', '.join(HUB)}, or a path: a run, ckpt.pt, Hugging Face folder or llm.c's .bin",
         )
     form = weights.sniff(init_from)
     if form == "native":
@@ -101,6 +104,20 @@ def _resume(out_dir: Path, data_dir: str) -> Restored:
         found=f"neither; runs beside it: {', '.join(runs)}" if runs else "neither",
         hint=f"--out_dir={runs[0]}" if runs else "train first: python -m nanogpt_fast.train --config quickstart",
     )
+
+
+def _best(out_dir: Path, data_dir: str) -> Restored:
+    path = checkpoint.best(out_dir)
+    if path is None:
+        steps = checkpoint.list_steps(out_dir)
+        raise CheckpointError(
+            "there is no best checkpoint",
+            where=f"--out_dir={out_dir}",
+            expected="a checkpoint saved with a validation loss",
+            found=f"{len(steps)} checkpoints, none with one" if steps else "no checkpoint",
+            hint="--init_from=resume takes the newest" if steps else "",
+        )
+    return _from_native(path, data_dir)
 
 
 def _runs_near(out_dir: Path) -> list[str]:

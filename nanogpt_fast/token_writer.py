@@ -18,7 +18,7 @@ import filelock
 import numpy as np
 
 from nanogpt_fast.errors import DataError
-from nanogpt_fast.meta import Meta, Split, TokenFile, nanogpt_pickle, sha256_of, write_atomic, write_json
+from nanogpt_fast.meta import FileEntry, Meta, Split, nanogpt_pickle, sha256_of, write_atomic, write_json
 from nanogpt_fast.rundir import sync
 
 Format = Literal["bin", "llmc"]
@@ -220,7 +220,7 @@ class TokenWriter:
             for name, split in self.splits.items():
                 split.close()
                 files = tuple(
-                    TokenFile(name=p.name, bytes=p.stat().st_size, sha256=sha256_of(p)) for p in split.files()
+                    FileEntry(name=p.name, bytes=p.stat().st_size, sha256=sha256_of(p)) for p in split.files()
                 )
                 rows[name] = Split(tokens=split.tokens, files=files)
             meta = Meta(

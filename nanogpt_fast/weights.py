@@ -20,6 +20,7 @@ from nanogpt_fast.checkpoint import Checkpoint
 from nanogpt_fast.config import GPTConfig
 from nanogpt_fast.errors import CheckpointError
 from nanogpt_fast.huggingface import HUB, load_pretrained
+from nanogpt_fast.token_format import LLMC_LAYOUTS
 
 __all__ = ["FORMATS", "Format", "Weights", "load_pretrained", "read", "sniff", "write"]
 
@@ -30,7 +31,6 @@ FORMATS: dict[Format, str] = {
     "hf": "Hugging Face GPT-2 folder",
     "llmc": "llm.c model file",
 }
-_DATA_SHARDS = (20240520, 20240801)  # llm.c's token files
 
 
 def sniff(path: str | Path) -> Format:
@@ -53,7 +53,7 @@ def sniff(path: str | Path) -> Format:
         if head[:2] in (b"PK", b"\x80\x02"):  # torch.save's zip, and its form before torch 1.6
             return "nanogpt"
         found = (
-            "an llm.c token file: data, not a model" if magic in _DATA_SHARDS else f"a file that begins with {head!r}"
+            "an llm.c token file: data, not a model" if magic in LLMC_LAYOUTS else f"a file that begins with {head!r}"
         )
     else:
         found = "nothing there"

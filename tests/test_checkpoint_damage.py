@@ -141,13 +141,13 @@ def test_extra_files_are_ignored(tmp_path):
     assert_whole(load(path))
 
 
-def test_a_newer_format_asks_for_an_upgrade(tmp_path):
+def test_a_newer_format_asks_for_an_update(tmp_path):
     _, path = save_steps(tmp_path, 10, 20)
     edit_manifest(path, lambda m: m.update(format_version=2, created_by="nanogpt_fast 9.9", files="unknowable"))
     text = refusal(path)
     assert "written by a newer version" in text
     assert "nanogpt_fast 9.9" in text
-    assert "upgrade" in text
+    assert "next:     update nanogpt_fast" in text
 
 
 @pytest.mark.parametrize("edit", [lambda m: m.update(step=11), lambda m: m.pop("step")])
@@ -265,7 +265,7 @@ def test_an_unreadable_file_is_an_error_with_its_name(tmp_path, monkeypatch):
     def denied(*_):
         raise PermissionError(13, "Permission denied", str(path / "model.safetensors"))
 
-    monkeypatch.setattr("nanogpt_fast.manifest._sha256", denied)  # chmod does not stop root
+    monkeypatch.setattr("nanogpt_fast.manifest.sha256_of", denied)  # chmod does not stop root
     text = refusal(path)
     assert "Permission denied" in text
     assert str(path / "model.safetensors") in text

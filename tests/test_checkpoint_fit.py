@@ -27,29 +27,6 @@ def test_a_fitting_checkpoint_comes_back_in_the_models_order():
     assert check_model(checkpoint, CONFIG).optimizer == {}
 
 
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
-def test_wrapper_prefixes_are_stripped(prefix):
-    checkpoint, plain = tiny_checkpoint(1), tiny_checkpoint(1)
-    checkpoint.model = {prefix + name: tensor for name, tensor in checkpoint.model.items()}
-    checkpoint.optimizer = {n.replace(".", "." + prefix, 1): tensor for n, tensor in checkpoint.optimizer.items()}
-    assert any(name.startswith(f"exp_avg.{prefix}") for name in checkpoint.optimizer)
-    fitted = check_model(checkpoint, CONFIG)
-    assert fitted.model.keys() == plain.model.keys()
-    assert fitted.optimizer.keys() == plain.optimizer.keys()
-
-
-def test_a_prefix_is_stripped_at_a_dot_only():
-    checkpoint = tiny_checkpoint(1)
-    checkpoint.model["submodule.weight"] = torch.zeros(1)
-    assert "submodule.weight (unexpected)" in refusal(checkpoint)
-
-
-def test_a_tensor_given_twice_is_refused_rather_than_chosen():
-    checkpoint = tiny_checkpoint(1)
-    checkpoint.model["module." + FC] = torch.zeros(16, 4)
-    assert "the same tensor twice" in refusal(checkpoint)
-
-
 def test_a_wrong_shape_names_key_shapes_and_the_differing_configuration():
     text = refusal(tiny_checkpoint(1), dataclasses.replace(CONFIG, n_embd=6, n_head=3, dropout=0.5))
     assert "transformer.wte.weight" in text

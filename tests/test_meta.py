@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from nanogpt_fast.errors import DataError
 from nanogpt_fast.meta import (
+    FileEntry,
     Meta,
     Split,
-    TokenFile,
     check_name,
     nanogpt_pickle,
     read_meta,
@@ -104,7 +104,7 @@ def test_a_pickle_of_something_else_is_refused(tmp_path: Path, value: object) ->
 META = Meta(
     vocab_size=2,
     tokenizer={"kind": "char", "itos": ["a", "é"]},
-    splits={"train": Split(tokens=3, files=(TokenFile(name="train.bin", bytes=6, sha256="0" * 64),))},
+    splits={"train": Split(tokens=3, files=(FileEntry(name="train.bin", bytes=6, sha256="0" * 64),))},
     source="a test",
     created_by="nanogpt_fast 0",
     settings={"seed": 1},
@@ -146,7 +146,7 @@ def test_half_a_meta_json_is_an_error(tmp_path: Path) -> None:
 def test_verify_finds_a_flipped_bit_a_short_and_a_missing_file(tmp_path: Path) -> None:
     path = tmp_path / "train.bin"
     path.write_bytes(bytes(range(6)))
-    row = TokenFile(name="train.bin", bytes=6, sha256=sha256_of(path))
+    row = FileEntry(name="train.bin", bytes=6, sha256=sha256_of(path))
     meta = dataclasses.replace(META, splits={"train": Split(tokens=3, files=(row,))})
     write_json(tmp_path / "meta.json", meta.to_json())
     assert verify(tmp_path) == meta

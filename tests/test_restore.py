@@ -90,12 +90,37 @@ def test_a_hub_name_comes_before_a_folder_of_that_name(tmp_path: Path, monkeypat
     assert found.tokenizer_json == {"kind": "gpt2"}
 
 
+def test_best_is_the_checkpoint_of_the_lowest_validation_loss(tmp_path: Path):
+    """Not the newest, not one that was never evaluated, and not a folder of that name."""
+    for step, val_loss in ((5, 2.5), (6, 1.5), (7, 3.5), (8, None)):
+        content = checkpoint.load(weights.write(char_weights(seed=step), tmp_path / f"source{step}", "native"))
+        content.step, content.state["val_loss"] = step, val_loss
+        checkpoint.save(tmp_path / "out", content, keep_last=9)
+    (tmp_path / "best").mkdir()
+    found = restore("best", str(tmp_path / "out"))
+    assert found.step == 6 and same_tensors(found.model, char_weights(seed=6).model)
+    assert found.source.endswith("step_00000006, iteration 6")
+    assert restore("resume", str(tmp_path / "out")).step == 8
+
+
+def test_no_best_checkpoint_says_what_there_is(tmp_path: Path):
+    with pytest.raises(CheckpointError, match="no best") as error:
+        restore("best", str(tmp_path / "out"))
+    assert error.value.found == "no checkpoint"
+    weights.write(char_weights(), tmp_path / "out", "native")
+    with pytest.raises(CheckpointError, match="no best") as error:
+        restore("best", str(tmp_path / "out"))
+    assert error.value.found == "1 checkpoints, none with one" and "resume" in error.value.hint
+
+
 def test_scratch_has_no_weights():
     with pytest.raises(ConfigError, match="scratch"):
         restore("scratch", "out")
 
 
-@pytest.mark.parametrize("typo, meant", [("gpt2-medum", "gpt2-medium"), ("resum", "resume"), ("gpt-xl", "gpt2-xl")])
+@pytest.mark.parametrize(
+    "typo, meant", [("gpt2-medum", "gpt2-medium"), ("resum", "resume"), ("bset", "best"), ("gpt-xl", "gpt2-xl")]
+)
 def test_a_typo_is_answered_with_the_near_names(typo: str, meant: str):
     with pytest.raises(CheckpointError, match=f"did you mean .*'{meant}'") as error:
         restore(typo, "out")

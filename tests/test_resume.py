@@ -129,3 +129,19 @@ def test_a_nanogpt_checkpoint_with_no_best_loss_and_no_moments_is_resumed(folder
     assert train(folder, max_iters=20, init_from="resume") == 0
     state = checkpoint.load(folder / "out/checkpoints/step_00000020").state
     assert state["optimizer_step"] == 10 and min(metrics(folder, "train", "loss")) == 10
+
+
+def test_training_from_the_best_starts_at_zero_with_its_weights(folder: Path):
+    train(folder, max_iters=10)
+    path = folder / "out/checkpoints/step_00000010"
+    worse = checkpoint.load(path)
+    worse.step, worse.state["val_loss"] = 20, 9.0
+    worse.model = {name: torch.zeros_like(tensor) for name, tensor in worse.model.items()}
+    checkpoint.save(folder / "out", worse, keep_last=9)
+    train(folder, max_iters=10, init_from=path, out_dir=folder / "by-path")
+
+    train(folder, max_iters=10, init_from="best", always_save_checkpoint=True)
+    lines = [json.loads(line) for line in (folder / "by-path/metrics.jsonl").read_text().splitlines()]
+    assert metrics(folder, "train", "loss") == {r["iter"]: r["loss"] for r in lines if r["kind"] == "train"}
+    assert checkpoint.load(path).state["optimizer_step"] == 10
+    assert list(checkpoint.list_steps(folder / "out")) == [10], "the old run is set aside"
