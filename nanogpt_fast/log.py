@@ -82,7 +82,7 @@ class RunLog:
         """One logged iteration: its figures by their metrics.jsonl names, and its console line."""
         self.line(console)
         self._write({"kind": "train", "iter": iteration, **figures})
-        self._send(iteration, {f"train/{k}": v for k, v in figures.items()})
+        self._send(iteration, {f"iter/{k}": v for k, v in figures.items()})  # train/loss is nanoGPT's evaluation
 
     def evaluation(self, iteration: int, figures: dict[str, float | None], console: str) -> None:
         """One evaluation; wandb and TensorBoard get nanoGPT's keys."""

@@ -121,8 +121,10 @@ class AdamW:
         """(tensors `exp_avg.NAME` and `exp_avg_sq.NAME` as views, JSON numbers)."""
         tensors = {f"exp_avg.{name}": t for name, t in self.flat.named(self.m).items()}
         tensors |= {f"exp_avg_sq.{name}": t for name, t in self.flat.named(self.v).items()}
-        numbers = {"optimizer_step": int(self.scalars[STEP]), "good_steps": int(self.good_steps)}
-        return tensors, {**numbers, "loss_scale": float(self.loss_scale)}
+        numbers: dict[str, float] = {"optimizer_step": int(self.scalars[STEP])}
+        if self.scale_loss:
+            numbers |= {"good_steps": int(self.good_steps), "loss_scale": float(self.loss_scale)}
+        return tensors, numbers
 
     def load_state_dict(self, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
         """The inverse of state_dict; a loss scale is taken only where this run scales its loss."""

@@ -1,6 +1,7 @@
 """Train or finetune a GPT: `python -m nanogpt_fast.train --config NAME [--flag=value ...]`. Flags are nanoGPT's."""
 
 import dataclasses
+import shlex
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,7 +15,7 @@ from nanogpt_fast.cli import load_config, to_toml
 from nanogpt_fast.config import Config, GPTConfig
 from nanogpt_fast.data import Loader
 from nanogpt_fast.distributed import World
-from nanogpt_fast.errors import ConfigError, run_command
+from nanogpt_fast.errors import CheckpointError, ConfigError, NanogptError, run_command
 from nanogpt_fast.log import RunLog
 from nanogpt_fast.meta import read_meta
 from nanogpt_fast.metrics import flops_per_token, memory_estimate, resolve_peak
@@ -27,7 +28,7 @@ from nanogpt_fast.rundir import RunLock, clean_stale, probe_writable
 from nanogpt_fast.sample import sample_text
 from nanogpt_fast.step import TrainStep
 from nanogpt_fast.tokenizer import from_json
-from nanogpt_fast.tokens import TokenSource, check_fingerprint, open_split
+from nanogpt_fast.tokens import TokenSource, check_fingerprint, dataset_folder, open_split
 from nanogpt_fast.trainer import Trainer
 
 
@@ -46,6 +47,8 @@ def main(argv: list[str]) -> int:
         restored = None if config.run.init_from == "scratch" else load_weights(config, say)
         sources, vocab_size, tokenizer = open_data(config, stack, say)
         shape = shape_of(config, restored, vocab_size, say)
+        if restored and restored.tokenizer_json not in (None, tokenizer):
+            say("WARNING: the data were made with another tokenizer than the one these weights were trained with")
         generator = torch.Generator().manual_seed(config.run.seed + world.rank)
         dtype = distributed.resolve_dtype(
             config.system.dtype, world.device, comparable=config.data.data_order == "nanogpt"
@@ -56,8 +59,11 @@ def main(argv: list[str]) -> int:
             say("compiling the model... (takes a ~minute)")
             model.compile()
         resumed = restored if config.run.init_from == "resume" else None
+        if restored:
+            restored.model, restored.optimizer = {}, None  # mapped files: let go of their disk blocks
         order, fingerprint = order_data(config, sources["train"], resumed, generator)
         start = resumed.step if resumed else 0
+        agree_on_start(world, start)
         accumulation = config.data.gradient_accumulation_steps
         samples = start * accumulation * config.data.batch_size
         loader = stack.enter_context(
@@ -78,7 +84,8 @@ def main(argv: list[str]) -> int:
             Path(config.run.out_dir), config.log, config.flat(), total=config.optim.max_iters + 1, enabled=world.is_main
         )
         stack.callback(log.close)
-        log.run(**run_facts(config, shape, start, dtype, peak_source))
+        if not config.run.eval_only:  # an evaluation adds a line to the run's metrics, it is no new run
+            log.run(**run_facts(config, shape, start, dtype, peak_source))
         trainer = Trainer(
             config,
             world,
@@ -144,13 +151,14 @@ def load_weights(config: Config, say: Any) -> Restored:
 
 def open_data(config: Config, stack: ExitStack, say: Any) -> tuple[dict[str, TokenSource], int | None, dict[str, Any]]:
     """(sources by split, the dataset's vocabulary if it says one, its tokenizer)."""
-    folder = prepare.ensure(config.data.dataset, config.data.data_dir)
+    prepare.ensure(config.data.dataset, config.data.data_dir)
     train = stack.enter_context(open_split(config.data, "train"))
     val = open_split(config.data, "val", required=True) if config.run.eval_only else open_split(config.data, "val")
     sources = {"train": train}
     if val is not None:
         sources["val"] = stack.enter_context(val)
-    meta = read_meta(folder) if folder.is_dir() else None
+    folder = dataset_folder(config.data)
+    meta = read_meta(folder) if folder else None
     if meta is None or meta.tokenizer.get("kind") == "gpt2":
         return sources, None, {"kind": "gpt2"}
     say(f"found vocab_size = {meta.vocab_size} (inside {folder})")
@@ -164,8 +172,7 @@ def shape_of(config: Config, restored: Restored | None, vocab_size: int | None, 
         say("Initializing a new model from scratch")
         if not m.vocab_size and vocab_size is None:
             say(f"defaulting to vocab_size of GPT-2 to {GPT2_PADDED} (50257 rounded up for efficiency)")
-        vocab = m.vocab_size or vocab_size or GPT2_PADDED
-        return GPTConfig(**{**vars(m), "vocab_size": vocab, "block_size": block_size})
+        return config.shape(m.vocab_size or vocab_size or GPT2_PADDED)
     loaded = restored.config
     if block_size > loaded.block_size:
         raise ConfigError(
@@ -209,11 +216,27 @@ def build_optimizer(
     for text, wanted in (("decayed", True), ("non-decayed", False)):
         shapes = [shape for shape in flat.shapes.values() if (len(shape) > 1) == wanted]
         say(f"num {text} parameter tensors: {len(shapes)}, with {sum(s.numel() for s in shapes):,} parameters")
-    if config.run.init_from == "resume" and restored is not None and restored.optimizer:
+    if config.run.init_from == "resume" and restored is not None and not restored.optimizer:
+        say("WARNING: the checkpoint has no optimizer state; AdamW starts anew")
+    elif config.run.init_from == "resume" and restored is not None and restored.optimizer:
         rows = model.config.block_size
         cropped = {k: t[:rows] if k.endswith("wpe.weight") else t for k, t in restored.optimizer.items()}
         optimizer.load_state_dict(cropped, {"optimizer_step": restored.step, **restored.state})
     return optimizer
+
+
+def agree_on_start(world: World, start: int) -> None:
+    """Ranks read checkpoints by themselves; on a slow shared disk they could see different ones."""
+    first = torch.tensor([start], device=world.device)
+    world.broadcast_(first)
+    if world.any(int(first) != start):
+        raise CheckpointError(
+            "the ranks found different checkpoints",
+            where=f"rank {world.rank}",
+            expected=f"iteration {int(first)}, as rank 0",
+            found=f"iteration {start}",
+            hint="see that every node reads the same --out_dir, then start again",
+        )
 
 
 def order_data(
@@ -248,43 +271,56 @@ def run_facts(config: Config, shape: GPTConfig, start: int, dtype: torch.dtype, 
 
 def describe(config: Config) -> str:
     """--dry_run: the resolved configuration, and what it asks for."""
-    m = config.model
-    shape = GPTConfig(**{**vars(m), "vocab_size": m.vocab_size or GPT2_PADDED, "block_size": config.data.block_size})
+    folder = dataset_folder(config.data)
+    meta = read_meta(folder) if folder else None
+    known = meta.vocab_size if meta and meta.tokenizer.get("kind") != "gpt2" else GPT2_PADDED
+    shape, source = config.shape(config.model.vocab_size or known), "a new model"
+    if config.run.init_from != "scratch":
+        restored = restore(config.run.init_from, config.run.out_dir, config.data.data_dir)
+        shape, source = shape_of(config, restored, None, lambda _: None), restored.source
+    select_ops(config.system.kernels, "cpu")
     device = distributed.resolve_device(config.system.device)
     dtype = distributed.resolve_dtype(config.system.dtype, device, comparable=config.data.data_order == "nanogpt")
-    tokens = config.tokens_per_iter * (config.optim.max_iters + 1)
     flops = flops_per_token(shape)["nanogpt"]
     memory = memory_estimate(shape, config.data.batch_size, dtype.itemsize)
     peak, peak_source = resolve_peak(device, dtype)
     rows = [
-        f"parameters      {shape.num_params() / 1e6:,.2f}M (vocab_size {shape.vocab_size:,})",
-        f"tokens          {config.tokens_per_iter:,} an iteration, {tokens:,} in all",
-        f"compute         {flops / 1e9:.3f} GFLOP a token, {flops * tokens / 1e15:,.3f} PFLOP in all",
+        f"model           {source}: {shape.num_params() / 1e6:,.2f}M parameters, vocab_size {shape.vocab_size:,}",
         f"memory          {sum(memory.values()) / 2**30:.2f} GiB estimated: "
         + ", ".join(f"{k} {v / 2**30:.2f}" for k, v in memory.items()),
         f"device          {device}, {str(dtype).removeprefix('torch.')}, peak {peak_source}",
     ]
-    if peak:
-        rows.append(f"time            at least {flops * tokens / peak / 3600:.2f} hours on one such device (MFU 100%)")
-    return to_toml(config) + "\n" + "\n".join(f"# {row}" for row in rows)
+    if not config.run.eval_only:
+        tokens = config.tokens_per_iter * (config.optim.max_iters + 1)
+        rows.append(f"tokens          {config.tokens_per_iter:,} an iteration, {tokens:,} in all")
+        rows.append(f"compute         {flops / 1e9:.3f} GFLOP a token, {flops * tokens / 1e15:,.3f} PFLOP in all")
+        if peak:
+            rows.append(
+                f"time            {flops * tokens / peak / 3600:.2f} hours and more on one such device (MFU 100%)"
+            )
+    return to_toml(config.replace(dry_run=False)) + "\n" + "\n".join(f"# {row}" for row in rows)
 
 
 def finish(config: Config, model: GPT, tokenizer: dict[str, Any]) -> None:
     """After the last iteration: a sample, and what to type next."""
-    run = config.run
+    run, out_dir = config.run, shlex.quote(config.run.out_dir)
     if run.sample_at_end:
         print("---------------")
-        for piece in sample_text(
-            model.eval(), from_json(tokenizer), "\n", max_new_tokens=run.sample_at_end, seed=run.seed
-        ):
-            print(piece, end="", flush=True)
+        try:
+            pieces = sample_text(
+                model.eval(), from_json(tokenizer), "\n", max_new_tokens=run.sample_at_end, seed=run.seed
+            )
+            for piece in pieces:
+                print(piece, end="", flush=True)
+        except NanogptError as error:  # no tokenizer at hand: the run is good all the same
+            print(f"no sample: {error}", end="")
         print("\n---------------")
     print(
         "next:\n"
-        f"  python -m nanogpt_fast.sample --out_dir={run.out_dir}\n"
-        f"  python -m nanogpt_fast.plot {run.out_dir}\n"
-        f"  python -m nanogpt_fast.evaluate --out_dir={run.out_dir}\n"
-        f"  python -m nanogpt_fast.train --config {run.out_dir}/config.toml --init_from=resume"
+        f"  python -m nanogpt_fast.sample --out_dir={out_dir}\n"
+        f"  python -m nanogpt_fast.plot {out_dir}\n"
+        f"  python -m nanogpt_fast.evaluate --out_dir={out_dir} --data_dir={shlex.quote(config.data.data_dir)}\n"
+        f"  python -m nanogpt_fast.train --config {out_dir}/config.toml --init_from=resume"
         f" --max_iters={2 * config.optim.max_iters}"
     )
 

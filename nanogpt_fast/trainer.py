@@ -13,7 +13,7 @@ from nanogpt_fast import checkpoint
 from nanogpt_fast.config import Config
 from nanogpt_fast.data import Loader
 from nanogpt_fast.distributed import World
-from nanogpt_fast.errors import CheckpointError, DivergedError
+from nanogpt_fast.errors import CheckpointError, DeviceError, DivergedError
 from nanogpt_fast.log import RunLog
 from nanogpt_fast.metrics import flops_per_token
 from nanogpt_fast.optim import learning_rate
@@ -47,44 +47,58 @@ class Trainer:
         self.out_dir = Path(self.config.run.out_dir)
         self.model, self.optimizer = self.step.model, self.step.optimizer
         self._flops = {k: v * self.config.tokens_per_iter for k, v in flops_per_token(self.model.config).items()}
-        self._val_loss: float | None = None
-        self._failed_saves = 0
+        self._evaluated: tuple[int, float] | None = None  # (iteration, val loss) of the last evaluation
+        self._failed_saves, self._saved_step = 0, -1
         self._mfu = -1.0  # nanoGPT's running value; -1 until five iterations are done
 
     def run(self) -> int:
         """Train to max_iters; returns the exit code."""
-        run, self._iteration = self.config.run, self.start
+        run, end = self.config.run, self.config.optim.max_iters + 1
         with StopSignals() as stop:
             self.log.start(self.start)
             self._restart_clock()
-            for iteration in range(self.start, self.config.optim.max_iters + 1):
-                self.optimizer.set_lr(learning_rate(iteration, self.config.optim))
-                if iteration % run.eval_interval == 0 or run.eval_only:
-                    self._evaluate_and_save(iteration)
-                    if run.eval_only:
-                        return 0
-                result = self.step(next(self.loader), iteration)
-                self._since_log += 1
-                self._iteration = iteration + 1
-                if iteration % run.log_interval == 0:
-                    self._log_iteration(iteration, result)
-                if self._asked_to_stop(stop, iteration):
-                    self.save(iteration + 1, must=True)
-                    self.log.line(self.resume_line(iteration + 1))
-                    return stop.exit_code or 143
-        if self.best_val_loss == math.inf:  # nothing was evaluated: keep the end of the run
-            self.save(self._iteration, must=True)
+            if run.eval_only:
+                self._evaluate_and_save(self.start)
+                return stop.exit_code
+            try:
+                for iteration in range(self.start, end):
+                    self.optimizer.set_lr(learning_rate(iteration, self.config.optim))
+                    if iteration % run.eval_interval == 0:
+                        self._evaluate_and_save(iteration)
+                    result = self.step(next(self.loader), iteration)
+                    self._since_log += 1
+                    if iteration % run.log_interval == 0:
+                        self._log_iteration(iteration, result)
+                    if self.world.any(stop.received is not None):
+                        self.save(iteration + 1, must=True)
+                        self.log.line(self.resume_line(iteration + 1))
+                        return stop.exit_code or 143
+            except torch.OutOfMemoryError as error:
+                raise self._out_of_memory(error) from error
+        if self.start >= end:
+            self.log.line(f"nothing to do: {self.start} iterations are done, --max_iters={end - 1}")
+        elif self._saved_step < 0 or (run.always_save_checkpoint and self._saved_step < end - 1):
+            self.save(end, must=True)
         return 0
+
+    def _out_of_memory(self, error: Exception) -> DeviceError:
+        data = self.config.data
+        smaller = max(1, data.batch_size // 2)
+        accumulation = data.gradient_accumulation_steps * data.batch_size // smaller
+        return DeviceError(
+            "the device ran out of memory",
+            where=f"{self.world.device}, batch_size = {data.batch_size}, block_size = {data.block_size}",
+            found=str(error).splitlines()[0],
+            hint=f"--batch_size={smaller} --gradient_accumulation_steps={accumulation} trains on the same tokens",
+        )
 
     def resume_line(self, step: int) -> str:
         """What to type to go on from here."""
-        command = ["python", "-m", "nanogpt_fast.train", "--config", str(self.out_dir / "config.toml")]
-        return f"stopped after iteration {step - 1}. To continue:\n  {shlex.join(command)} --init_from=resume"
+        return f"stopped after iteration {step - 1}. To continue:\n  {self._resume_command()}"
 
-    def _asked_to_stop(self, stop: StopSignals, iteration: int) -> bool:
-        if self.world.size == 1:
-            return stop.received is not None
-        return iteration % 10 == 0 and self.world.any(stop.received is not None)  # an all-reduce: not every step
+    def _resume_command(self) -> str:
+        words = ["python", "-m", "nanogpt_fast.train", "--config", str(self.out_dir / "config.toml")]
+        return shlex.join([*words, "--init_from=resume"])
 
     # ---- evaluation and checkpoints ----
 
@@ -96,8 +110,8 @@ class Trainer:
         improved = val is None or val < self.best_val_loss
         if val is not None and (improved or self.config.run.always_save_checkpoint):
             self.best_val_loss = min(val, self.best_val_loss)
-        self._val_loss = val
-        if iteration > self.start and (improved or self.config.run.always_save_checkpoint):
+        self._evaluated = None if val is None else (iteration, val)
+        if iteration > 0 and not self.config.run.eval_only and (improved or self.config.run.always_save_checkpoint):
             self.save(iteration)
         self._restart_clock()  # neither evaluating nor saving counts as training time
 
@@ -150,7 +164,7 @@ class Trainer:
             **numbers,
             "samples_seen": self.loader.samples_seen,
             "best_val_loss": None if math.isinf(self.best_val_loss) else self.best_val_loss,
-            "val_loss": self._val_loss if step % self.config.run.eval_interval == 0 else None,
+            "val_loss": self._evaluated[1] if self._evaluated and self._evaluated[0] == step else None,
             "fingerprint": self.fingerprint,
             "tokenizer": self.tokenizer,
             "config": self.config.flat(),
@@ -164,7 +178,7 @@ class Trainer:
                 raise
             self.log.warn(f"{error}\n  training goes on; the next evaluation tries again")
         else:
-            self._failed_saves = 0
+            self._failed_saves, self._saved_step = 0, step
             self.log.line(f"saving checkpoint to {path}")
 
     # ---- figures ----
@@ -186,7 +200,7 @@ class Trainer:
                 f"the gradient was not finite {int(self.optimizer.bad_steps)} iterations in a row",
                 where=f"iteration {iteration}, loss {loss}",
                 expected="finite losses and gradients; no such update was applied",
-                hint=f"resume from {self.out_dir} with a lower --learning_rate, or --grad_clip=1.0",
+                hint=f"{self._resume_command()} --learning_rate={self.config.optim.learning_rate / 3:.2g}",
             )
         tokens_per_s = self.config.tokens_per_iter / seconds
         mfu = {

@@ -163,7 +163,7 @@ def test_tensorboard_gets_the_figures(tmp_path: Path):
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     tags = set(events.Tags()["scalars"])
-    assert {"train/loss", "val/loss", "lr", "mfu", "eval/tokens", "train/grad_norm"} <= tags and "train/mfu" not in tags
+    assert {"train/loss", "val/loss", "lr", "mfu", "eval/tokens", "iter/grad_norm"} <= tags and "iter/mfu" not in tags
     assert [(e.step, e.value) for e in events.Scalars("val/loss")] == [(0, pytest.approx(4.3))]
 
 
