@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,7 +125,7 @@ def test_random_mode_is_nanogpts_estimate(
 
 def test_full_mode_reads_all_of_val_and_samples_train(model: GPT, sources: dict[str, TokenSource]):
     full, random = (torch.Generator().manual_seed(5) for _ in range(2))
-    settings = {"eval_iters": 3, "batch_size": 4, "block_size": T}
+    settings: dict[str, Any] = {"eval_iters": 3, "batch_size": 4, "block_size": T}
     found = scoring.estimate_loss(model, sources, mode="full", generator=full, **settings)
     whole = scoring.score(model, scoring.all_targets(sources["val"], VOCAB, batch_size=1, block_size=T))
     assert found["val"] == pytest.approx(whole.loss, rel=1e-6) and whole.tokens == sources["val"].n_tokens - 1
