@@ -18,7 +18,7 @@ from nanogpt_fast.canonical import Weights, checked, load_pickle, model_config, 
 from nanogpt_fast.errors import CheckpointError, DataError
 from nanogpt_fast.meta import FORMAT as META_FORMAT
 from nanogpt_fast.model_card import model_card
-from nanogpt_fast.tokenizer import EOT, Gpt2Tokenizer, find_vocab_bpe
+from nanogpt_fast.tokenizer import EOT, Gpt2Tokenizer, find_vocab_bpe, gpt2_bytes
 
 HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 HUB_FILES = ("config.json", "model.safetensors")
@@ -220,10 +220,7 @@ def _write_tokenizer(weights: Weights, folder: Path) -> bool:
         merges = find_vocab_bpe().read_text(encoding="utf-8")
     except DataError:
         return False  # the weights are good without it; convert says what is missing
-    # The ids: bytes that print, the other bytes under the characters from 256 on, then one id a merge.
-    printing = [chr(b) for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-    others = [chr(256 + n) for n in range(256 - len(printing))]
-    tokens = [*printing, *others, *(line.replace(" ", "") for line in merges.split("\n")[1:-1]), EOT]
+    tokens = [*gpt2_bytes(), *(line.replace(" ", "") for line in merges.split("\n")[1:-1]), EOT]
     _write_json(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
     (folder / "merges.txt").write_text(merges, encoding="utf-8")
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOT)

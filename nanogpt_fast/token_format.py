@@ -14,7 +14,8 @@ import numpy as np
 from nanogpt_fast.errors import DataError
 
 HEADER_BYTES = 1024
-LLMC_LAYOUTS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic: (version, dtype)
+LLMC_UINT16, LLMC_UINT32 = 20240520, 20240801  # magic numbers
+LLMC_LAYOUTS = {LLMC_UINT16: (1, "<u2"), LLMC_UINT32: (7, "<u4")}  # magic: (version, dtype)
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ import numpy as np
 from nanogpt_fast.errors import DataError
 from nanogpt_fast.meta import FileEntry, Meta, Split, nanogpt_pickle, sha256_of, write_atomic, write_json
 from nanogpt_fast.rundir import sync
+from nanogpt_fast.token_format import HEADER_BYTES, LLMC_LAYOUTS, LLMC_UINT16
 
 Format = Literal["bin", "llmc"]
 SPLITS = ("train", "val")
 PARTIAL = ".partial"
 TOKEN_BYTES = 2
-HEADER_BYTES, MAGIC, VERSION = 1024, 20240520, 1  # llm.c's shards
 
 
 @contextlib.contextmanager
@@ -110,7 +110,11 @@ class _SplitFiles:
         if self._file:
             if self.header_bytes:
                 header = np.zeros(256, dtype="<i4")
-                header[:3] = MAGIC, VERSION, self._file.tell() // TOKEN_BYTES - HEADER_BYTES // TOKEN_BYTES
+                header[:3] = (
+                    LLMC_UINT16,
+                    LLMC_LAYOUTS[LLMC_UINT16][0],
+                    (self._file.tell() - HEADER_BYTES) // TOKEN_BYTES,
+                )
                 self._file.seek(0)
                 _write_all(self._file, header.tobytes())
             self.sync()

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from nanogpt_fast.errors import DataError
-from nanogpt_fast.meta import read_meta, sha256_of
+from nanogpt_fast.meta import sha256_of
 from nanogpt_fast.sources import fetch
 
 EOT = "<|endoftext|>"
@@ -142,15 +142,18 @@ def _in_range(ids: Sequence[int], size: int) -> list[int]:
     return ids
 
 
-def _ranks(vocab_bpe: Path) -> dict[bytes, int]:
-    """{token: id} of the 256 bytes and the merges.
-
-    vocab.bpe writes a byte that prints as itself, and the others as the characters from 256 on.
-    """
+def gpt2_bytes() -> dict[str, int]:
+    """{character: byte} in the order of ids: vocab.bpe writes a byte that prints as itself, then the others as the
+    characters from 256 on."""
     shown = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     hidden = [b for b in range(256) if b not in shown]
-    byte_of = {chr(b): b for b in shown} | {chr(256 + n): b for n, b in enumerate(hidden)}
-    ranks = {bytes([b]): rank for rank, b in enumerate(shown + hidden)}
+    return {chr(b): b for b in shown} | {chr(256 + n): b for n, b in enumerate(hidden)}
+
+
+def _ranks(vocab_bpe: Path) -> dict[bytes, int]:
+    """{token: id} of the 256 bytes and the merges."""
+    byte_of = gpt2_bytes()
+    ranks = {bytes([b]): rank for rank, b in enumerate(byte_of.values())}
     for line in vocab_bpe.read_text(encoding="utf-8").split("\n")[1:-1]:
         left, right = line.split(" ")
         ranks[bytes(byte_of[c] for c in left + right)] = len(ranks)
@@ -217,17 +220,11 @@ def gpt2_tokenizer(vocab_bpe: Path | None = None) -> Gpt2Tokenizer:
     return Gpt2Tokenizer(find_vocab_bpe(vocab_bpe))
 
 
-def from_json(value: dict[str, Any], vocab_bpe: Path | None = None) -> Tokenizer:
+def from_json(value: dict[str, Any]) -> Tokenizer:
     """The tokenizer that to_json() described (meta.json's `tokenizer`)."""
     kind = value.get("kind")
     if kind == "char" and isinstance(value.get("itos"), list):
         return CharTokenizer(value["itos"])
     if kind == "gpt2":
-        return gpt2_tokenizer(vocab_bpe)
+        return gpt2_tokenizer()
     raise DataError("the dataset's tokenizer is unknown", expected="kind 'char' with itos, or 'gpt2'", found=repr(kind))
-
-
-def for_dataset(folder: Path) -> Tokenizer:
-    """The tokenizer of a dataset folder: as meta.json or nanoGPT's meta.pkl says, else GPT-2's (as nanoGPT's)."""
-    meta = read_meta(folder)
-    return gpt2_tokenizer() if meta is None else from_json(meta.tokenizer)

@@ -15,7 +15,7 @@ from nanogpt_fast.meta import read_meta, verify
 from nanogpt_fast.prepare import PrepareConfig, ensure, main, prepare
 from nanogpt_fast.sources import stdlib_documents
 from nanogpt_fast.token_writer import locked
-from nanogpt_fast.tokenizer import _cached_vocabularies, for_dataset
+from nanogpt_fast.tokenizer import _cached_vocabularies, from_json
 
 PLAY = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak — naïve!\n\n" * 60
 
@@ -54,7 +54,8 @@ def test_shakespeare_char_is_what_nanogpt_writes(play: str) -> None:
     meta = pickle.loads(Path("data/shakespeare_char/meta.pkl").read_bytes())
     assert meta == {"vocab_size": len(chars), "stoi": stoi, "itos": dict(enumerate(chars))}
     assert Path("data/shakespeare_char/input.txt").read_text(encoding="utf-8") == PLAY
-    assert for_dataset(Path("data/shakespeare_char")).decode(tokens("shakespeare_char/val.bin")) == PLAY[at:]
+    tokenizer = from_json(verify(Path("data/shakespeare_char")).tokenizer)
+    assert tokenizer.decode(tokens("shakespeare_char/val.bin")) == PLAY[at:]
 
 
 def test_the_exact_tiny_shakespeare_file(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +77,7 @@ def test_the_exact_tiny_shakespeare_file(monkeypatch: pytest.MonkeyPatch) -> Non
 @needs_gpt2
 def test_shakespeare_splits_by_characters_before_encoding(play: str) -> None:
     meta = prepare(PrepareConfig(name="shakespeare", source=play))
-    tokenizer = for_dataset(Path("data/shakespeare"))
+    tokenizer = from_json(meta.tokenizer)
     at = int(len(PLAY) * 0.9)
     assert tokens("shakespeare/train.bin") == tokenizer.encode_ordinary(PLAY[:at]).tolist()
     assert tokens("shakespeare/val.bin") == tokenizer.encode_ordinary(PLAY[at:]).tolist()
@@ -100,7 +101,7 @@ def test_ensure_makes_stdlib_and_only_stdlib() -> None:
     assert meta.splits["train"].tokens > 9 * meta.splits["val"].tokens * 0.5 > 10_000
     first = next(text for i, text in enumerate(stdlib_documents().texts) if not is_val(i, 2357, 0.1))
     ids = np.fromfile(folder / "train.bin", "<u2", count=len(first) + 2)
-    assert for_dataset(folder).decode(ids.tolist()) == first + "\n\n"
+    assert from_json(meta.tokenizer).decode(ids.tolist()) == first + "\n\n"
     before = (folder / "train.bin").stat().st_mtime_ns
     assert ensure("stdlib", "somewhere") == folder and (folder / "train.bin").stat().st_mtime_ns == before
     assert ensure("openwebtext", "somewhere") == Path("somewhere/openwebtext")
@@ -116,7 +117,7 @@ def test_a_collection_is_split_by_document(format: str) -> None:
     argv = ["mine", "--source", "notes", "--tokenizer=char", "--val_fraction=0.3", "--seed=5", f"--format={format}"]
     assert main([*argv, "--shard_tokens=100"]) == 0
     meta = verify(Path("data/mine"))
-    tokenizer, offset = for_dataset(Path("data/mine")), 1024 if format == "llmc" else 0
+    tokenizer, offset = from_json(meta.tokenizer), 1024 if format == "llmc" else 0
     for split, wanted in (("train", False), ("val", True)):
         files = [Path("data/mine") / file.name for file in meta.splits[split].files]
         ids = np.concatenate([np.fromfile(file, "<u2", offset=offset) for file in files])

@@ -14,7 +14,7 @@ from nanogpt_fast.errors import DataError
 from nanogpt_fast.meta import Meta, read_meta
 from nanogpt_fast.prepare import PrepareConfig, prepare
 from nanogpt_fast.sources import HubDocuments
-from nanogpt_fast.tokenizer import _cached_vocabularies, for_dataset
+from nanogpt_fast.tokenizer import _cached_vocabularies, from_json
 
 datasets = pytest.importorskip("datasets")
 pytestmark = pytest.mark.skipif(
@@ -74,7 +74,7 @@ def run(monkeypatch: pytest.MonkeyPatch, source: HubDocuments, **options: Any) -
 
 def test_stream_processes_and_resume_give_one_and_the_same_dataset(stream, monkeypatch) -> None:
     meta = run(monkeypatch, Recorded(stream), out="data/one", num_proc=1)
-    tokenizer = for_dataset(Path("data/one"))
+    tokenizer = from_json(meta.tokenizer)
     expected = {"train": [], "val": []}
     for i, text in enumerate(t for t in TEXTS if t):
         expected["val" if encode.is_val(i, 2357, 0.1) else "train"] += [*tokenizer.encode(text), 50256]

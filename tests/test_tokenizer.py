@@ -11,12 +11,10 @@ from hypothesis import strategies as st
 
 from nanogpt_fast import tokenizer as module
 from nanogpt_fast.errors import DataError
-from nanogpt_fast.meta import nanogpt_pickle, write_json
 from nanogpt_fast.tokenizer import (
     CharTokenizer,
     Gpt2Tokenizer,
     find_vocab_bpe,
-    for_dataset,
     from_json,
     gpt2_tokenizer,
 )
@@ -181,18 +179,6 @@ def test_a_given_file_must_be_the_right_one(tmp_path: Path, vocab_bpe: Path) -> 
     wrong.write_bytes(vocab_bpe.read_bytes()[:-1] + b" ")
     with pytest.raises(DataError, match=r"not GPT-2's vocab\.bpe"):
         find_vocab_bpe(wrong)
-
-
-# ---- For a dataset ----
-
-
-def test_a_folder_says_which_tokenizer_it_needs(tmp_path: Path, vocab_bpe: Path) -> None:
-    assert isinstance(for_dataset(tmp_path), Gpt2Tokenizer)  # as nanoGPT: no meta.pkl means GPT-2
-    (tmp_path / "meta.pkl").write_bytes(nanogpt_pickle(["a", "b"]))
-    assert for_dataset(tmp_path).encode("ba") == [1, 0]
-    meta = {"format": 1, "vocab_size": 2, "tokenizer": CharTokenizer("ba").to_json(), "splits": {}}
-    write_json(tmp_path / "meta.json", meta)
-    assert for_dataset(tmp_path).encode("ba") == [0, 1]
 
 
 @pytest.mark.parametrize("value", [{}, {"kind": "char"}, {"kind": "llama"}, {"kind": "char", "itos": "ab"}])
