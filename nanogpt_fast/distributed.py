@@ -76,7 +76,7 @@ def resolve_dtype(name: str, device: torch.device, *, comparable: bool) -> torch
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.bfloat16 if not comparable and _cpu_multiplies_bfloat16() else torch.float32
 
 
@@ -88,10 +88,18 @@ def _cpu_multiplies_bfloat16() -> bool:
     return bool(flags & {"avx512_bf16", "amx_bf16"})
 
 
+def _use(device: torch.device) -> torch.device:
+    """Make a GPU the current one, its float32 products TF32 as in nanoGPT."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    return device
+
+
 def join(device: str, backend: str, gradient_accumulation_steps: int) -> World:
     """The World of this process: alone, or one of torchrun's (RANK, LOCAL_RANK, WORLD_SIZE are set)."""
     if "RANK" not in os.environ:
-        return World(device=resolve_device(device))
+        return World(device=_use(resolve_device(device)))
     if missing := [k for k in ("LOCAL_RANK", "WORLD_SIZE") if k not in os.environ]:
         raise ConfigError(
             "the environment describes half a rank",
@@ -111,7 +119,6 @@ def join(device: str, backend: str, gradient_accumulation_steps: int) -> World:
         )
     on = resolve_device(device)
     if on.type == "cuda":
-        on = resolve_device(f"cuda:{local_rank}")
-        torch.cuda.set_device(on)
+        on = _use(resolve_device(f"cuda:{local_rank}"))
     dist.init_process_group(backend if on.type == "cuda" else "gloo", rank=rank, world_size=size)
     return World(rank, size, on)

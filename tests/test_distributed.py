@@ -166,7 +166,7 @@ AUTO = [  # device, multiplies bfloat16, comparable, dtype
 
 @pytest.mark.parametrize(("device", "native", "comparable", "dtype"), AUTO, ids=lambda v: str(v))
 def test_auto_dtype(monkeypatch: pytest.MonkeyPatch, device: str, native: bool, comparable: bool, dtype: torch.dtype):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: native)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native and not including_emulation)
     monkeypatch.setattr(distributed, "_cpu_multiplies_bfloat16", lambda: native)
     assert resolve_dtype("auto", torch.device(device), comparable=comparable) == dtype
     assert resolve_dtype("float16", torch.device(device), comparable=comparable) == torch.float16

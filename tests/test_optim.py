@@ -271,3 +271,14 @@ def test_set_lr_reaches_the_update():
     fill_gradient(optimizer, 0)
     optimizer.step()
     assert optimizer.scalars[LR] == 0.0 and torch.equal(optimizer.flat.master, before)
+
+
+def test_a_scale_free_run_resumed_in_float16_starts_with_a_fresh_scale():
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=8))
+    model.init_weights(torch.Generator().manual_seed(0))
+    flat = FlatParameters(model, torch.float32, torch.device("cpu"))
+    tensors, numbers = AdamW(flat, OptimConfig(), REFERENCE).state_dict()
+    assert "loss_scale" not in numbers
+    scaled = AdamW(flat, OptimConfig(), REFERENCE, scale_loss=True)
+    scaled.load_state_dict(tensors, numbers)
+    assert float(scaled.loss_scale) == 65536.0

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import signal
 import time
@@ -14,7 +15,20 @@ from tiny_run import VOCAB, flags, metrics, train, train_process, write_dataset
 
 from nanogpt_fast import checkpoint
 from nanogpt_fast.errors import CheckpointError, ConfigError, DataError, DeviceError, DivergedError
+from nanogpt_fast.step import StepResult, TrainStep
 from nanogpt_fast.train import main
+
+CHARACTERS = [chr(97 + i) for i in range(VOCAB)]
+META = json.dumps(
+    {
+        "format": 1,
+        "tokenizer": {"kind": "char", "itos": CHARACTERS},
+        "vocab_size": VOCAB,
+        "splits": {},
+        "source": "",
+        "created_by": "",
+    }
+)
 
 
 @pytest.fixture
@@ -117,6 +131,46 @@ def test_positions_are_cropped_on_resume(folder: Path, capsys: pytest.CaptureFix
     assert checkpoint.newest(folder / "out")[0].model_args["block_size"] == 6
     with pytest.raises(ConfigError, match="longer than"):
         train(folder, init_from="resume", block_size=9)
+
+
+def test_the_end_of_a_run_is_saved(folder: Path, capsys: pytest.CaptureFixture[str]):
+    train(folder, max_iters=14, eval_interval=10)
+    assert list(checkpoint.list_steps(folder / "out")) == [10, 15]
+    assert train(folder, max_iters=12, init_from="resume") == 0
+    assert "nothing to do: 15 iterations are done, --max_iters=12" in capsys.readouterr().out
+
+
+def test_a_stopped_step_does_not_pass_for_an_evaluated_one(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Stopped right before an evaluation: the checkpoint must not carry the loss of the one before."""
+    real = TrainStep.__call__
+
+    def step_and_signal(self: TrainStep, batch: torch.Tensor, iteration: int) -> StepResult:
+        if iteration == 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, batch, iteration)
+
+    monkeypatch.setattr(TrainStep, "__call__", step_and_signal)
+    assert train(folder, max_iters=20, eval_interval=10) == 143
+    assert checkpoint.load(folder / "out/checkpoints/step_00000010").state["val_loss"] is None
+    monkeypatch.undo()
+    train(folder, max_iters=20, eval_interval=10, init_from="resume")
+    assert checkpoint.load(folder / "out/checkpoints/step_00000010").state["val_loss"] is not None
+
+
+def test_out_of_memory_says_what_to_try(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    def explode(*_: object) -> StepResult:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(TrainStep, "__call__", explode)
+    with pytest.raises(DeviceError, match="--batch_size=2 --gradient_accumulation_steps=2"):
+        train(folder)
+
+
+def test_another_tokenizer_than_the_weights_is_said(folder: Path, capsys: pytest.CaptureFixture[str]):
+    train(folder, max_iters=10)
+    (folder / "data/toy/meta.json").write_text(META)
+    train(folder, max_iters=10, init_from=folder / "out", out_dir=folder / "second")
+    assert "another tokenizer" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
