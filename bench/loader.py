@@ -2,6 +2,8 @@
 
     python bench/loader.py [--seconds 0.4] [--rounds 7] [--work_rows 768]
 
+It needs the package: `pip install -e .`, or PYTHONPATH=. from the repository's root.
+
 Three figures for each batch shape: tokens/s of the loader alone; how long next() blocks beside a training-like step
 (forward and backward of a small MLP on the CPU); and what that step takes longer than on one fixed batch. Variants are
 interleaved and medians taken over the rounds. The process is a spawned one that fills a ring of shared tensors; it
@@ -13,7 +15,6 @@ import itertools
 import multiprocessing
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,11 +22,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-
-from nanogpt_fast.data import Loader  # noqa: E402
-from nanogpt_fast.orders import ShuffleOrder  # noqa: E402
-from nanogpt_fast.tokens import TokenSource  # noqa: E402
+from nanogpt_fast.data import Loader
+from nanogpt_fast.orders import ShuffleOrder
+from nanogpt_fast.tokens import TokenSource
 
 SHAPES = [(12, 64), (64, 256), (12, 1024), (64, 1024)]  # (batch, block)
 VOCAB, WIDTH, TOKENS = 50304, 128, 1 << 25

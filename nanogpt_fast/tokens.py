@@ -22,6 +22,7 @@ import numpy as np
 
 from nanogpt_fast.config import DataConfig
 from nanogpt_fast.errors import ConfigError, DataError, did_you_mean
+from nanogpt_fast.sources import RECIPE_NAMES
 from nanogpt_fast.token_format import identity_of, inspect, prepare_hint, unreadable
 
 MAX_OPEN_FILES = 256
@@ -270,17 +271,31 @@ def _find_split(data: DataConfig, split: str) -> tuple[list[str], str]:
             hint="--dataset='data/fineweb10B/fineweb_{split}_*.bin'",
         )
     else:
-        place = next((place for place in places if os.path.isdir(os.path.dirname(place))), places[0])
-        parent = os.path.dirname(place)
-        folders = sorted(e.name for e in os.scandir(parent) if e.is_dir()) if os.path.isdir(parent) else []
-        raise DataError(
-            f"there is no dataset {name!r}{did_you_mean(os.path.basename(name), folders)}",
-            where=f"{place} (from {os.getcwd()})",
-            found=f"in {parent}: " + (", ".join(folders[:12]) or "no folders"),
-            hint=f"python -m nanogpt_fast.prepare {os.path.basename(name)}",
-        )
+        raise _no_dataset(name, places)
     matches = ([p for p in sorted(glob.glob(pattern)) if os.path.isfile(p)] for pattern in patterns)
     return next((paths for paths in matches if paths), []), looked
+
+
+def _no_dataset(name: str, places: list[str]) -> DataError:
+    places = [place.rstrip("/") for place in places]
+    place = next((place for place in places if os.path.isdir(os.path.dirname(place))), places[0])
+    parent, base = os.path.split(place)
+    folders = sorted(e.name for e in os.scandir(parent) if e.is_dir()) if os.path.isdir(parent) else []
+    known = list(dict.fromkeys([*folders, *RECIPE_NAMES]))
+    nearest = next(iter(difflib.get_close_matches(base, known, n=1)), base)
+    out = os.path.join(parent, nearest)
+    if nearest in folders:
+        hint = f"--dataset={os.path.join(os.path.dirname(name.rstrip('/')), nearest)}"
+    else:
+        hint = f"python -m nanogpt_fast.prepare {nearest}"
+        hint += " --source FILE" * (nearest not in RECIPE_NAMES)
+        hint += f" --out {out}" * (out != os.path.join("data", nearest))
+    return DataError(
+        f"there is no dataset {name!r}" + did_you_mean(base, known) * (base not in known),
+        where=f"{place} (from {os.getcwd()})",
+        found=f"in {parent or '.'}: " + (", ".join(folders[:12]) or "no folders"),
+        hint=hint,
+    )
 
 
 # ---- Reading and reporting ----
