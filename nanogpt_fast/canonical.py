@@ -19,6 +19,7 @@ from torch import Tensor
 from nanogpt_fast.checkpoint import Checkpoint, check_model
 from nanogpt_fast.config import GPTConfig, ModelConfig
 from nanogpt_fast.errors import CheckpointError, ConfigError
+from nanogpt_fast.rundir import sync
 
 GPT2_VOCAB = 50257  # GPT-2's tokens, <|endoftext|> included
 GPT2_PADDED = 50304  # the same padded to a multiple of 64, nanoGPT's vocab_size from scratch
@@ -166,10 +167,11 @@ def load_pickle(path: Path) -> Any:
 
 
 @contextmanager
-def publish(dst: Path, force: bool = False) -> Iterator[Path]:
-    """A path beside dst to write the file or folder to; it becomes dst in one rename when the block succeeds.
+def written_beside(dst: Path, force: bool = False) -> Iterator[Path]:
+    """A path beside dst to write the file or folder to; when the block succeeds it is fsynced and renamed to dst.
 
     Raises CheckpointError when dst exists and force is not set. What dst held is gone only after the new is in place.
+    A folder is replaced by two renames: killed between them, both are whole, as old and new in `.NAME.*` beside dst.
     """
     empty = dst.is_dir() and not any(dst.iterdir())
     if dst.exists() and not (force or empty):
@@ -184,9 +186,12 @@ def publish(dst: Path, force: bool = False) -> Iterator[Path]:
     new, old = workshop / "new", workshop / "old"
     try:
         yield new
+        for path in [*new.rglob("*"), new]:
+            sync(path)
         if dst.is_dir():  # a rename replaces a file, but no folder that holds something
             dst.rename(old)
         new.replace(dst)
+        sync(dst.parent)
     except (
         OSError,
         RuntimeError,

@@ -114,7 +114,7 @@ def _best(out_dir: Path, data_dir: str) -> Restored:
             "there is no best checkpoint",
             where=f"--out_dir={out_dir}",
             expected="a checkpoint saved with a validation loss",
-            found=f"{len(steps)} checkpoints, none with one" if steps else "no checkpoint",
+            found=f"none with one among {len(steps)}" if steps else "no checkpoint",
             hint="--init_from=resume takes the newest" if steps else "",
         )
     return _from_native(path, data_dir)

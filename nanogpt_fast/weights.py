@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from nanogpt_fast import checkpoint, huggingface, llmc, nanogpt_ckpt
-from nanogpt_fast.canonical import Weights, checked, model_config, publish
+from nanogpt_fast.canonical import Weights, checked, model_config, written_beside
 from nanogpt_fast.checkpoint import Checkpoint
 from nanogpt_fast.config import GPTConfig
 from nanogpt_fast.errors import CheckpointError
@@ -92,7 +92,7 @@ def write(weights: Weights, dst: Path, to: Format, *, dtype: torch.dtype = torch
             where=str(dst),
             hint="choose another name, or remove it yourself",
         )
-    with publish(dst, force) as new:
+    with written_beside(dst, force) as new:
         if to == "nanogpt":
             nanogpt_ckpt.write(weights, new)
         elif to == "hf":

@@ -110,7 +110,7 @@ def test_no_best_checkpoint_says_what_there_is(tmp_path: Path):
     weights.write(char_weights(), tmp_path / "out", "native")
     with pytest.raises(CheckpointError, match="no best") as error:
         restore("best", str(tmp_path / "out"))
-    assert error.value.found == "1 checkpoints, none with one" and "resume" in error.value.hint
+    assert error.value.found == "none with one among 1" and "resume" in error.value.hint
 
 
 def test_scratch_has_no_weights():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from random_weights import random_weights, same_tensors
 
+from nanogpt_fast import canonical
 from nanogpt_fast.checkpoint import Checkpoint, save
 from nanogpt_fast.errors import CheckpointError
 from nanogpt_fast.weights import Format, read, sniff, write
@@ -97,6 +98,16 @@ def test_failed_swap_puts_the_old_folder_back(tmp_path, monkeypatch, error):
             write(random_weights(seed=2), dst, "hf", force=True)
     assert same_tensors(read(dst).model, first.model)
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize("name", ["hf", "a.pt"])
+def test_what_is_written_is_fsynced_before_it_gets_its_name_and_the_name_after(tmp_path, monkeypatch, name):
+    dst, synced = tmp_path / name, []
+    monkeypatch.setattr(canonical, "sync", lambda path: synced.append((path, dst.exists())))
+    write(random_weights(), dst, "hf" if name == "hf" else "nanogpt")
+    before = [path for path, named in synced if not named]
+    assert {path.name for path in before} == {"new", *(path.name for path in dst.rglob("*"))}
+    assert before[-1].name == "new" and synced[-1] == (tmp_path, True) and len(synced) == len(before) + 1
 
 
 FULL_DISK = """
