@@ -36,35 +36,41 @@ T = TypeVar("T")
 
 _LINE = "command line"
 _SAMPLE_KEYS = ("start", "num_samples", "max_new_tokens", "temperature", "top_k")  # of nanoGPT's sample.py alone
-_TRAIN_HELP = """
+_TRAIN_HELP = """\
 presets:
 {presets}
 
 examples:
   {prog} --config shakespeare_char_cpu --max_iters=500
-  {prog} config/train_shakespeare_char.py --batch_size=32 --compile=False
-  torchrun --standalone --nproc_per_node=8 -m nanogpt_fast.train --config gpt2_124m
+  {prog} config/train_shakespeare_char.py --batch_size=32
+  torchrun --standalone --nproc_per_node=8 -m nanogpt_fast.train gpt2_124m
 
-A config is a preset, a FILE.toml or a nanoGPT FILE.py, with or without --config before it. What comes later wins."""
+A config is a preset, a FILE.toml or a nanoGPT FILE.py, with or without --config
+before it. What comes later wins."""
 
 
 def load_config(argv: list[str], *, prog: str = "python -m nanogpt_fast.train") -> Config:
     """The trainer's configuration. Raises ConfigError; --help prints and exits 0."""
-    return parse(Config, argv, prog=prog, description="Train, finetune or evaluate a GPT.")
+    presets = textwrap.fill(", ".join(preset_names()), 80, initial_indent="  ", subsequent_indent="  ")
+    epilog = _TRAIN_HELP.format(prog=prog, presets=presets)
+    return parse(Config, argv, prog=prog, description="Train, finetune or evaluate a GPT.", epilog=epilog)
 
 
-def parse(cls: type[T], argv: list[str], *, prog: str, description: str = "", default: T | None = None) -> T:
+def parse(
+    cls: type[T], argv: list[str], *, prog: str, description: str = "", epilog: str = "", default: T | None = None
+) -> T:
     """argv as `cls`: Config, or any flat frozen dataclass of scalars, Literals and tyro.conf.Positional fields.
 
     Bare words fill the positional fields; a class without any takes them as config files. `default` replaces the
-    class's own defaults. Raises ConfigError; --help prints and exits 0.
+    class's own defaults. Raises ConfigError; --help prints and exits 0: the description (one line: tyro
+    does not wrap it), the flags, and the epilog as it stands.
     """
     words, settings = ["--help"], {}
     if not {"-h", "--help"}.intersection(argv):
         reader = _Reader(cls, prog)
         words, settings = reader.read(argv)
         if default is None:
-            reader.check_words(words)
+            reader.check_complete(words, settings)
     console = _Console(sys.stdout)
     own_defaults: dict[str, Any] = {} if default is None else {"default": default}
     try:
@@ -81,9 +87,8 @@ def parse(cls: type[T], argv: list[str], *, prog: str, description: str = "", de
     except SystemExit as stop:
         if not stop.code:
             print(console.getvalue().rstrip())
-            if cls is Config:
-                presets = textwrap.fill(", ".join(preset_names()), 80, initial_indent="  ", subsequent_indent="  ")
-                print(_TRAIN_HELP.format(prog=prog, presets=presets))
+            if epilog:
+                print(f"\n{epilog.strip()}")
             raise
         plain = re.sub(r"\x1b\[[0-9;]*m", "", console.getvalue())
         rows = [row.strip("│╭╰╮╯─|+ ") for row in plain.splitlines()]
@@ -198,13 +203,16 @@ class _Reader:
                 settings |= self.read_config(arg)
         return words, settings
 
-    def check_words(self, words: list[str]) -> None:
-        """As many words as the positional fields need and can hold."""
-        needed = [slot.name.upper() for slot in self.slots if slot.required]
-        usage = f"{self.prog} {' '.join(slot.name.upper() for slot in self.slots)}"
-        if len(words) < len(needed):
-            missing = " and ".join(needed[len(words) :])
-            raise ConfigError(f"{missing} missing", where=_LINE, expected=usage, hint=f"{self.prog} --help")
+    def check_complete(self, words: list[str], settings: dict[str, _Setting]) -> None:
+        """As many words as the positional fields need and can hold, and every flag without a default."""
+        flags = [flag for flag in self.flags.values() if flag.required]
+        needed = [slot.metavar for slot in self.slots] + [f"--{flag.name}={flag.metavar}" for flag in flags]
+        usage = " ".join([self.prog, *needed])
+        missing = [slot.metavar.split()[0] for slot in self.slots if slot.required][len(words) :]
+        missing += [f"--{flag.name}" for flag in flags if flag.name not in settings]
+        if missing:
+            told = " and ".join(missing)
+            raise ConfigError(f"{told} missing", where=_LINE, expected=usage, hint=f"{self.prog} --help")
         if len(words) > len(self.slots) and not any(slot.repeats for slot in self.slots):
             raise ConfigError(f"one word too many: {words[len(self.slots)]!r}", where=_LINE, expected=usage)
 
@@ -306,12 +314,16 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _missing(path: Path) -> ConfigError:
-    siblings = [file.name for pattern in ("*.py", "*.toml") for file in path.parent.glob(pattern)]
-    near = did_you_mean(path.name, siblings) or did_you_mean(path.stem.removeprefix("train_"), preset_names())
+    """Names the files beside it, or the presets; the hint is the preset that stands for one of nanoGPT's files."""
+    beside = sorted(file.name for file in path.parent.glob(f"*{path.suffix}") if file.is_file())
+    stem = path.stem.removeprefix("train_")
+    preset = next((name for name in preset_names() if name == stem or name.startswith(f"{stem}_")), None)
+    known = f"in {path.parent}: {', '.join(beside)}" if beside else f"a file, or one of {', '.join(preset_names())}"
     return ConfigError(
-        f"there is no config file {path}{near}",
+        f"there is no config file {path}{did_you_mean(path.name, beside)}",
         where=f"working directory {Path.cwd()}",
-        expected=f"a file, or one of the presets {', '.join(preset_names())}",
+        expected=known,
+        hint=f"--config {preset}, the preset" if preset else "",
     )
 
 

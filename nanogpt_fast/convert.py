@@ -5,10 +5,10 @@ python -m nanogpt_fast.convert SRC DST --to native|nanogpt|hf|llmc
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from nanogpt_fast.canonical import Weights
 from nanogpt_fast.cli import parse
@@ -29,8 +29,10 @@ DTYPES: dict[Format, tuple[str, ...]] = {
 class ConvertConfig:
     """What is read, and what it becomes."""
 
-    src: Positional[str]  # out_dir or step folder, ckpt.pt, Hugging Face folder, llm.c model.bin, or gpt2 ... gpt2-xl
-    dst: Positional[str]  # native, hf: a folder; nanogpt: NAME.pt or a folder for ckpt.pt; llmc: a file
+    src: Annotated[Positional[str], arg(metavar="SRC")]
+    """out_dir or step folder, ckpt.pt, Hugging Face folder, llm.c model.bin, or gpt2 ... gpt2-xl"""
+    dst: Annotated[Positional[str], arg(metavar="DST")]
+    """native, hf: a folder; nanogpt: NAME.pt or a folder for ckpt.pt; llmc: a file"""
     to: Literal["native", "nanogpt", "hf", "llmc"]  # the form to write
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the written weights
     data_dir: str = "data"  # where the dataset SRC was trained on is looked for, for its character table

@@ -5,6 +5,7 @@ their tokenizers. Over a whole split in order, or over nanoGPT's random batches 
 """
 
 import json
+import shlex
 import sys
 import tempfile
 import time
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 
 from nanogpt_fast import cli
-from nanogpt_fast.config import DataConfig
+from nanogpt_fast.config import DataConfig, require_range
 from nanogpt_fast.distributed import resolve_device, resolve_dtype
 from nanogpt_fast.errors import ConfigError, DataError, run_command
 from nanogpt_fast.meta import check_name, read_meta
@@ -66,9 +67,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         for key, least in (("eval_iters", 1), ("batch_size", 1), ("block_size", 0), ("stride", 0), ("seed", 0)):
-            if getattr(self, key) < least:
-                where = f"{key} = {getattr(self, key)!r}"
-                raise ConfigError(f"--{key} is out of range", where=where, expected=f"a whole number >= {least}")
+            require_range(getattr(self, key) >= least, key, f"a whole number >= {least}", getattr(self, key))
 
 
 class Row(NamedTuple):
@@ -129,7 +128,9 @@ def parse_config(argv: list[str]) -> EvaluateConfig:
         if shared["init_from"] == "scratch":
             shared["init_from"] = "resume"  # the run it would train is the run to evaluate
         default = EvaluateConfig(**shared)
-    return cli.parse(EvaluateConfig, rest, prog=PROG, description=__doc__ or "", default=default)
+    description = "Evaluate a model: loss in nats a token, perplexity, bits per byte."
+    epilog = "--config NAME (or a leading NAME) takes values from a training\nconfiguration."
+    return cli.parse(EvaluateConfig, rest, prog=PROG, description=description, epilog=epilog, default=default)
 
 
 def resolve(config: EvaluateConfig, restored: Restored) -> EvaluateConfig:
@@ -155,7 +156,11 @@ def resolve(config: EvaluateConfig, restored: Restored) -> EvaluateConfig:
             hint="--dataset=openwebtext",
         )
     if not config.file and not config.dataset:
-        check_name(str(dataset))  # it comes out of the checkpoint
+        try:
+            check_name(str(dataset))
+        except DataError as error:  # a path that a file chose is not opened unasked
+            hint = f"if you know these data: --dataset={shlex.quote(str(dataset))}"
+            raise DataError(error.what, where=restored.source, expected=error.expected, hint=hint) from None
     return replace(
         config,
         dataset=str(dataset or ""),

@@ -35,6 +35,7 @@ class Option:
     section: str
     positional: bool
     required: bool
+    metavar: str  # what stands for its value in a usage line
 
     def value(self, raw: Any, where: str, *, from_text: bool) -> Any:
         """raw as this field's type. ConfigError names the flag, the type and what was found, with near choices."""
@@ -69,7 +70,9 @@ def options_of(cls: Any, section: str = "") -> dict[str, Option]:
         marks = getattr(kind, "__metadata__", ())
         plain = typing.get_args(kind)[0] if marks else kind
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        options[field.name] = Option(field.name, plain, section, tyro.conf.Positional in marks, required)
+        given = [mark.metavar for mark in marks if getattr(mark, "metavar", None)]
+        metavar = (given or ["|".join(map(str, _choices(plain))) or field.name.upper()])[0]
+        options[field.name] = Option(field.name, plain, section, tyro.conf.Positional in marks, required, metavar)
     return options
 
 

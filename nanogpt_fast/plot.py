@@ -8,10 +8,10 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-import tyro
+from tyro.conf import Positional, arg
 
 from nanogpt_fast import cli
 from nanogpt_fast.errors import ConfigError, DataError, run_command
@@ -34,7 +34,8 @@ _TOKENS_PER_ITER = re.compile(r"tokens per iteration will be: ([\d,]+)")
 class PlotOptions:
     """What to draw, and where to."""
 
-    runs: tyro.conf.Positional[tuple[str, ...]]  # out_dirs, metrics.jsonl files or console logs
+    runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)")]
+    """an out_dir, its metrics.jsonl, or a console log of nanoGPT or of ours"""
     out: str = "plot.png"  # the picture; .png, .svg or .pdf
     x: XAxis = "iter"  # against iterations, tokens seen, or training time
     title: str = ""  # above the panels; the run's name by default
@@ -319,7 +320,8 @@ _SIDE_PANELS: dict[str, Callable[["Axes", Sequence[History], Axis], None]] = {
 
 def main(argv: list[str]) -> None:
     """The command: PlotOptions."""
-    options = cli.parse(PlotOptions, argv, prog="python -m nanogpt_fast.plot", description=__doc__ or "")
+    description = "Draw the curves of one or several runs."
+    options = cli.parse(PlotOptions, argv, prog="python -m nanogpt_fast.plot", description=description)
     figure = draw(name_apart([read_history(Path(run)) for run in options.runs], options.runs), options.x, options.title)
     try:
         figure.savefig(options.out, dpi=130)

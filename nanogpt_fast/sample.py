@@ -10,11 +10,13 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+import tyro
 
 from nanogpt_fast import cli
+from nanogpt_fast.config import require_range
 from nanogpt_fast.distributed import resolve_device, resolve_dtype
 from nanogpt_fast.errors import ConfigError, DataError, did_you_mean, run_command
 from nanogpt_fast.model import GPT
@@ -31,7 +33,8 @@ class SampleConfig:
 
     init_from: str = "resume"  # resume (from out_dir), gpt2 ... gpt2-xl, or a path
     out_dir: str = "out"  # the run to sample from
-    start: str = "\n"  # the prompt; <|endoftext|> in it counts; FILE:prompt.txt reads a file
+    start: Annotated[str, tyro.conf.arg(help_behavior_hint=r"(default: '\n')")] = "\n"
+    """the prompt; <|endoftext|> in it counts; FILE:prompt.txt reads a file"""
     num_samples: int = 10  # samples to draw
     max_new_tokens: int = 500  # tokens a sample
     temperature: float = 0.8  # below 1 less random, above 1 more; 0 takes the likeliest token
@@ -48,14 +51,9 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         for key in ("num_samples", "max_new_tokens", "top_k", "seed"):
-            _require(getattr(self, key) >= 0, key, "a whole number >= 0", getattr(self, key))
+            require_range(getattr(self, key) >= 0, key, "a whole number >= 0", getattr(self, key))
         ok = math.isfinite(self.temperature) and self.temperature >= 0.0
-        _require(ok, "temperature", "a finite number >= 0", self.temperature)
-
-
-def _require(ok: bool, key: str, rule: str, value: object) -> None:
-    if not ok:
-        raise ConfigError(f"--{key} is out of range", where=f"{key} = {value!r}", expected=rule)
+        require_range(ok, "temperature", "a finite number >= 0", self.temperature)
 
 
 # ---- the library part ----
@@ -152,7 +150,8 @@ def read_prompt(start: str) -> str:
 
 def main(argv: list[str]) -> None:
     """Print num_samples samples, each with its prompt and nanoGPT's separator after it."""
-    config = cli.parse(SampleConfig, argv, prog="python -m nanogpt_fast.sample", description=__doc__ or "")
+    description = "Print text that a model continues from --start."
+    config = cli.parse(SampleConfig, argv, prog="python -m nanogpt_fast.sample", description=description)
     prompt = read_prompt(config.start)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device, comparable=True)

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from nanogpt_fast import cli
 from nanogpt_fast.config import Config
@@ -33,7 +33,8 @@ class Copying:
     """Stands for a command with two words."""
 
     src: Positional[str]  # read from
-    dst: Positional[str]  # written to
+    dst: Annotated[Positional[str], arg(metavar="TARGET")]  # written to
+    to: Literal["wax", "stone"]  # material
     force: bool = False
 
 
@@ -185,8 +186,8 @@ def test_a_wrong_toml_file_says_what_and_where(text, what, where, tmp_path):
         (["--config", "shakspear_char"], "no preset is named 'shakspear_char', did you mean 'shakespeare_char'", "xl"),
         (["--config="], "no preset is named ''", "quickstart"),
         (["--start=hi"], "--start is a setting of sampling", "python -m nanogpt_fast.sample"),
-        (["config/train_gpt2.py"], "no config file config/train_gpt2.py, did you mean 'gpt2_", "gpt2_124m"),
-        (["config/eval_gpt2.py"], "did you mean 'eval_gpt2'", "working directory"),
+        (["config/train_gpt2.py"], "no config file config/train_gpt2.py", "--config gpt2_124m"),
+        (["config/eval_gpt2.py"], "no config file config/eval_gpt2.py", "--config eval_gpt2, the preset"),
         (["--out_dir=\udcff"], "not UTF-8", "udcff"),
     ],
 )  # fmt: skip
@@ -199,7 +200,12 @@ def test_a_wrong_command_line_says_what_and_what_next(argv, what, detail, tmp_pa
 
 def test_a_missing_file_names_its_neighbours(tmp_path):
     (tmp_path / "mine.toml").write_text("")
-    assert "did you mean 'mine.toml'" in error(str(tmp_path / "mime.toml")).what
+    missing = error(str(tmp_path / "mime.toml"))
+    assert "did you mean 'mine.toml'" in missing.what and missing.expected.endswith(": mine.toml")
+    missing = error(str(tmp_path / "train_gpt3.py"))
+    assert missing.what.endswith("train_gpt3.py") and not missing.hint and "gpt2_124m" in missing.expected
+    (tmp_path / "train_mine.py").write_text("")
+    assert error(str(tmp_path / "train_gpt3.py")).expected == f"in {tmp_path}: train_mine.py"
     (tmp_path / "folder.toml").mkdir()
     assert "no config file" in error(str(tmp_path / "folder.toml")).what
 
@@ -264,21 +270,32 @@ def test_defaults_of_the_caller():
 
 def test_positional_words():
     def copying(*argv: str) -> Copying:
-        return cli.parse(Copying, list(argv), prog="python -m copy")
+        return cli.parse(Copying, [*argv, "--to=wax"], prog="python -m copy")
 
-    assert copying("a", "b=c.py") == Copying(src="a", dst="b=c.py")
-    assert copying("a", "--force", "b") == copying("--force=1", "a", "b") == Copying(src="a", dst="b", force=True)
+    assert copying("a", "b=c.py") == Copying(src="a", dst="b=c.py", to="wax")
+    assert (
+        copying("a", "--force", "b")
+        == copying("--force=1", "a", "b")
+        == Copying(src="a", dst="b", to="wax", force=True)
+    )
     assert cli.parse(Drawing, ["--out", "x", "a", "b.toml"], prog="p") == Drawing(runs=("a", "b.toml"), out="x")
     for argv, what in (
-        (["a"], "DST missing"),
-        ([], "SRC and DST missing"),
+        (["a"], "TARGET missing"),
+        ([], "SRC and TARGET missing"),
         (["a", "b", "c"], "one word too many: 'c'"),
     ):
         with pytest.raises(ConfigError) as caught:
             copying(*argv)
-        assert caught.value.what == what and caught.value.expected == "python -m copy SRC DST"
+        assert caught.value.what == what and caught.value.expected == "python -m copy SRC TARGET --to=wax|stone"
     with pytest.raises(ConfigError, match="RUNS missing"):
         cli.parse(Drawing, [], prog="p")
+
+
+def test_flags_without_a_default():
+    for argv, what in ((["a", "b"], "--to missing"), (["a"], "TARGET and --to missing")):
+        with pytest.raises(ConfigError) as caught:
+            cli.parse(Copying, argv, prog="python -m copy")
+        assert caught.value.what == what and caught.value.expected == "python -m copy SRC TARGET --to=wax|stone"
 
 
 def test_an_error_of_tyros_own_is_one_of_ours():

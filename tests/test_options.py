@@ -22,7 +22,7 @@ class Command:
 
 
 def option(kind: Any) -> Option:
-    return Option("key", kind, "", positional=False, required=False)
+    return Option("key", kind, "", positional=False, required=False, metavar="KEY")
 
 
 def test_options_of_the_configuration_are_its_flat_names_and_sections():

@@ -159,7 +159,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path):
 
 
 def test_command_line_errors(out: Path, tmp_path: Path):
-    with pytest.raises(ConfigError, match="RUNS missing"):
+    with pytest.raises(ConfigError, match="RUN missing"):
         plot.main([])
     with pytest.raises(ConfigError, match="cannot be written"):
         plot.main([str(out), f"--out={tmp_path / 'plot.docx'}"])
