@@ -1,12 +1,5 @@
 """Turn text into token files: python -m nanogpt_fast.prepare NAME
 
-    stdlib            the sources of Python's own library: no download, ready in a second
-    shakespeare_char  Tiny Shakespeare, one token a character; byte for byte nanoGPT's train.bin and val.bin
-    shakespeare       Tiny Shakespeare in GPT-2 tokens
-    openwebtext, fineweb, finewebedu   streamed from the Hugging Face hub (extra `data`)
-    text              your own: --source FILE, FOLDER or GLOB (.txt .md .py, .jsonl and .parquet with --field);
-                      any other NAME with --source is the same, under that name
-
 Single texts are split by position (the last tenth is val), as nanoGPT does. Collections are split by document: a
 hash of (seed, document number) decides, so the order never changes and the stream is read once. Documents end with
 <|endoftext|>, in a character dataset with a blank line.
@@ -17,13 +10,14 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tyro.conf import Positional, arg
 
 from nanogpt_fast import __version__, cli
+from nanogpt_fast.config import require_range
 from nanogpt_fast.encode import (
     CHAR_SEPARATOR,
     Encoder,
@@ -36,6 +30,7 @@ from nanogpt_fast.errors import ConfigError, DataError, did_you_mean, run_comman
 from nanogpt_fast.meta import Meta, check_name, read_meta, verify, write_atomic
 from nanogpt_fast.sources import (
     PLAIN,
+    RECIPE_NAMES,
     SUFFIXES,
     Documents,
     FileDocuments,
@@ -53,6 +48,17 @@ SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/da
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 INLINE_BYTES = 32 << 20  # below this much text (2.5 s of GPT-2 encoding) worker processes cost more than they save
 COMMIT_TOKENS = 10_000_000  # an interrupted preparation loses at most so many
+
+_DATASETS = """\
+datasets:
+  stdlib            the sources of Python's own library: no download
+  shakespeare_char  Tiny Shakespeare, a token a character; nanoGPT's very bytes
+  shakespeare       Tiny Shakespeare in GPT-2 tokens
+  openwebtext, fineweb, finewebedu
+                    streamed from the Hugging Face hub (extra `data`)
+  text              your own: --source FILE, FOLDER or GLOB (.txt .md .py, and
+                    with --field .jsonl .parquet); any other NAME with --source
+                    is the same, under that name"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,15 +85,14 @@ RECIPES = {
     "finewebedu": _web("HuggingFaceFW/fineweb-edu", "sample-10BT"),
     "text": Recipe(),
 }
+assert tuple(RECIPES) == (*RECIPE_NAMES, "text")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
     """What to prepare, from what, and where to."""
 
-    name: tyro.conf.Positional[
-        str
-    ]  # stdlib | shakespeare_char | shakespeare | openwebtext | fineweb | finewebedu | text
+    name: Annotated[Positional[str], arg(metavar="NAME")]  # a dataset of the list below, or yours with --source
     source: str = ""  # the text: a file, a folder or a quoted glob
     out: str = ""  # the dataset's folder; data/NAME where not given
     tokenizer: Literal["auto", "char", "gpt2"] = "auto"  # auto: what the name says, GPT-2 for your own text
@@ -111,8 +116,7 @@ class PrepareConfig:
             ("shard_tokens", 1 <= self.shard_tokens < 2**31, "1 .. 2^31 - 1 (llm.c's header is int32)"),
             ("max_tokens", self.max_tokens >= 0, ">= 0"),
         ):
-            if not ok:
-                raise ConfigError(f"--{key} is out of range", where=f"{key} = {getattr(self, key)!r}", expected=rule)
+            require_range(ok, key, rule, getattr(self, key))
 
     @property
     def folder(self) -> Path:
@@ -319,7 +323,7 @@ def _summary(config: PrepareConfig, meta: Meta, seconds: float | None) -> str:
 
 def main(argv: list[str]) -> int:
     prog = "python -m nanogpt_fast.prepare"
-    config = cli.parse(PrepareConfig, argv, prog=prog, description=__doc__ or "")
+    config = cli.parse(PrepareConfig, argv, prog=prog, description="Turn text into token files.", epilog=_DATASETS)
     if config.verify:
         meta = verify(config.folder)
         print(f"{config.folder}: {sum(len(split.files) for split in meta.splits.values())} files are as prepared")
