@@ -158,8 +158,9 @@ def test_a_checkpoints_dataset_name_is_no_path(here: Path, capsys: pytest.Captur
     loaded = random_weights(vocab_size=20, tokenizer=CHAR)
     loaded.config["dataset"] = "../data/tiny"
     weights.write(loaded, here / "crafted", "native")
-    with pytest.raises(DataError, match="not a dataset name"):
+    with pytest.raises(DataError, match="not a dataset name") as caught:
         rows(capsys, "--out_dir=crafted")
+    assert caught.value.hint.endswith("--dataset=../data/tiny")
     assert rows(capsys, "--out_dir=crafted", "--dataset=tiny")[0]["tokens"] == 149
 
 
