@@ -43,9 +43,9 @@ def main(argv: list[str]) -> int:
         stack.callback(world.close)
         say = print if world.is_main else lambda *_: None
         say(f"tokens per iteration will be: {config.tokens_per_iter:,}")
+        sources, vocab_size, tokenizer = open_data(config, stack, say)
         claim_out_dir(config, world, stack)
         restored = None if config.run.init_from == "scratch" else load_weights(config, say)
-        sources, vocab_size, tokenizer = open_data(config, stack, say)
         shape = shape_of(config, restored, vocab_size, say)
         if restored and restored.tokenizer_json not in (None, tokenizer):
             say("WARNING: the data were made with another tokenizer than the one these weights were trained with")

@@ -116,6 +116,7 @@ def test_dry_run_trains_nothing(folder: Path, capsys: pytest.CaptureFixture[str]
 def test_bad_input_is_said_before_training(folder: Path, changes: dict, error: type[Exception], told: str):
     with pytest.raises(error, match=re.escape(told)):
         train(folder, **changes)
+    assert not (folder / "out").exists() or "vocab_size" in changes or "block_size" in changes  # no litter of a typo
 
 
 def test_divergence_stops_the_run(folder: Path):
