@@ -18,7 +18,8 @@ from torch import Tensor
 
 from nanogpt_fast.checkpoint import Checkpoint, check_model
 from nanogpt_fast.config import GPTConfig, ModelConfig
-from nanogpt_fast.errors import CheckpointError, ConfigError
+from nanogpt_fast.errors import CheckpointError, ConfigError, DataError
+from nanogpt_fast.meta import Meta, check_name, read_meta
 from nanogpt_fast.rundir import sync
 
 GPT2_VOCAB = 50257  # GPT-2's tokens, <|endoftext|> included
@@ -37,6 +38,7 @@ class Weights:
     optimizer: {"exp_avg.NAME", "exp_avg_sq.NAME"} for every name, or None; optimizer_step: its updates.
     step: nanoGPT's iter_num. config: flat configuration of the run, {} when unknown.
     tokenizer: the `tokenizer` of the dataset's meta.json, when known.
+    state: the rest of what our trainer saved (samples seen, fingerprint, loss scale); {} from other formats.
     """
 
     model_args: GPTConfig
@@ -47,6 +49,7 @@ class Weights:
     best_val_loss: float = math.inf
     config: dict[str, Any] = field(default_factory=dict)
     tokenizer: dict[str, Any] | None = None
+    state: dict[str, Any] = field(default_factory=dict)
 
     @property
     def used_vocab(self) -> int:
@@ -101,6 +104,14 @@ def plain_names(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
             found="two different tensors",
         )
     return plain
+
+
+def dataset_meta(config: dict[str, Any], data_dir: str | Path) -> Meta | None:
+    """The meta of the dataset a run's configuration names, where that lies in data_dir and can be read."""
+    try:  # the name comes out of a file: it must not be a path
+        return read_meta(Path(data_dir) / check_name(str(config.get("dataset", ""))))
+    except DataError:
+        return None
 
 
 def with_biases(weights: Weights) -> dict[str, Tensor]:

@@ -10,10 +10,9 @@ from typing import Annotated, Literal
 import torch
 from tyro.conf import Positional, arg
 
-from nanogpt_fast.canonical import Weights
+from nanogpt_fast.canonical import Weights, dataset_meta
 from nanogpt_fast.cli import parse
-from nanogpt_fast.errors import ConfigError, DataError, run_command
-from nanogpt_fast.meta import check_name, read_meta
+from nanogpt_fast.errors import ConfigError, run_command
 from nanogpt_fast.weights import FORMATS, Format, read, sniff, write
 
 PROG = "python -m nanogpt_fast.convert"
@@ -72,10 +71,7 @@ def losses(weights: Weights, to: Format) -> list[str]:
 
 def _with_tokenizer(weights: Weights, data_dir: str) -> Weights:
     """weights, with the tokenizer of the dataset that its configuration names, where that lies in data_dir."""
-    try:
-        meta = read_meta(Path(data_dir) / check_name(str(weights.config.get("dataset", ""))))
-    except DataError:  # not a plain name, or a damaged folder: the weights do not depend on it
-        return weights
+    meta = dataset_meta(weights.config, data_dir)
     fits = meta is not None and meta.vocab_size <= weights.model_args.vocab_size
     return replace(weights, tokenizer=meta.tokenizer) if meta and fits else weights
 

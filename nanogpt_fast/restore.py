@@ -16,12 +16,10 @@ import torch
 from torch import Tensor
 
 from nanogpt_fast import checkpoint, weights
-from nanogpt_fast.canonical import GPT2_PADDED, GPT2_VOCAB, Weights, model_config
-from nanogpt_fast.checkpoint import Checkpoint
+from nanogpt_fast.canonical import GPT2_VOCAB, Weights, dataset_meta
 from nanogpt_fast.config import GPTConfig
 from nanogpt_fast.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from nanogpt_fast.huggingface import HUB
-from nanogpt_fast.meta import check_name, read_meta
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import REFERENCE, Ops
 from nanogpt_fast.tokenizer import Tokenizer, from_json
@@ -129,67 +127,33 @@ def _runs_near(out_dir: Path) -> list[str]:
 
 
 def _from_native(path: Path, data_dir: str) -> Restored:
-    """A run's newest checkpoint that verifies, or the one step folder that path is."""
-    if (path / checkpoint.STATE).is_file():
-        found, skipped = checkpoint.load(path), []
-    else:
-        found, skipped = checkpoint.newest(path)
-        path = checkpoint.list_steps(path)[found.step]
-    config = _config_of(found, str(path))
-    found, state = checkpoint.check_model(found, config), found.state
-    run_config = _dict(state.get("config"))
-    return Restored(
-        config=config,
-        model=found.model,
-        optimizer=found.optimizer or None,
-        step=found.step,
-        state=state,
-        run_config=run_config,
-        tokenizer_json=_tokenizer_json(state.get("tokenizer"), run_config, config, data_dir),
-        source=f"{path}, iteration {found.step}",
-        skipped=skipped,
-    )
-
-
-def _config_of(found: Checkpoint, where: str) -> GPTConfig:
-    known = {f.name for f in dataclasses.fields(GPTConfig)}
-    return model_config(where, **{key: value for key, value in found.model_args.items() if key in known})
+    found, path, skipped = weights.read_native(path)
+    restored = _from_weights(found, f"{path}, iteration {found.step}", data_dir)
+    restored.skipped = skipped
+    return restored
 
 
 def _from_weights(found: Weights, source: str, data_dir: str) -> Restored:
-    """Other people's files; the state holds what a resumed optimizer needs of them."""
     best = found.best_val_loss if math.isfinite(found.best_val_loss) else None
     return Restored(
         config=found.model_args,
         model=found.model,
         optimizer=found.optimizer,
         step=found.step,
-        state={"optimizer_step": found.optimizer_step, "best_val_loss": best},
+        state={**found.state, "optimizer_step": found.optimizer_step, "best_val_loss": best},
         run_config=found.config,
-        tokenizer_json=_tokenizer_json(found.tokenizer, found.config, found.model_args, data_dir),
+        tokenizer_json=_tokenizer_json(found, data_dir),
         source=source,
     )
 
 
-def _tokenizer_json(saved: Any, run_config: dict[str, Any], config: GPTConfig, data_dir: str) -> dict[str, Any] | None:
+def _tokenizer_json(found: Weights, data_dir: str) -> dict[str, Any] | None:
     """The checkpoint's own; else its dataset's; else GPT-2's, where the vocabulary has that size."""
-    if isinstance(saved, dict):
-        return saved
-    dataset = run_config.get("dataset")
-    if isinstance(dataset, str):
-        try:
-            meta = read_meta(
-                Path(data_dir) / check_name(dataset)
-            )  # the name comes out of a file: it must not be a path
-        except DataError:
-            meta = None
-        if meta is not None:
-            return meta.tokenizer
-    return {"kind": "gpt2"} if config.vocab_size in (GPT2_VOCAB, GPT2_PADDED) else None
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
+    if found.tokenizer is not None:
+        return found.tokenizer
+    if meta := dataset_meta(found.config, data_dir):
+        return meta.tokenizer
+    return {"kind": "gpt2"} if found.is_gpt2_vocab else None
 
 
 def build_model(

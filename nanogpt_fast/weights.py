@@ -22,7 +22,7 @@ from nanogpt_fast.errors import CheckpointError
 from nanogpt_fast.huggingface import HUB, load_pretrained
 from nanogpt_fast.token_format import LLMC_LAYOUTS
 
-__all__ = ["FORMATS", "Format", "Weights", "load_pretrained", "read", "sniff", "write"]
+__all__ = ["FORMATS", "Format", "Weights", "load_pretrained", "read", "read_native", "sniff", "write"]
 
 Format = Literal["native", "nanogpt", "hf", "llmc"]
 FORMATS: dict[Format, str] = {
@@ -70,7 +70,10 @@ def read(path: str | Path) -> Weights:
     """The weights at path, whatever their format; see sniff. Raises CheckpointError."""
     kind, path = sniff(path), Path(path)
     if kind == "native":
-        return _read_native(path)
+        weights, path, skipped = read_native(path)
+        for line in skipped:
+            warnings.warn(line, stacklevel=2)
+        return checked(weights, str(path))  # formats to write need tensors with storages of their own
     if kind == "nanogpt":
         return nanogpt_ckpt.read(path / "ckpt.pt" if path.is_dir() else path)
     return load_pretrained(path) if kind == "hf" else llmc.read(path)
@@ -111,26 +114,32 @@ def _replaceable(dst: Path, to: Format) -> bool:
         return False
 
 
-def _read_native(path: Path) -> Weights:
+def read_native(path: Path) -> tuple[Weights, Path, list[str]]:
+    """(weights, step folder, a line for each newer checkpoint that does not verify) of a run or one step of it.
+
+    Tensors are mapped from the file. Raises CheckpointError, as check_model does too.
+    """
     if (path / checkpoint.STATE).is_file():
-        found = checkpoint.load(path)
+        found, skipped = checkpoint.load(path), []
     else:
         found, skipped = checkpoint.newest(path)
-        for line in skipped:
-            warnings.warn(line, stacklevel=3)
-    state, known = found.state, {f.name for f in fields(GPTConfig)}
-    best = state.get("best_val_loss")  # null until a first evaluation
+        path = checkpoint.list_steps(path)[found.step]
+    known = {f.name for f in fields(GPTConfig)}
+    config = model_config(str(path), **{key: value for key, value in found.model_args.items() if key in known})
+    found, state = checkpoint.check_model(found, config), found.state
+    best, run, tokenizer = (state.get(key) for key in ("best_val_loss", "config", "tokenizer"))
     weights = Weights(
-        model_args=model_config(str(path), **{key: value for key, value in found.model_args.items() if key in known}),
+        model_args=config,
         model=found.model,
         optimizer=found.optimizer or None,
         optimizer_step=state.get("optimizer_step", found.step),
         step=found.step,
-        best_val_loss=math.inf if best is None else best,
-        config=state.get("config", {}),
-        tokenizer=state.get("tokenizer"),
+        best_val_loss=math.inf if best is None else best,  # null until a first evaluation
+        config=run if isinstance(run, dict) else {},
+        tokenizer=tokenizer if isinstance(tokenizer, dict) else None,
+        state=state,
     )
-    return checked(weights, str(path))
+    return weights, path, skipped
 
 
 def _write_native(weights: Weights, out_dir: Path, force: bool) -> Path:
@@ -140,7 +149,7 @@ def _write_native(weights: Weights, out_dir: Path, force: bool) -> Path:
                 "the destination holds checkpoints", where=str(out_dir), hint="choose another folder, or add --force"
             )
         checkpoint.set_aside_later(out_dir, weights.step)
-    state = {"config": weights.config, "optimizer_step": weights.optimizer_step}
+    state = {**weights.state, "config": weights.config, "optimizer_step": weights.optimizer_step}
     if math.isfinite(weights.best_val_loss):
         state["best_val_loss"] = weights.best_val_loss
     if weights.tokenizer:

@@ -118,6 +118,14 @@ def test_a_converted_run_goes_on_as_the_run_itself(folder: Path, forms: list[wei
         assert resumed.state[key] == whole.state[key]
 
 
+def test_a_copy_by_conversion_keeps_all_of_the_state(folder: Path):
+    train(folder, max_iters=10)
+    state = checkpoint.load(folder / "out/checkpoints/step_00000010").state
+    copy = weights.write(weights.read(folder / "out"), folder / "copy", "native")
+    assert checkpoint.load(copy).state == state and state["fingerprint"]
+    assert checkpoint.best(folder / "copy") == copy
+
+
 def test_a_nanogpt_checkpoint_with_no_best_loss_and_no_moments_is_resumed(folder: Path):
     train(folder, max_iters=10)
     path = weights.write(weights.read(folder / "out"), folder / "theirs", "nanogpt")
