@@ -117,7 +117,7 @@ def _replaceable(dst: Path, to: Format) -> bool:
 def read_native(path: Path) -> tuple[Weights, Path, list[str]]:
     """(weights, step folder, a line for each newer checkpoint that does not verify) of a run or one step of it.
 
-    Tensors are mapped from the file. Raises CheckpointError, as check_model does too.
+    Tensors are mapped from the file. Raises CheckpointError, also where the tensors do not fit the configuration.
     """
     if (path / checkpoint.STATE).is_file():
         found, skipped = checkpoint.load(path), []
