@@ -23,7 +23,7 @@ class RunConfig:
     """Where the run goes, when it evaluates and saves."""
 
     out_dir: str = "out"  # checkpoints, metrics.jsonl and the log go here
-    init_from: str = "scratch"  # scratch | resume | gpt2 | gpt2-medium | gpt2-large | gpt2-xl | a directory or ckpt.pt
+    init_from: str = "scratch"  # scratch | resume | best | gpt2 ... gpt2-xl | a directory or ckpt.pt
     eval_interval: int = 2000  # evaluate (and save) every so many iterations
     log_interval: int = 1  # print a line every so many iterations
     eval_iters: int = 200  # batches a split in an evaluation

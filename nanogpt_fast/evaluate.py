@@ -47,7 +47,7 @@ PUBLISHED = {
 class EvaluateConfig:
     """What is evaluated, and on what. --config takes these values from a training configuration."""
 
-    init_from: str = "resume"  # resume (from out_dir), gpt2 ... gpt2-xl, or a path
+    init_from: str = "resume"  # resume or best (of out_dir), gpt2 ... gpt2-xl, or a path
     out_dir: str = "out"  # the run to evaluate
     dataset: str = ""  # a folder in data_dir; by default the one the model was trained on
     data_dir: str = "data"  # parent of the dataset folders

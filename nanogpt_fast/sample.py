@@ -31,7 +31,7 @@ UNFINISHED = "\ufffd"  # what decoding puts for bytes that are no character, or 
 class SampleConfig:
     """nanoGPT's sample.py, and a few more."""
 
-    init_from: str = "resume"  # resume (from out_dir), gpt2 ... gpt2-xl, or a path
+    init_from: str = "resume"  # resume or best (of out_dir), gpt2 ... gpt2-xl, or a path
     out_dir: str = "out"  # the run to sample from
     start: Annotated[str, tyro.conf.arg(help_behavior_hint=r"(default: '\n')")] = "\n"
     """the prompt; <|endoftext|> in it counts; FILE:prompt.txt reads a file"""

@@ -50,7 +50,8 @@ def test_the_comment_says_how_many_tokens_an_iteration_has(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_command_in_the_comment_names_the_preset(name):
-    assert f"-m nanogpt_fast.train --config {name}" in cli.find_preset(name).read_text()
+    command = "evaluate" if name.startswith("eval") else "train"
+    assert f"-m nanogpt_fast.{command} --config {name}" in cli.find_preset(name).read_text()
 
 
 @pytest.mark.parametrize(
