@@ -6,6 +6,6 @@ test:            ## the default suite (lint, types, layout included), parallel
 test-all:        ## everything, heavy cases too
 	$(PYTHON) -m pytest -n auto
 lint:            ## format and lint in place
-	$(PYTHON) -m ruff format . && $(PYTHON) -m ruff check --fix . && $(PYTHON) -m pyright
+	$(PYTHON) -m ruff format . && $(PYTHON) -m ruff check --fix . && $(PYTHON) -m pyright --pythonpath "$$(which $(PYTHON))"
 quickstart:      ## the embedded default: offline, CPU, under three minutes
 	$(PYTHON) -m nanogpt_fast.train --config quickstart

@@ -102,7 +102,10 @@ def test_importing_touches_no_gpu_and_no_environment():
     assert run.returncode == 0, run.stderr
 
 
-@pytest.mark.parametrize("tool", [["ruff", "check"], ["ruff", "format", "--check"], ["pyright"]], ids=" ".join)
+PYRIGHT = ["pyright", "--pythonpath", sys.executable]  # else it looks for torch beside the first `python` of PATH
+
+
+@pytest.mark.parametrize("tool", [["ruff", "check"], ["ruff", "format", "--check"], PYRIGHT], ids=lambda t: t[0])
 def test_lint_and_types(tool: list[str]):
     if importlib.util.find_spec(tool[0]) is None:
         pytest.skip(f"{tool[0]} is not installed: pip install -e '.[dev]'")

@@ -269,5 +269,6 @@ def test_stock_nanogpt_resumes_and_comes_back(tmp_path, bias):
     for name, parameter in model.named_parameters():
         assert not torch.equal(found.model[name], weights.model[name]), name
         # beta1 = 0.8 came with the checkpoint's groups; each moment must have met its own parameter's gradient
+        assert parameter.grad is not None
         expected = 0.8 * weights.optimizer[f"exp_avg.{name}"] + 0.2 * parameter.grad
         assert (found.optimizer[f"exp_avg.{name}"] - expected).abs().max() < 1e-6, name

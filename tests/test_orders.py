@@ -1,5 +1,7 @@
 """The orders of the samples: a shuffle without replacement, and nanoGPT's draws."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -125,11 +127,12 @@ def test_shards_too_short_for_a_window_are_passed_over(tmp_path):
 
 @pytest.mark.parametrize("kind", [ShuffleOrder, NanogptOrder])
 def test_too_few_tokens(tmp_path, kind):
+    last: Any = torch.Generator() if kind is NanogptOrder else 0
     with pytest.raises(DataError, match="too few tokens") as caught:
-        kind(make_source(tmp_path, 10), 1024, torch.Generator() if kind is NanogptOrder else 0)
+        kind(make_source(tmp_path, 10), 1024, last)
     error = caught.value
     assert "1025 tokens" in error.expected and error.found == "10 tokens" and error.hint == "--block_size=9"
-    kind(make_source(tmp_path, 10), 9, torch.Generator() if kind is NanogptOrder else 0)
+    kind(make_source(tmp_path, 10), 9, last)
 
 
 # ---- nanoGPT ----

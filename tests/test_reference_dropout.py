@@ -1,6 +1,7 @@
 """Dropout's random numbers: Philox4x32-10 to the published vectors, and the masks made from them."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -81,7 +82,8 @@ NEIGHBOURS = [
 
 @pytest.mark.parametrize(("first", "second"), [n[1:] for n in NEIGHBOURS], ids=[n[0] for n in NEIGHBOURS])
 def test_masks_of_neighbours_are_independent(first: dict, second: dict):
-    p, common = 0.2, dict(seed=torch.tensor([12]), site=4)
+    p = 0.2
+    common: dict[str, Any] = dict(seed=torch.tensor([12]), site=4)
     a, b = (reference.dropout_mask((300, 1001), p, **(common | part)) for part in (first, second))
     n, agree = a.numel(), (1 - p) ** 2 + p**2
     assert abs((a == b).sum().item() - n * agree) < 5 * math.sqrt(n * agree * (1 - agree))

@@ -281,11 +281,14 @@ def adamw_(
     applied = torch.tensor(step + 1.0, device=g.device)
     divisor = None if loss_scale == clip else torch.tensor(loss_scale / clip, device=g.device)
     for decay in {decay for _, _, decay in segments}:
-        parts = [[buffer[a:b] for a, b, d in segments if d == decay] for buffer in (master, g, m, v)]
+        spans = [slice(a, b) for a, b, d in segments if d == decay]
         torch._fused_adamw_(  # one pass; 0.14 ms at N = 0.8M on two cores, seven separate ops 0.39 ms
-            *parts,
+            [master[span] for span in spans],
+            [g[span] for span in spans],
+            [m[span] for span in spans],
+            [v[span] for span in spans],
             [],
-            [applied] * len(parts[0]),
+            [applied] * len(spans),
             lr=lr,
             beta1=beta1,
             beta2=beta2,
