@@ -179,7 +179,8 @@ class _Reader:
         self.slots = [option for option in options.values() if option.positional]
 
     def read(self, argv: list[str]) -> tuple[list[str], dict[str, _Setting]]:
-        """The positional words, and the settings of all flags and files, a later one replacing an earlier."""
+        """The positional words, and the settings of all flags and files, a later one replacing an earlier, as in
+        nanoGPT; but what --config names stands below every flag, wherever it is written."""
         words: list[str] = []
         settings: dict[str, _Setting] = {}
         args = deque(argv)
@@ -189,7 +190,9 @@ class _Reader:
                 raise ConfigError("an argument is not UTF-8 text", where=_LINE, found=ascii(arg))
             name, equals, value = arg.partition("=")
             if name == "--config":
-                settings |= self.read_config(value if equals else _next_value(name, args, "a preset or a file"))
+                chosen = self.read_config(value if equals else _next_value(name, args, "a preset or a file"))
+                given = {key for key, setting in settings.items() if setting.where == _LINE}
+                settings |= {key: setting for key, setting in chosen.items() if key not in given}
             elif name.startswith("--"):
                 key, text = self.read_flag(name, value if equals else None, args)
                 settings[key] = _Setting(self.flags[key].value(text, _LINE, from_text=True), _LINE)

@@ -310,3 +310,10 @@ def test_toml_of_a_flat_dataclass(tmp_path):
         (tmp_path / "x.toml").write_text(cli.to_toml(options), encoding="utf-8")
         read = sampling(str(tmp_path / "x.toml"))
         assert read == options or options.top_k is None  # TOML cannot say None: the default stands
+
+
+def test_flags_stand_above_the_config_flag_wherever_it_is_written():
+    """Bare files keep nanoGPT's left-to-right rule; --config is ours, and no flag may silently lose to it."""
+    for argv in (["--device=cuda", "--config", "quickstart"], ["--config=quickstart", "--device=cuda"]):
+        assert cli.load_config(argv).system.device == "cuda"
+    assert cli.load_config(["--device=cuda", "quickstart"]).system.device == "cpu"
