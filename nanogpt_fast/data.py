@@ -5,19 +5,18 @@ tensor [accumulation, B, T+1] of uint16 (int32 for four-byte tokens), allocated 
 as long as the caller holds it, and a pinned one goes back to torch's caching host allocator, which reuses it only when
 the copies from it are done. No ring of buffers, so nothing that a slow GPU could still be reading is overwritten.
 
-Why a thread: bench/loader.py on 2 EPYC cores, files in the page cache, microseconds a batch / million tokens a second:
+Why a thread: bench/loader.py on 2 EPYC cores, files in the page cache; microseconds a batch when nothing else runs, and
+microseconds that next() blocks beside a step of torch on both cores:
 
     batch      in next()      thread         process
-    12x64       26 / 29       42 / 18        47 / 16
-    64x256     126 / 131     141 / 116      149 / 110
-    12x1024     30 / 404      46 / 263       54 / 227
-    64x1024    140 / 466     158 / 409      185 / 350
+    12x64       26, 144       60, 49         42, 166
+    64x256     122, 321      164, 338       149, 456
+    12x1024     29, 151       59, 129        49, 296
+    64x1024    129, 276      162, 60        169, 571
 
-A process is slower, takes 3 s to start and a second copy of torch. The thread wins nothing on such reads alone (the
-hand-over costs 16 us); it is there for the ones that miss the page cache, and so that next() costs a GPU's launch loop
-no more than a queue's get. Where every core is busy with other work, to wake a thread can cost the consumer its time
-slice: beside a 24 ms step at a load of 8 on 2 cores, next() took 0.09 ms in the median and 9 ms in the slowest tenth,
-against 0.36 and 0.72 ms when it read by itself (prefetch=0).
+Beside training a process blocks longest, and it takes 3 s to start and a second copy of torch. All three are far under
+1% of a step. On an overloaded CPU waking a thread can cost the consumer its time slice: at a load of 8 on 2 cores next()
+took 0.09 ms in the median and 9 ms in the slowest tenth, against 0.36 and 0.72 ms when it read by itself (prefetch=0).
 """
 
 import queue
