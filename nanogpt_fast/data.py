@@ -5,8 +5,8 @@ tensor [accumulation, B, T+1] of uint16 (int32 for four-byte tokens), allocated 
 as long as the caller holds it, and a pinned one goes back to torch's caching host allocator, which reuses it only when
 the copies from it are done. No ring of buffers, so nothing that a slow GPU could still be reading is overwritten.
 
-Why a thread: bench/loader.py on 2 EPYC cores, files in the page cache; microseconds a batch when nothing else runs, and
-microseconds that next() blocks beside a step of torch on both cores:
+Why a thread: bench/loader.py on 2 EPYC cores, files in the page cache: microseconds a batch when nothing else runs,
+and microseconds that next() blocks beside a step of torch on both cores:
 
     batch      in next()      thread         process
     12x64       26, 144       60, 49         42, 166
