@@ -14,9 +14,9 @@ and microseconds that next() blocks beside a step of torch on both cores:
     12x1024     29, 151       59, 129        49, 296
     64x1024    129, 276      162, 60        169, 571
 
-Beside training a process blocks longest, and it takes 3 s to start and a second copy of torch. All three are far under
-1% of a step. On an overloaded CPU waking a thread can cost the consumer its time slice: at a load of 8 on 2 cores next()
-took 0.09 ms in the median and 9 ms in the slowest tenth, against 0.36 and 0.72 ms when it read by itself (prefetch=0).
+Beside training a process blocks longest, and it takes 3 s to start and a second copy of torch. On an overloaded CPU
+waking a thread can cost the consumer its time slice: at a load of 8 on 2 cores next() took 0.09 ms in the median and
+9 ms in the slowest tenth, against 0.36 and 0.72 ms when it read by itself (prefetch=0).
 """
 
 import queue
