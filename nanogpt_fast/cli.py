@@ -158,7 +158,7 @@ class _Console(io.StringIO):
         return self.stdout.isatty() and not os.environ.get("NO_COLOR")
 
     @property
-    def encoding(self) -> str:  # type: ignore[override]
+    def encoding(self) -> str:
         return self.stdout.encoding or "utf-8"
 
 

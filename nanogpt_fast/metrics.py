@@ -12,21 +12,21 @@ import torch
 
 from nanogpt_fast.config import GPTConfig
 
-# Dense bf16/fp16 tensor-core peaks, TFLOP/s, by the exact name that the driver gives. NVIDIA's data sheets, which print
-# the sparse figure for Ampere and later: half of it. Form factors differ (SXM, PCIe, NVL), so near names never match.
+# Dense bf16/fp16 tensor-core peaks with float32 accumulation, TFLOP/s, by the exact name that the driver gives. Form
+# factors differ (SXM, PCIe, NVL), so near names never match; a GPU without a source here has no MFU. Sources: NVIDIA's
+# pages as pytorch/torchtitan, tools/utils.py, reads them (A100, H100, H200: nvidia.com/en-us/data-center/NAME;
+# L40S: its data sheet), and the table of karpathy/llm.c, llmc/mfu.h (A100, H100 PCIe, RTX 4090; RTX 3090 by its rule).
 PEAK_TFLOPS: dict[str, float] = {
     "NVIDIA A100-SXM4-40GB": 312.0,
     "NVIDIA A100-SXM4-80GB": 312.0,
     "NVIDIA A100-PCIE-40GB": 312.0,
     "NVIDIA A100 80GB PCIe": 312.0,
-    "NVIDIA H100 80GB HBM3": 989.4,
-    "NVIDIA H100 PCIe": 756.5,
-    "NVIDIA H100 NVL": 835.5,
-    "NVIDIA H200": 989.4,
-    "NVIDIA GH200 480GB": 989.4,
-    "NVIDIA L4": 121.0,
+    "NVIDIA H100 80GB HBM3": 989.0,
+    "NVIDIA H100 PCIe": 756.0,
+    "NVIDIA H100 NVL": 835.0,
+    "NVIDIA H200": 989.0,
     "NVIDIA L40S": 362.0,
-    "NVIDIA GeForce RTX 3090": 71.0,
+    "NVIDIA GeForce RTX 3090": 71.2,
     "NVIDIA GeForce RTX 4090": 165.2,
 }
 GEMM_SIZE = {"cuda": 8192, "cpu": 1024}  # edge of the matrices of measure_gemm

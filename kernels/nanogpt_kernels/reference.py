@@ -88,7 +88,7 @@ class _Linear(torch.autograd.Function):
 def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     """x [..., C_in] times w [C_out, C_in] transposed, plus b [C_out] -> [..., C_out]."""
     if getattr(w, "main_grad", None) is not None and torch.is_grad_enabled():
-        return _Linear.apply(x, w, b)  # type: ignore[return-value]
+        return _Linear.apply(x, w, b)
     return F.linear(x, w, None if b is None else b.to(x.dtype))
 
 
@@ -114,7 +114,7 @@ class _Lookup(torch.autograd.Function):
 
 def _lookup(idx: Tensor, table: Tensor) -> Tensor:
     if getattr(table, "main_grad", None) is not None and torch.is_grad_enabled():
-        return _Lookup.apply(idx, table)  # type: ignore[return-value]
+        return _Lookup.apply(idx, table)
     return F.embedding(idx, table)
 
 
