@@ -1,0 +1,176 @@
+"""Where kernels are launched from, and with which shapes.
+
+A launch shape (tile sizes, warps, stages) is a frozen row of TABLE, chosen by op, architecture, element size and
+problem size; its `source` says what measured it. Nothing is tuned while training: autotuning breaks graph capture, and
+picks differently on each rank. `python bench/tune.py OP` searches offline and prints rows to paste here.
+
+On tensors without data (device "meta", or fake ones under torch.compile) nothing is launched: `recording` collects such
+launches instead, so that every kernel can be compiled where there is no GPU, exactly as it would be called.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from nanogpt_kernels.contract import require
+
+UNMEASURED = "from resources, unmeasured"
+INTERPRETER_ARCH = 90  # whose rows the interpreter takes
+INTERPRETER_SMS = 8
+SMS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}  # A100, A10/3090 class, 4090, H100 SXM, B200, 5090
+
+
+@dataclass(frozen=True)
+class Row:
+    """One launch shape. It serves `arch` and later ones up to the next listed, elements up to `itemsize` bytes and
+    problems up to `up_to` (each op's docstring says what it counts)."""
+
+    arch: int
+    blocks: dict[str, int]
+    num_warps: int
+    num_stages: int = 1
+    itemsize: int = 4
+    up_to: int = 2**62
+    choices: dict[str, Any] = field(default_factory=dict)  # of the host: which path, how many programs an SM
+    source: str = UNMEASURED
+
+
+TABLE: dict[str, tuple[Row, ...]] = {
+    # layernorm: up_to is C; BLOCK_C is the power of two above it, ROWS rows a tile
+    "layernorm_fwd": (
+        Row(80, dict(ROWS=4), num_warps=4, up_to=1024),
+        Row(80, dict(ROWS=2), num_warps=8, up_to=2048),
+        Row(80, dict(ROWS=1), num_warps=8, up_to=8192),
+    ),
+    "layernorm_bwd": (
+        Row(80, dict(ROWS=2), num_warps=4, up_to=1024, choices=dict(programs_per_sm=2)),
+        Row(80, dict(ROWS=1), num_warps=8, up_to=8192, choices=dict(programs_per_sm=1)),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A launch that was recorded instead of made."""
+
+    op: str
+    kernel: Any
+    grid: tuple[Any, ...]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+_overrides: dict[str, dict[str, Any]] = {}
+_recorded: list[Call] | None = None
+_recorded_arch = INTERPRETER_ARCH
+
+
+def pick(op: str, x: Tensor, size: int) -> Row:
+    """The row for an op on x's device: nearest architecture from below, then the smallest itemsize and up_to that
+    suffice."""
+    row, fields = _fitting(op, x, size), _overrides.get(op)
+    if fields is None:
+        return row
+    merged = {name: getattr(row, name) | fields[name] for name in ("blocks", "choices") if name in fields}
+    return replace(row, **(fields | merged))
+
+
+def _fitting(op: str, x: Tensor, size: int) -> Row:
+    arch = architecture(x.device)
+    rows = [row for row in TABLE[op] if row.itemsize >= x.element_size() and row.up_to >= size]
+    require(bool(rows), op, f"no launch shape for size {size} with elements of {x.element_size()} bytes", x=x)
+    known = [row.arch for row in rows if row.arch <= arch]
+    require(bool(known), op, f"needs compute capability {min(r.arch for r in rows) / 10} or later", x=x)
+    if arch not in SMS:
+        _say_unlisted(arch, max(known))
+    return min((row for row in rows if row.arch == max(known)), key=lambda row: (row.itemsize, row.up_to))
+
+
+@cache
+def _say_unlisted(arch: int, borrowed: int) -> None:
+    warnings.warn(f"sm_{arch} is not listed in nanogpt_kernels/launch.py: taking sm_{borrowed}'s shapes", stacklevel=3)
+
+
+@cache
+def _cuda_properties(index: int) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(index)
+    return properties.major * 10 + properties.minor, properties.multi_processor_count
+
+
+def architecture(device: torch.device) -> int:
+    """Compute capability as in sm_90: 90. Without a GPU, the recorded architecture or the interpreter's."""
+    return _cuda_properties(device.index or 0)[0] if device.type == "cuda" else _recorded_arch
+
+
+def sm_count(device: torch.device) -> int:
+    """Multiprocessors of the device: the number of programs that run at once is a multiple of it."""
+    if device.type == "cuda":
+        return _cuda_properties(device.index or 0)[1]
+    return SMS[_recorded_arch] if _recorded is not None else INTERPRETER_SMS
+
+
+def launch(op: str, kernel: Any, grid: tuple[Any, ...], *args: Any, row: Row | None = None, **constexprs: Any) -> None:
+    """kernel[grid](*args, **row.blocks, **constexprs), on the device of the first tensor among args.
+
+    An empty grid launches nothing. FP fusion is said explicitly: its default changes in Triton 3.10.
+    """
+    x = next(a for a in args if isinstance(a, Tensor))
+    options = dict(constexprs)
+    if row is not None:
+        options = {**row.blocks, **constexprs, "num_warps": row.num_warps, "num_stages": row.num_stages}
+    options["enable_fp_fusion"] = True
+    if x.device.type == "meta" or isinstance(x, FakeTensor):
+        if _recorded is not None:
+            _recorded.append(Call(op, kernel, grid, args, options))
+        return
+    if 0 in grid:
+        return
+    if x.device.type == "cuda":
+        with torch.cuda.device(x.device):
+            kernel[grid](*args, **options)
+        return
+    require(
+        not isinstance(kernel, triton.JITFunction),
+        op,
+        "Triton ops need a CUDA device; elsewhere use nanogpt_kernels.reference (--kernels=reference), or set "
+        "TRITON_INTERPRET=1 before Python starts, for tests",
+        x=x,
+    )
+    kernel[grid](*args, **options)
+
+
+@contextmanager
+def override(op: str, **fields: Any) -> Iterator[None]:
+    """Within it, `op` takes its row with these fields replaced: for tuning and for tests.
+
+    `blocks` and `choices` replace single entries of the row's.
+    """
+    before = _overrides.get(op)
+    _overrides[op] = fields
+    try:
+        yield
+    finally:
+        if before is None:
+            del _overrides[op]
+        else:
+            _overrides[op] = before
+
+
+@contextmanager
+def recording(arch: int) -> Iterator[list[Call]]:
+    """Within it, launches on meta tensors are collected, with the shapes that sm_`arch` would take."""
+    global _recorded, _recorded_arch
+    before = _recorded, _recorded_arch
+    _recorded, _recorded_arch = [], arch
+    try:
+        yield _recorded
+    finally:
+        _recorded, _recorded_arch = before

@@ -1,0 +1,38 @@
+"""Device functions that two or more ops share: the dropout mask, GELU and its derivative."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def keep_mask(seed, site, threshold, m, n, groups_a_row, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Dropout's keep-mask, bool [BLOCK_M, BLOCK_N], of a tensor seen as [M, N]; reference.dropout_mask is its twin.
+
+    seed: int64 scalar. m: rows, int64 [BLOCK_M]. n: first column, a multiple of 4. groups_a_row: ceil(N / 4).
+    One Philox call makes four neighbouring columns.
+    """
+    group = m[:, None] * groups_a_row + (n // 4 + tl.arange(0, BLOCK_N // 4))[None, :]
+    low, high = (group & 0xFFFFFFFF).to(tl.uint32), (group >> 32).to(tl.uint32)
+    site_word = tl.full(low.shape, 0, tl.uint32) + site.to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, low, high, site_word, tl.zeros_like(low))  # type: ignore[misc]
+    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    return words >= threshold.to(tl.uint32)
+
+
+@triton.jit
+def gelu(x, TANH: tl.constexpr):
+    """x Phi(x), by erf, or by GPT-2's tanh: 0.5 x (1 + tanh u) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3)."""
+    if TANH:
+        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    else:
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def gelu_derivative(x, TANH: tl.constexpr):
+    """d gelu(x) / dx: s + x s (1 - s) (2u)', or Phi(x) + x phi(x)."""
+    if TANH:
+        s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        return s + x * s * (1.0 - s) * (1.5957691216057308 + 0.21406444881780076 * x * x)
+    else:
+        return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)

@@ -1,0 +1,50 @@
+"""Registration of ops with PyTorch, so that torch.compile takes them whole.
+
+A Python function on tensors becomes `torch.ops.nanogpt_kernels.NAME`: one dispatcher entry for CPU (the interpreter)
+and CUDA, and the same function as its own fake implementation, since `launch` launches nothing on tensors without data.
+So shapes and contracts exist once. Derivatives are autograd.Functions over these ops, their backward marked `once`.
+(torch.library.custom_op and triton_op cost twice as much a call, and break under the interpreter: measured.)
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+LIBRARY = torch.library.Library("nanogpt_kernels", "DEF")
+
+
+def register(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: define `schema` ("name(Tensor x, ...) -> Tensor") and implement it by the function below it.
+
+    Mutated arguments carry their alias annotation, "Tensor(a!) main_grad"; outputs never alias inputs.
+    """
+
+    def implement(function: Callable[..., Any]) -> Callable[..., Any]:
+        name = schema.split("(", 1)[0]
+        LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        for key in ("CPU", "CUDA"):
+            LIBRARY.impl(name, function, key)
+        torch.library.register_fake(f"nanogpt_kernels::{name}", function, lib=LIBRARY)
+        return getattr(torch.ops.nanogpt_kernels, name).default
+
+    return implement
+
+
+def once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator of an autograd.Function's backward that has no derivative: differentiating twice is refused.
+
+    torch's once_differentiable lets create_graph=True through, and the second derivative is silently missing.
+    """
+
+    @functools.wraps(backward)
+    def refuse_twice(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"{backward.__qualname__}: the Triton ops have no second derivative (create_graph=True asked for one); "
+                "use nanogpt_kernels.reference"
+            )
+        return backward(ctx, *grads)
+
+    return refuse_twice

@@ -1,0 +1,74 @@
+"""Device functions that ops share, against torch."""
+
+import kernel_case
+import pytest
+import torch
+import triton
+import triton.language as tl
+from kernel_case import DEVICE
+from nanogpt_kernels import primitives, reference
+from nanogpt_kernels.launch import launch
+from parity import assert_parity
+
+
+@triton.jit
+def _keep_mask_kernel(
+    seed_ptr, out_ptr, site, threshold, M, N, row0,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    m = row0 + tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N
+    keep = primitives.keep_mask(tl.load(seed_ptr), site, threshold, m, n, tl.cdiv(N, 4), BLOCK_M, BLOCK_N)
+    columns = n + tl.arange(0, BLOCK_N)
+    inside = (m < row0 + M)[:, None] & (columns < N)[None, :]
+    tl.store(out_ptr + (m - row0)[:, None] * N + columns[None, :], keep, mask=inside)
+
+
+@pytest.mark.parametrize("N", [1, 3, 64, 99])
+@pytest.mark.parametrize("seed", [0, 7, (5 << 32) + 123, -3])
+def test_keep_mask_is_the_reference_s(N: int, seed: int):
+    M, p = 5, 0.3
+    seed_tensor = torch.tensor([seed], device=DEVICE)
+    out = torch.empty(M, N, dtype=torch.bool, device=DEVICE)
+    grid = (triton.cdiv(M, 2), triton.cdiv(N, 16))
+    launch("test", _keep_mask_kernel, grid, seed_tensor, out, 11, int(p * 2**32), M, N, 0, BLOCK_M=2, BLOCK_N=16)
+    assert torch.equal(out, reference.dropout_mask((M, N), p, seed_tensor, 11))
+
+
+def test_keep_mask_counts_groups_in_64_bits():
+    """Rows past 2^32 groups use the counter's second word; the expected words come from reference.philox."""
+    M, N, row0 = 2, 8, 2**31 + 5
+    seed_tensor, out = torch.tensor([9], device=DEVICE), torch.empty(2, 8, dtype=torch.bool, device=DEVICE)
+    launch("test", _keep_mask_kernel, (1, 1), seed_tensor, out, 3, 2**31, M, N, row0, BLOCK_M=2, BLOCK_N=8)
+    groups = torch.arange(2 * row0, 2 * row0 + 4, device=DEVICE)
+    words = torch.stack(reference.philox(seed_tensor, groups, 3), -1).view(2, 8)
+    assert torch.equal(out, words >= 2**31)
+    assert groups[0] > 2**32
+
+
+@triton.jit
+def _gelu_kernel(x_ptr, y_ptr, dy_ptr, TANH: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at)
+    tl.store(y_ptr + at, primitives.gelu(x, TANH))
+    tl.store(dy_ptr + at, primitives.gelu_derivative(x, TANH))
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_and_its_derivative(approximate: str):
+    x = torch.cat([torch.linspace(-12, 12, 1020), torch.tensor([0.0, 1e4, -1e4, 1e-30])]).to(DEVICE).requires_grad_()
+    y, dy = torch.empty_like(x), torch.empty_like(x)
+    launch("test", _gelu_kernel, (1,), x.detach(), y, dy, TANH=approximate == "tanh", BLOCK=1024)
+    x64 = x.detach().double().requires_grad_()
+    want, want64 = (torch.nn.functional.gelu(t, approximate=approximate) for t in (x, x64))
+    (grad,), (grad64,) = torch.autograd.grad(want.sum(), x), torch.autograd.grad(want64.sum(), x64)
+    assert_parity(y, want.detach(), want64.detach(), tiny=1e-9, what="gelu")
+    assert_parity(dy, grad, grad64, tiny=1e-7, what="its derivative")
+
+
+def test_a_store_out_of_bounds_is_seen():
+    """The guards themselves: a kernel that writes one element too far fails the test that runs it."""
+    with pytest.raises(AssertionError, match="outside a tensor"), kernel_case.guarded():
+        y = torch.empty(1023, device=DEVICE)
+        launch("test", _gelu_kernel, (1,), torch.zeros(1024, device=DEVICE), y, torch.empty(1024, device=DEVICE),
+               TANH=True, BLOCK=1024)  # fmt: skip
