@@ -49,7 +49,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    packages=["nanogpt_fast", "nanogpt_kernels"],
+    packages=["nanogpt_fast", "nanogpt_kernels", "nanogpt_kernels.attention"],
     package_dir={"nanogpt_fast": "nanogpt_fast", "nanogpt_kernels": "kernels/nanogpt_kernels"},
     cmdclass={"build_py": BuildWithConfigs},
     install_requires=[

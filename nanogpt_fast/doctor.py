@@ -55,7 +55,7 @@ class DoctorConfig:
 
     device: str = "auto"  # where the smoke run trains: auto | cpu | cuda | cuda:0 ...
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # its precision
-    kernels: str = "auto"  # its ops: auto | reference
+    kernels: str = "auto"  # its ops: auto | triton | reference
     data_dir: str = "data"  # where to look for datasets
     smoke: bool = True  # train a tiny model for a moment
     json: bool = False  # the report as JSON

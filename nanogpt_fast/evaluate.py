@@ -61,7 +61,7 @@ class EvaluateConfig:
     seed: int = 1337  # of the random batches
     device: str = "auto"  # auto | cpu | cuda | cuda:0 ...
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on the CPU
-    kernels: str = "auto"  # auto | reference
+    kernels: str = "auto"  # auto | triton | reference, and single ops: triton,attention=reference
     json: bool = False  # one JSON object a split instead of the table
     debug: bool = False  # tracebacks instead of short errors
 

@@ -64,11 +64,18 @@ class GPT(nn.Module):
     """GPT(config, ops): forward gives (loss, nll), logits() the logits, generate() a continuation.
 
     Parameters are uninitialised until init_weights or load_state_dict; .train() switches dropout on.
+    residual_dtype: of the residual stream, by default the parameters'. recompute: rebuild GELU's output in backward.
     """
 
-    def __init__(self, config: GPTConfig, ops: Ops = REFERENCE):
+    def __init__(
+        self,
+        config: GPTConfig,
+        ops: Ops = REFERENCE,
+        residual_dtype: torch.dtype | None = None,
+        recompute: bool = False,
+    ):
         super().__init__()
-        self.config, self.ops = config, ops
+        self.config, self.ops, self.residual_dtype, self.recompute = config, ops, residual_dtype, recompute
         self.transformer = _Transformer(config)
         self.blocks: list[_Block] = list(self.transformer.h)  # type: ignore[arg-type]
 
@@ -122,15 +129,15 @@ class GPT(nn.Module):
         if idx.size(1) > self.config.block_size:
             raise ValueError(f"sequence of {idx.size(1)} tokens, but block_size is {self.config.block_size}")
         p = self.config.dropout if self.training else 0.0
-        r = ops.embedding(idx, t.wte.weight, t.wpe.weight, p, seed, 0)
-        y = ops.norm(r, self.blocks[0].ln_1.weight, self.blocks[0].ln_1.bias, EPS)
+        r = ops.embedding(idx, t.wte.weight, t.wpe.weight, p, seed, 0, out_dtype=self.residual_dtype)
+        y = ops.norm(r, self.blocks[0].ln_1.weight, self.blocks[0].ln_1.bias, EPS, t.wte.weight.dtype)
         for i, block in enumerate(self.blocks):
             site, attn, mlp = 1 + 3 * i, block.attn, block.mlp
             o = ops.qkv_attention(y, attn.c_attn.weight, attn.c_attn.bias, self.config.n_head, p, seed, site, doc_ids)
             delta, ln = ops.linear(o, attn.c_proj.weight), block.ln_2
             r, y = ops.add_norm(r, delta, attn.c_proj.bias, ln.weight, ln.bias, EPS, p, seed, site + 1)
-            delta = ops.mlp(y, mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight, self.config.activation)
-            ln = self._norm_after(i)
+            weights = mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight
+            delta, ln = ops.mlp(y, *weights, self.config.activation, self.recompute), self._norm_after(i)
             r, y = ops.add_norm(r, delta, mlp.c_proj.bias, ln.weight, ln.bias, EPS, p, seed, site + 2)
         return y
 
@@ -156,8 +163,8 @@ class GPT(nn.Module):
     def _next_logits(self, idx: Tensor, cache: Tensor, start: int) -> Tensor:
         """Feed idx [B, t], at positions start..., through the cache; the last position's logits [B, V]."""
         ops, t = self.ops, self.transformer
-        r = ops.embedding(idx, t.wte.weight, t.wpe.weight, 0.0, None, 0, start)
-        y = ops.norm(r, self.blocks[0].ln_1.weight, self.blocks[0].ln_1.bias, EPS)
+        r = ops.embedding(idx, t.wte.weight, t.wpe.weight, 0.0, None, 0, start, self.residual_dtype)
+        y = ops.norm(r, self.blocks[0].ln_1.weight, self.blocks[0].ln_1.bias, EPS, t.wte.weight.dtype)
         for i, block in enumerate(self.blocks):
             attn, mlp = block.attn, block.mlp
             o = ops.cached_attention(y, attn.c_attn.weight, attn.c_attn.bias, self.config.n_head, cache[i], start)

@@ -1,16 +1,38 @@
-"""The ops a model is built from, as an argument: GPT(config, ops=REFERENCE). There is no global switch."""
+"""The ops a model is built from, as an argument: GPT(config, ops=TRITON). There is no global switch.
+
+REFERENCE is plain PyTorch and needs torch alone. TRITON is our own kernels; Triton is imported when it is first named.
+"""
 
 import dataclasses
+import importlib
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanogpt_kernels import reference
 from nanogpt_kernels.reference import GRAD_NORM, LOSS_SCALE, LR, MAX_NORM, STEP  # slots of adamw_'s scalars
 
-from nanogpt_fast.errors import ConfigError, did_you_mean
+from nanogpt_fast.errors import ConfigError, DeviceError, did_you_mean
 
-__all__ = ["GRAD_NORM", "LOSS_SCALE", "LR", "MAX_NORM", "OP_NAMES", "REFERENCE", "STEP", "Op", "Ops", "select_ops"]
+if TYPE_CHECKING:
+    TRITON: "Ops"
+
+__all__ = [
+    "GRAD_NORM",
+    "LOSS_SCALE",
+    "LR",
+    "MAX_NORM",
+    "OP_FILES",
+    "OP_NAMES",
+    "REFERENCE",
+    "STEP",
+    "TRITON",
+    "Op",
+    "Ops",
+    "select_ops",
+]
 
 Op = Callable[..., Any]
 
@@ -32,16 +54,78 @@ class Ops:
 
 
 OP_NAMES = tuple(f.name for f in dataclasses.fields(Ops))
+OP_FILES = {  # {file of nanogpt_kernels: its ops}; --kernels takes the names of both
+    "embedding": ("embedding",),
+    "norm": ("norm", "add_norm"),
+    "attention": ("qkv_attention", "cached_attention"),
+    "linear": ("linear",),
+    "mlp": ("mlp",),
+    "cross_entropy": ("linear_cross_entropy",),
+    "adamw": ("grad_norm", "adamw_"),
+}
 REFERENCE = Ops(**{name: getattr(reference, name) for name in OP_NAMES})
 
 
+def __getattr__(name: str) -> Any:
+    """TRITON, made on first use."""
+    if name != "TRITON":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    functions = {}
+    for file, names in OP_FILES.items():
+        module = importlib.import_module(f"nanogpt_kernels.{file}")
+        functions |= {op: getattr(module, op) for op in names}
+    globals()["TRITON"] = triton_ops = Ops(**functions)
+    return triton_ops
+
+
 def select_ops(spec: str, device_type: str) -> Ops:
-    """The ops named by --kernels: auto | reference."""
-    if spec in ("auto", "reference"):
-        return REFERENCE
-    raise ConfigError(
-        f"unknown kernels {spec!r}{did_you_mean(spec, ['auto', 'reference'])}",
-        where=f"--kernels={spec}",
-        expected="auto or reference",
-        hint="--kernels=reference; the Triton ops are not in this version yet (ARCHITECTURE.md, Missing)",
-    )
+    """The ops named by --kernels: auto | triton | reference, then single ones, as in triton,attention=reference.
+
+    auto is reference: the Triton ops have not run on a GPU yet.
+    """
+    base, *single = (part.strip() for part in spec.split(","))
+    sets: dict[str, Callable[[], Ops]] = {
+        "auto": lambda: REFERENCE,
+        "reference": lambda: REFERENCE,
+        "triton": lambda: _triton(spec, device_type),
+    }
+    _known(base, sets, spec)
+    chosen = sets[base]()
+    for part in single:
+        name, _, source = part.partition("=")
+        _known(name, {**OP_FILES, **dict.fromkeys(OP_NAMES, ())}, spec)
+        _known(source, sets, spec)
+        ops = sets[source]()
+        chosen = dataclasses.replace(chosen, **{op: getattr(ops, op) for op in OP_FILES.get(name, (name,))})
+    return chosen
+
+
+def _known(name: str, known: dict[str, Any], spec: str) -> None:
+    if name not in known:
+        raise ConfigError(
+            f"unknown kernels {name!r}{did_you_mean(name, known)}",
+            where=f"--kernels={spec}",
+            expected="auto, triton or reference, then perhaps OP=triton or OP=reference; OP is one of "
+            + ", ".join(dict.fromkeys([*OP_FILES, *OP_NAMES])),
+            hint="--kernels=reference, or for one op: --kernels=triton,attention=reference",
+        )
+
+
+def _triton(spec: str, device_type: str) -> Ops:
+    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise DeviceError(
+            "the Triton ops need a CUDA device",
+            where=f"--kernels={spec}",
+            expected="cuda",
+            found=device_type,
+            hint="--kernels=reference (TRITON_INTERPRET=1 interprets them on the CPU, a thousand times slower)",
+        )
+    try:
+        return sys.modules[__name__].TRITON
+    except ImportError as error:
+        raise DeviceError(
+            f"Triton cannot be imported: {error}",
+            where=f"--kernels={spec}",
+            expected="triton >= 3.6 (Linux)",
+            hint="pip install 'triton>=3.6,<3.8', or --kernels=reference",
+        ) from error

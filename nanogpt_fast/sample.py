@@ -43,7 +43,7 @@ class SampleConfig:
     device: str = "auto"  # auto | cpu | cuda | cuda:0 ...
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on the CPU
     compile: bool = False  # nanoGPT's; no effect here, where the cache grows with each token
-    kernels: str = "auto"  # auto | reference
+    kernels: str = "auto"  # auto | triton | reference, and single ops: triton,attention=reference
     data_dir: str = "data"  # where the tokenizer is looked up when the checkpoint has none
     stream: bool = True  # print text as it is generated, not sample by sample
     stop_at_eot: bool = False  # end a sample at <|endoftext|>

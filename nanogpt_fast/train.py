@@ -20,7 +20,7 @@ from nanogpt_fast.log import RunLog
 from nanogpt_fast.meta import read_meta
 from nanogpt_fast.metrics import flops_per_token, memory_estimate, resolve_peak
 from nanogpt_fast.model import GPT
-from nanogpt_fast.ops import select_ops
+from nanogpt_fast.ops import REFERENCE, Ops, select_ops
 from nanogpt_fast.optim import AdamW, FlatParameters
 from nanogpt_fast.orders import NanogptOrder, ShuffleOrder
 from nanogpt_fast.restore import Restored, restore
@@ -42,6 +42,7 @@ def main(argv: list[str]) -> int:
         world = distributed.join(config.system.device, config.system.backend, config.data.gradient_accumulation_steps)
         stack.callback(world.close)
         say = print if world.is_main else lambda *_: None
+        ops = select_ops(config.system.kernels, world.device.type)
         say(f"tokens per iteration will be: {config.tokens_per_iter:,}")
         sources, vocab_size, tokenizer = open_data(config, stack, say)
         claim_out_dir(config, world, stack)
@@ -53,9 +54,9 @@ def main(argv: list[str]) -> int:
         dtype = distributed.resolve_dtype(
             config.system.dtype, world.device, comparable=config.data.data_order == "nanogpt"
         )
-        model = build_model(config, shape, restored, generator, say)
+        model = build_model(config, shape, restored, generator, ops, say)
         optimizer = build_optimizer(config, model, restored, dtype, world, say)
-        if config.system.compile and world.device.type == "cuda":
+        if config.system.compile and world.device.type == "cuda" and ops is REFERENCE:
             say("compiling the model... (takes a ~minute)")
             model.compile()
         resumed = restored if config.run.init_from == "resume" else None
@@ -188,11 +189,12 @@ def shape_of(config: Config, restored: Restored | None, vocab_size: int | None, 
 
 
 def build_model(
-    config: Config, shape: GPTConfig, restored: Restored | None, generator: torch.Generator, say: Any
+    config: Config, shape: GPTConfig, restored: Restored | None, generator: torch.Generator, ops: Ops, say: Any
 ) -> GPT:
     """The model on the CPU in float32, initialised or loaded, in training mode."""
     loaded_shape = restored.config if restored else shape
-    model = GPT(dataclasses.replace(loaded_shape, dropout=shape.dropout), select_ops(config.system.kernels, "cpu"))
+    wide = torch.float32 if config.system.residual_dtype == "float32" else None
+    model = GPT(dataclasses.replace(loaded_shape, dropout=shape.dropout), ops, wide, config.system.recompute_gelu)
     if restored is None or config.data.data_order == "nanogpt":  # nanoGPT draws the weights even to overwrite them
         model.init_weights(generator)
     if restored is not None:
@@ -278,8 +280,8 @@ def describe(config: Config) -> str:
     if config.run.init_from != "scratch":
         restored = restore(config.run.init_from, config.run.out_dir, config.data.data_dir)
         shape, source = shape_of(config, restored, None, lambda _: None), restored.source
-    select_ops(config.system.kernels, "cpu")
     device = distributed.resolve_device(config.system.device)
+    select_ops(config.system.kernels, device.type)
     dtype = distributed.resolve_dtype(config.system.dtype, device, comparable=config.data.data_order == "nanogpt")
     flops = flops_per_token(shape)["nanogpt"]
     memory = memory_estimate(shape, config.data.batch_size, dtype.itemsize)

@@ -196,9 +196,9 @@ def test_every_dropout_has_its_own_site():
     def spy(name: str) -> Any:
         op, at = getattr(REFERENCE, name), {"embedding": 5, "add_norm": 8, "qkv_attention": 6}[name]
 
-        def call(*args: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
             sites.append(args[at])
-            return op(*args)
+            return op(*args, **kwargs)
 
         return call
 
@@ -248,7 +248,7 @@ def test_forward_computes_in_ops_alone():
         "embedding": 1, "norm": 1, "qkv_attention": L, "linear": L, "add_norm": 2 * L, "mlp": L,
         "linear_cross_entropy": 1,
     }  # fmt: skip
-    assert set(watch.seen) <= {"size"}, watch.seen
+    assert set(watch.seen) <= {"size", "__get__"}, watch.seen  # __get__: the weights' dtype
 
 
 def test_a_cached_token_computes_in_ops_alone():
@@ -258,4 +258,4 @@ def test_a_cached_token_computes_in_ops_alone():
     with torch.no_grad(), watch:
         model._next_logits(idx, cache, 0)
     assert watch.ops["cached_attention"] == TINY.n_layer and watch.ops["qkv_attention"] == 0
-    assert set(watch.seen) <= {"size", "__getitem__"}, watch.seen
+    assert set(watch.seen) <= {"size", "__get__", "__getitem__"}, watch.seen

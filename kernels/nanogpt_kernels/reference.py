@@ -119,19 +119,30 @@ def _lookup(idx: Tensor, table: Tensor) -> Tensor:
 
 
 def embedding(
-    idx: Tensor, wte: Tensor, wpe: Tensor, p: float, seed: Tensor | None, site: int, start: int = 0
+    idx: Tensor,
+    wte: Tensor,
+    wpe: Tensor,
+    p: float,
+    seed: Tensor | None,
+    site: int,
+    start: int = 0,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """dropout(wte[idx] + wpe[start : start + T]); idx [B, T] int64 -> r [B, T, C]."""
+    """dropout(wte[idx] + wpe[start : start + T]); idx [B, T] int64 -> r [B, T, C] in out_dtype (default: wte's)."""
     positions = torch.arange(start, start + idx.size(1), device=idx.device)
-    r = _lookup(idx, wte) + _lookup(positions, wpe)
+    dtype = out_dtype or wte.dtype
+    r = _lookup(idx, wte).to(dtype) + _lookup(positions, wpe).to(dtype)
     return r if p == 0.0 else dropout(r, p, seed, site)  # type: ignore[arg-type]
 
 
-def norm(r: Tensor, w: Tensor, b: Tensor | None, eps: float = 1e-5) -> Tensor:
-    """LayerNorm over the last dimension: (r - mean) / sqrt(var + eps) * w + b; w, b [C] float32."""
+def norm(r: Tensor, w: Tensor, b: Tensor | None, eps: float = 1e-5, out_dtype: torch.dtype | None = None) -> Tensor:
+    """LayerNorm over the last dimension: (r - mean) / sqrt(var + eps) * w + b; w, b [C] float32.
+
+    The result is in out_dtype, by default r's.
+    """
     # In w's dtype: given a bfloat16 r, torch's CPU kernel sums dw in bfloat16 (13% off after 16K rows, measured on
     # 2.13), and its CUDA kernel refuses (pytorch/pytorch#138128).
-    return F.layer_norm(r.to(w.dtype), w.shape, w, b, eps).to(r.dtype)
+    return F.layer_norm(r.to(w.dtype), w.shape, w, b, eps).to(out_dtype or r.dtype)
 
 
 def add_norm(
@@ -145,11 +156,14 @@ def add_norm(
     seed: Tensor | None,
     site: int,
 ) -> tuple[Tensor, Tensor]:
-    """r' = r + dropout(delta + delta_bias), y = norm(r'); all [..., C]; returns (r', y)."""
+    """r' = r + dropout(delta + delta_bias), y = norm(r'); all [..., C]; returns (r', y).
+
+    r may be wider than delta (a float32 residual stream): r' keeps its dtype, y has delta's.
+    """
     if delta_bias is not None:
         delta = delta + delta_bias.to(delta.dtype)
     r = r + (delta if p == 0.0 else dropout(delta, p, seed, site))  # type: ignore[arg-type]
-    return r, norm(r, w, b, eps)
+    return r, norm(r, w, b, eps, delta.dtype)
 
 
 def attention(qkv: Tensor, p: float, seed: Tensor | None, site: int, doc_ids: Tensor | None = None) -> Tensor:
@@ -208,10 +222,13 @@ def cached_attention(y: Tensor, w_qkv: Tensor, b_qkv: Tensor | None, n_head: int
     return o.transpose(1, 2).reshape(B, T, C)
 
 
-def mlp(y: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, activation: str = "gelu") -> Tensor:
+def mlp(
+    y: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, activation: str = "gelu", recompute: bool = False
+) -> Tensor:
     """gelu(y w_fc^T + b_fc) w_proj^T; w_fc [F, C], w_proj [C, F]; the projection's bias belongs to the next add_norm.
 
-    activation: "gelu" is x Phi(x) by erf, "gelu_tanh" GPT-2's tanh approximation of it.
+    activation: "gelu" is x Phi(x) by erf, "gelu_tanh" GPT-2's tanh approximation of it. recompute asks to rebuild the
+    activations in backward rather than keep them; it changes memory, never results, and here nothing.
     """
     pre = linear(y, w_fc, b_fc)
     return linear(F.gelu(pre, approximate="tanh" if activation == "gelu_tanh" else "none"), w_proj)

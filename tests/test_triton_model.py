@@ -1,0 +1,136 @@
+"""The whole model on the Triton ops against the reference in float64: loss, every gradient, and training."""
+
+import kernel_case
+import pytest
+import torch
+from kernel_case import DEVICE
+from parity import assert_parity
+from torch import Tensor
+
+from nanogpt_fast.config import GPTConfig, OptimConfig
+from nanogpt_fast.distributed import World
+from nanogpt_fast.model import GPT
+from nanogpt_fast.ops import REFERENCE, TRITON, Ops
+from nanogpt_fast.optim import AdamW, FlatParameters
+from nanogpt_fast.step import TrainStep
+
+SHAPE = dict(n_layer=2, n_head=2, n_embd=40, block_size=20, vocab_size=67)  # D = 20: nothing is a power of two
+
+
+def build(ops: Ops, dtype: torch.dtype, bias: bool, dropout: float, residual: torch.dtype | None = None):
+    """(model in training mode, its flat parameters); one initialisation for all, the biases not zero."""
+    generator = torch.Generator().manual_seed(0)
+    model = GPT(GPTConfig(bias=bias, dropout=dropout, **SHAPE), ops, residual)
+    model.init_weights(generator)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    model = model.train()
+    return model, FlatParameters(model, dtype, DEVICE)
+
+
+def tokens(*shape: int) -> Tensor:
+    return torch.randint(67, shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+
+
+def loss_and_gradients(
+    ops: Ops, dtype: torch.dtype, bias: bool, dropout: float, residual: torch.dtype | None
+) -> dict[str, Tensor]:
+    model, flat = build(ops, dtype, bias, dropout, residual)
+    seed = torch.tensor([5], device=DEVICE)
+    for micro in tokens(2, 2, 18):  # two micro-batches: main_grad accumulates
+        loss, nll = model(micro[:, :-1], micro[:, 1:], torch.tensor(1 / 34, device=DEVICE), seed)
+        loss.backward()
+        seed += 1
+    return {"loss": loss.detach(), "nll": nll} | {n: t.clone() for n, t in flat.named(flat.grad).items()}
+
+
+def reference64(dtype: torch.dtype, bias: bool, dropout: float) -> dict[str, Tensor]:
+    """The same from float64 ops on the weights as `dtype` holds them."""
+    model, flat = build(REFERENCE, dtype, bias, dropout)
+    exact = GPT(model.config, REFERENCE).to(DEVICE, torch.float64).train()
+    exact.load_state_dict({n: p.double() for n, p in model.state_dict().items()})
+    seed = torch.tensor([5], device=DEVICE)
+    for micro in tokens(2, 2, 18):
+        loss, nll = exact(micro[:, :-1], micro[:, 1:], 1 / 34, seed)
+        loss.backward()
+        seed += 1
+    grads = {n: p.grad for n, p in exact.named_parameters()}
+    return {"loss": loss.detach(), "nll": nll} | grads  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("bias, dropout", [(False, 0.0), (True, 0.2)])
+@pytest.mark.parametrize(
+    "dtype, residual",
+    [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32), (torch.float16, None)],
+    ids=str,
+)
+def test_loss_and_every_gradient(dtype: torch.dtype, residual: torch.dtype | None, bias: bool, dropout: float):
+    """By the two-reference rule, whose same-dtype side is the model on the reference ops."""
+    ours = loss_and_gradients(TRITON, dtype, bias, dropout, residual)
+    theirs = loss_and_gradients(REFERENCE, dtype, bias, dropout, residual)
+    exact = reference64(dtype, bias, dropout)
+    assert set(ours) == set(exact)
+    for name in exact:
+        assert_parity(ours[name], theirs[name], exact[name].double(), tiny=1e-6, what=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_twenty_steps_stay_together(dtype: torch.dtype):
+    """Training on each set of ops: the losses agree to what the dtype leaves after twenty updates, and they fall."""
+    losses = []
+    for ops in (TRITON, REFERENCE):
+        model, flat = build(ops, dtype, bias=True, dropout=0.1)
+        optimizer = AdamW(flat, OptimConfig(learning_rate=3e-3), ops)
+        step = TrainStep(model, optimizer, World(device=DEVICE), seed=3)
+        batch, curve = tokens(1, 2, 13), []
+        for iteration in range(20):
+            optimizer.set_lr(3e-3)
+            curve.append(step(batch, iteration).loss.item())
+        losses.append(torch.tensor(curve))
+    ours, theirs = losses
+    tolerance = 2e-5 if dtype == torch.float32 else 3e-2
+    assert (ours - theirs).abs().max() < tolerance
+    assert ours[-1] < ours[0] - 1.0
+    assert not torch.equal(ours, theirs), "both curves come from the same ops"
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("main_grad", [True, False])
+def test_torch_compile_takes_the_model_whole(main_grad: bool, backend: str):
+    """fullgraph: no graph break; the gradients of the compiled model are the eager ones."""
+    model, flat = build(TRITON, torch.float32, bias=True, dropout=0.1)
+    if not main_grad:
+        for parameter in model.parameters():
+            del parameter.main_grad
+    grads = []
+    for forward in (model, torch.compile(model, backend=backend, fullgraph=True)):
+        flat.grad.zero_()
+        for parameter in model.parameters():
+            parameter.grad = None
+        for i, micro in enumerate(tokens(2, 2, 9)):
+            seed = torch.tensor([i], device=DEVICE)
+            loss, _ = forward(micro[:, :-1], micro[:, 1:], 0.1, seed)
+            loss.backward()
+        grads.append(
+            {n: p.grad for n, p in model.named_parameters()} if not main_grad else flat.named(flat.grad.clone())
+        )
+    for name, eager in grads[0].items():
+        compiled = grads[1][name]
+        if main_grad and eager.dim() == 1:
+            continue  # .grad was detached from the buffer above
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_guarded_memory_and_determinism():
+    """One micro-batch twice in poisoned memory: the same bits, and nothing written past an end."""
+    results = []
+    for _ in range(2):
+        model, flat = build(TRITON, torch.bfloat16, bias=True, dropout=0.1)
+        micro = tokens(2, 12)
+        with kernel_case.guarded():
+            loss, _ = model(micro[:, :-1], micro[:, 1:], 0.1, torch.tensor([1], device=DEVICE))
+            loss.backward()
+        results.append(flat.grad.clone())
+    assert torch.isfinite(results[0]).all() and torch.equal(*results)
