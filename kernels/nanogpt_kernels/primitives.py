@@ -13,10 +13,10 @@ def keep_mask(seed, site, threshold, m, n, groups_a_row, BLOCK_M: tl.constexpr, 
     """
     group = m[:, None] * groups_a_row + (n // 4 + tl.arange(0, BLOCK_N // 4))[None, :]
     low, high = (group & 0xFFFFFFFF).to(tl.uint32), (group >> 32).to(tl.uint32)
-    site_word = tl.full(low.shape, 0, tl.uint32) + site.to(tl.uint32)
+    site_word = tl.full(low.shape, site, tl.uint32)  # not site.to(): Triton makes an argument of 1 a Python int
     w0, w1, w2, w3 = tl.philox(seed, low, high, site_word, tl.zeros_like(low))  # type: ignore[misc]
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-    return words >= threshold.to(tl.uint32)
+    return words >= tl.full(words.shape, threshold, tl.uint32)
 
 
 @triton.jit
