@@ -19,6 +19,7 @@ import torch
 import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanogpt_kernels.contract import require
 
@@ -44,6 +45,11 @@ class Row:
 
 
 TABLE: dict[str, tuple[Row, ...]] = {
+    # embedding: up_to is C; SEQUENCES of the batch, RUN sorted rows or PIECES of them a tile
+    "embedding_fwd": (Row(80, dict(SEQUENCES=8, BLOCK_C=256), num_warps=4),),
+    "embedding_bwd": (Row(80, dict(RUN=64, BLOCK_C=128), num_warps=8),),
+    "embedding_bwd_pieces": (Row(80, dict(PIECES=16, BLOCK_C=128), num_warps=4),),
+    "embedding_bwd_positions": (Row(80, dict(SEQUENCES=8, BLOCK_C=256), num_warps=4),),
     # layernorm: up_to is C; BLOCK_C is the power of two above it, ROWS rows a tile
     "layernorm_fwd": (
         Row(80, dict(ROWS=4), num_warps=4, up_to=1024),
@@ -53,6 +59,11 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "layernorm_bwd": (
         Row(80, dict(ROWS=2), num_warps=4, up_to=1024, choices=dict(programs_per_sm=2)),
         Row(80, dict(ROWS=1), num_warps=8, up_to=8192, choices=dict(programs_per_sm=1)),
+    ),
+    # cross_entropy: up_to is V; a program takes a row in tiles of BLOCK_V; chunk_rows rows of logits exist at a time
+    "cross_entropy": (
+        Row(80, dict(BLOCK_V=1024), num_warps=4, up_to=4096, choices=dict(chunk_rows=8192)),
+        Row(80, dict(BLOCK_V=4096), num_warps=16, choices=dict(chunk_rows=8192)),
     ),
 }
 
@@ -118,11 +129,11 @@ def sm_count(device: torch.device) -> int:
 
 
 def launch(op: str, kernel: Any, grid: tuple[Any, ...], *args: Any, row: Row | None = None, **constexprs: Any) -> None:
-    """kernel[grid](*args, **row.blocks, **constexprs), on the device of the first tensor among args.
+    """kernel[grid](*args, **row.blocks, **constexprs), on the device of the first tensor or descriptor of one in args.
 
     An empty grid launches nothing. FP fusion is said explicitly: its default changes in Triton 3.10.
     """
-    x = next(a for a in args if isinstance(a, Tensor))
+    x = next(a.base if isinstance(a, TensorDescriptor) else a for a in args if isinstance(a, Tensor | TensorDescriptor))
     options = dict(constexprs)
     if row is not None:
         options = {**row.blocks, **constexprs, "num_warps": row.num_warps, "num_stages": row.num_stages}
