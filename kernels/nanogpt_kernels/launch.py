@@ -49,9 +49,12 @@ _GEMM_256 = dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8)
 _FUSED, _CUBLAS = dict(fused=True, programs_per_sm=1), dict(fused=False, programs_per_sm=1)
 
 TABLE: dict[str, tuple[Row, ...]] = {
+    # the optimizer: up_to is the number of parameters; BLOCK elements a tile
+    "grad_norm": (Row(80, dict(BLOCK=4096), num_warps=8, choices=dict(programs_per_sm=4)),),
+    "adamw": (Row(80, dict(BLOCK=2048), num_warps=8),),
     # embedding: up_to is C; SEQUENCES of the batch, RUN sorted rows or PIECES of them a tile
     "embedding_fwd": (Row(80, dict(SEQUENCES=8, BLOCK_C=256), num_warps=4),),
-    "embedding_bwd": (Row(80, dict(RUN=64, BLOCK_C=128), num_warps=8),),
+    "embedding_bwd": (Row(80, dict(RUN=64, BLOCK_C=64), num_warps=8),),
     "embedding_bwd_pieces": (Row(80, dict(PIECES=16, BLOCK_C=128), num_warps=4),),
     "embedding_bwd_positions": (Row(80, dict(SEQUENCES=8, BLOCK_C=256), num_warps=4),),
     # layernorm: up_to is C; BLOCK_C is the power of two above it, ROWS rows a tile

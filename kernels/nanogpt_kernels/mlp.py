@@ -1,0 +1,258 @@
+"""The MLP, gelu(y w_fc^T + b_fc) w_proj^T, and GELU of a biased tensor alone.
+
+forward   pre = y w_fc^T + b_fc; act = gelu(pre); delta = act w_proj^T
+backward  dact = ddelta w_proj; dpre = dact gelu'(pre); db_fc = column sums of dpre; dw_proj = ddelta^T act;
+          dw_fc = dpre^T y; dy = dpre w_fc
+launch.py says who makes act and dpre: a persistent GEMM with GELU in its epilogue (gemm_gelu.py), or cuBLAS and one
+elementwise pass, in tiles of rows and columns; backward in place, by persistent programs that each stride over the
+rows of one block of columns and keep its column sums. db is summed in two stages of fixed order: no atomics.
+pre is rounded once to its dtype; gelu and gelu' are those of the rounded pre. All else is float32 until its store.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanogpt_kernels.contract import require, require_float, require_same_device
+from nanogpt_kernels.gemm_gelu import gemm_gelu_bwd, gemm_gelu_fwd
+from nanogpt_kernels.launch import Row, launch, pick, sm_count
+from nanogpt_kernels.linear import main_grad_of, weight_grad
+from nanogpt_kernels.primitives import gelu, gelu_derivative
+from nanogpt_kernels.registry import once, register
+
+
+@triton.jit
+def _bias_gelu_fwd_kernel(
+    x_ptr,  # [M, N]
+    b_ptr,  # [N], or None
+    y_ptr,  # [M, N]
+    M,
+    N,
+    TANH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    tile, tiles_n = tl.program_id(0).to(tl.int64), tl.cdiv(N, BLOCK_N)
+    m = tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    at = m[:, None] * N + n[None, :]
+    mask = (m < M)[:, None] & (n < N)[None, :]
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    if b_ptr is not None:
+        x += tl.load(b_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptr + at, gelu(x, TANH).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _bias_gelu_bwd_kernel(
+    dy_ptr,  # [M, N]
+    x_ptr,  # [M, N]
+    b_ptr,  # [N], or None
+    dx_ptr,  # [M, N], may be dy
+    y_ptr,  # [M, N], or None: gelu(x + b) once more
+    db_partial_ptr,  # [programs, N] float32, or None
+    M,
+    N,
+    TANH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    b = tl.zeros([BLOCK_N], tl.float32)
+    if b_ptr is not None:
+        b = tl.load(b_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    db = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(program * BLOCK_M, M, programs * BLOCK_M):
+        m = start + tl.arange(0, BLOCK_M)
+        at = m[:, None] * N + n[None, :]
+        mask = (m < M)[:, None] & (n < N)[None, :]
+        dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32) + b[None, :]
+        dx = (dy * gelu_derivative(x, TANH)).to(dx_ptr.dtype.element_ty)
+        tl.store(dx_ptr + at, dx, mask=mask)
+        if y_ptr is not None:
+            tl.store(y_ptr + at, gelu(x, TANH).to(y_ptr.dtype.element_ty), mask=mask)
+        if db_partial_ptr is not None:
+            db += tl.where(mask, dx.to(tl.float32), 0.0)  # off the mask an infinite bias would make NaN
+    if db_partial_ptr is not None:
+        tl.store(db_partial_ptr + program * N + n, tl.sum(db, axis=0), mask=n < N)
+
+
+ACTIVATIONS = ("gelu", "gelu_tanh")
+
+
+def _require_activation(op: str, activation: str) -> None:
+    require(activation in ACTIVATIONS, op, f"activation must be one of {ACTIVATIONS}", activation=activation)
+
+
+def _require_bias(op: str, b: Tensor | None, N: int, dtype: torch.dtype) -> None:
+    if b is not None:
+        require(b.shape == (N,) and b.dtype in (torch.float32, dtype), op, f"the bias must be float32 [{N}]", b=b)
+
+
+@register("bias_gelu_fwd(Tensor x, Tensor? b, str activation) -> Tensor")
+def bias_gelu_fwd(x: Tensor, b: Tensor | None, activation: str) -> Tensor:
+    _require_activation("bias_gelu", activation)
+    require_float("bias_gelu", x=x)
+    require_same_device("bias_gelu", x=x, b=b)
+    require(x.dim() > 0, "bias_gelu", "x must have a dimension", x=x)
+    N = x.size(-1)
+    _require_bias("bias_gelu", b, N, x.dtype)
+    x, b = x.contiguous(), None if b is None else b.contiguous()
+    y, row = torch.empty_like(x), pick("bias_gelu_fwd", x, N)
+    M = x.shape[:-1].numel()
+    tiles = triton.cdiv(M, row.blocks["BLOCK_M"]) * triton.cdiv(N, row.blocks["BLOCK_N"])
+    launch("bias_gelu_fwd", _bias_gelu_fwd_kernel, (tiles,), x, b, y, M, N, row=row, TANH=activation == "gelu_tanh")
+    return y
+
+
+def _gelu_bwd(
+    dy: Tensor, x: Tensor, b: Tensor | None, dx: Tensor, y: Tensor | None, activation: str, bias_grad: bool
+) -> Tensor:
+    """Writes dx (which may be dy) and, where given, y = gelu(x + b); returns db [N] float32, [0] unless asked for."""
+    N, row = x.size(-1), pick("bias_gelu_bwd", x, x.size(-1))
+    M = x.shape[:-1].numel()
+    strips = (N + row.blocks["BLOCK_N"] - 1) // row.blocks["BLOCK_N"]
+    at_once = row.choices["programs_per_sm"] * sm_count(x.device)  # so many strips and row programs, together
+    most: Any = torch.sym_max(at_once // torch.sym_max(strips, 1), 1)
+    programs = torch.sym_min(most, (M + row.blocks["BLOCK_M"] - 1) // row.blocks["BLOCK_M"])
+    partial = torch.empty(programs, N, dtype=torch.float32, device=x.device) if bias_grad else None
+    launch(
+        "bias_gelu_bwd", _bias_gelu_bwd_kernel, (programs, strips),
+        dy, x, b, dx, y, partial, M, N, row=row, TANH=activation == "gelu_tanh",
+    )  # fmt: skip
+    return dy.new_empty(0, dtype=torch.float32) if partial is None else partial.sum(0)
+
+
+@register("bias_gelu_bwd(Tensor dy, Tensor x, Tensor? b, str activation, bool bias_grad) -> (Tensor, Tensor)")
+def bias_gelu_bwd(
+    dy: Tensor, x: Tensor, b: Tensor | None, activation: str, bias_grad: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dy, x, b = dy.contiguous(), x.contiguous(), None if b is None else b.contiguous()
+    dx = torch.empty_like(x)
+    return dx, _gelu_bwd(dy, x, b, dx, None, activation, bias_grad)
+
+
+def _fused(op: str, x: Tensor, C: int) -> Row | None:
+    """The shape of the GEMM with GELU in its epilogue, or None where cuBLAS is to do it: always so in float32."""
+    row = pick(op, x, C) if x.element_size() == 2 else None
+    return row if row is not None and row.choices["fused"] else None
+
+
+@register(
+    "mlp_fwd(Tensor y, Tensor w_fc, Tensor? b_fc, Tensor w_proj, str activation, bool keep_pre, bool keep_act)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+def mlp_fwd(
+    y: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, activation: str, keep_pre: bool, keep_act: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(delta, pre [M, F], act [M, F]); what is not to be kept is [0]."""
+    operands = dict(y=y, w_fc=w_fc, w_proj=w_proj)
+    _require_activation("mlp", activation)
+    require_same_device("mlp", **operands, b_fc=b_fc)
+    require_float("mlp", **operands)
+    require(y.dtype == w_fc.dtype == w_proj.dtype, "mlp", "y, w_fc and w_proj must have one dtype", **operands)
+    require(y.dim() > 0 and w_fc.dim() == 2 and w_proj.dim() == 2, "mlp", "the weights must be matrices", **operands)
+    (F_, C), C_out = w_fc.shape, w_proj.size(0)
+    shapes = y.size(-1) == C and w_proj.size(1) == F_ and C > 0 and F_ > 0
+    require(shapes, "mlp", "y must be [..., C], w_fc [F, C], w_proj [C, F], none of them 0", **operands)
+    _require_bias("mlp", b_fc, F_, y.dtype)
+    rows, row = y.reshape(-1, C), _fused("mlp_fwd", y, C)
+    if row is not None:
+        pre, act = gemm_gelu_fwd(row, rows, w_fc, b_fc, activation == "gelu_tanh", keep_pre)
+    else:
+        pre = F.linear(rows, w_fc, None if b_fc is None else b_fc.to(y.dtype))
+        act = bias_gelu_fwd(pre, None, activation)
+    delta = (act @ w_proj.t()).view(*y.shape[:-1], C_out)
+    return delta, pre if pre is not None and keep_pre else y.new_empty(0), act if keep_act else y.new_empty(0)
+
+
+@register(
+    "mlp_bwd(Tensor ddelta, Tensor w_proj, Tensor pre, str activation, bool bias_grad, bool rebuild_act)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+def mlp_bwd(
+    ddelta: Tensor, w_proj: Tensor, pre: Tensor, activation: str, bias_grad: bool, rebuild_act: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dpre [M, F], db_fc [F] float32, act [M, F]) of ddelta [M, C]; what is not asked for is [0]."""
+    row = _fused("mlp_bwd", pre, w_proj.size(0))
+    if row is not None:
+        dpre, db, act = gemm_gelu_bwd(row, ddelta, w_proj, pre, activation == "gelu_tanh", bias_grad, rebuild_act)
+    else:
+        dpre, act = ddelta @ w_proj, torch.empty_like(pre) if rebuild_act else None
+        db = _gelu_bwd(dpre, pre, None, dpre, act, activation, bias_grad)
+    return (
+        dpre,
+        pre.new_empty(0, dtype=torch.float32) if db is None else db,
+        pre.new_empty(0) if act is None else act,
+    )
+
+
+class _BiasGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, b: Tensor | None, activation: str) -> Tensor:
+        ctx.save_for_backward(x, b)
+        ctx.activation = activation
+        return bias_gelu_fwd(x, b, activation)
+
+    @staticmethod
+    @once
+    def backward(ctx, *grads: Tensor):
+        (dy,) = grads
+        x, b = ctx.saved_tensors
+        dx, db = bias_gelu_bwd(dy, x, b, ctx.activation, ctx.needs_input_grad[1])
+        return dx, db.to(b.dtype) if ctx.needs_input_grad[1] else None, None
+
+
+def bias_gelu(x: Tensor, b: Tensor | None, activation: str = "gelu") -> Tensor:
+    """gelu(x + b); x [..., N], b [N]; activation "gelu" (by erf) or "gelu_tanh". Backward computes x + b again."""
+    return _BiasGelu.apply(x, b, activation)
+
+
+class _MLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, w_fc, b_fc, w_proj, activation: str, recompute: bool, differentiate: bool) -> Tensor:
+        keep_act = differentiate and not recompute
+        delta, pre, act = mlp_fwd(y, w_fc, b_fc, w_proj, activation, differentiate, keep_act)
+        ctx.save_for_backward(y, w_fc, w_proj, pre, act)
+        ctx.main_grads = main_grad_of(w_fc), main_grad_of(w_proj)
+        ctx.activation, ctx.recompute, ctx.bias_dtype = activation, recompute, None if b_fc is None else b_fc.dtype
+        return delta
+
+    @staticmethod
+    @once
+    def backward(ctx, *grads: Tensor):
+        y, w_fc, w_proj, pre, act = ctx.saved_tensors
+        ddelta = grads[0].reshape(-1, w_proj.size(0))
+        needs_y, needs_w_fc, needs_b, needs_w_proj = ctx.needs_input_grad[:4]
+        rebuild = ctx.recompute and needs_w_proj
+        dy = dw_fc = db_fc = dw_proj = None
+        if needs_y or needs_w_fc or needs_b:
+            dpre, db, rebuilt = mlp_bwd(ddelta, w_proj, pre, ctx.activation, needs_b, rebuild)
+            act = rebuilt if rebuild else act
+            dy = (dpre @ w_fc).view(y.shape) if needs_y else None
+            dw_fc = weight_grad(dpre, y.reshape(-1, y.size(-1)), ctx.main_grads[0]) if needs_w_fc else None
+            db_fc = db.to(ctx.bias_dtype) if needs_b else None
+        elif rebuild:
+            act = bias_gelu_fwd(pre, None, ctx.activation)
+        if needs_w_proj:
+            dw_proj = weight_grad(ddelta, act, ctx.main_grads[1])
+        return dy, dw_fc, db_fc, dw_proj, None, None, None
+
+
+def mlp(
+    y: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, activation: str = "gelu", recompute: bool = False
+) -> Tensor:
+    """gelu(y w_fc^T + b_fc) w_proj^T; y [..., C], w_fc [F, C], b_fc [F] float32, w_proj [C, F].
+
+    activation: "gelu" (by erf) or "gelu_tanh". recompute: keep pre alone for backward, and rebuild act there, bit for
+    bit, while pre is read anyway: 2 F bytes a token less in 16 bit, for one more pass of writing.
+    """
+    operands = (y, w_fc, b_fc, w_proj)
+    differentiate = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+    return _MLP.apply(*operands, activation, recompute, differentiate)
