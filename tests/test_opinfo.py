@@ -37,11 +37,12 @@ def compare(ours: Any, reference: Any, inputs: list[Any], what: str) -> None:
 def test_layer_norm(dtype: torch.dtype):
     ran = 0
     for sample in samples("layer_norm", dtype):
-        shape, w, b = (*sample.args, None, None)[:3]
+        arguments: list[Any] = [*sample.args, None, None]
+        shape, w, b = arguments[:3]
         if w is None or sample.kwargs.get("eps", 1e-5) < 0:  # a negative eps is a test of torch's own NaN
             continue
         N = torch.Size(shape).numel()
-        x, w, b = (t if t is None else t.detach().requires_grad_() for t in (sample.input, w, b))
+        x = sample.input.detach().requires_grad_()
         w, b = (t if t is None else t.detach().float().requires_grad_() for t in (w, b))
         eps = sample.kwargs.get("eps", 1e-5)
 
