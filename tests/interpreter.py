@@ -1,17 +1,16 @@
-"""Triton's interpreter, made exact for bfloat16 and able to count the bytes that kernels move.
+"""Triton's interpreter, made exact for bfloat16, and (byte_counter) able to count the bytes that kernels move.
 
 Triton 3.6 to 3.9 interpret bfloat16 as the uint16 patterns that hold it: sums and products of them are silently
 meaningless, and float32 -> bfloat16 truncates. Here bfloat16 operands are widened to float32, and results are rounded
 to nearest even, as GPUs do. What is not made exact (reductions and elementary functions of bfloat16) raises.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 import triton.language as tl
+from byte_counter import counting_bytes as counting_bytes
 from triton.runtime import interpreter
 from triton.runtime.interpreter import TensorHandle
 
@@ -88,15 +87,15 @@ def install() -> None:
             )
         return _stock(self, input)
 
-    def scan_slices(self: Any, inputs: Any) -> Any:  # 100 times as fast as the stock loop over single elements
-        slices = [np.moveaxis(t.handle.data, self.axis, 0) for t in inputs]
+    def scan_slices(self: Any, input: Any) -> Any:  # 100 times as fast as the stock loop over single elements
+        slices = [np.moveaxis(t.handle.data, self.axis, 0) for t in input]
         whole, outs = self.to_tensor, [list(s[:1]) for s in slices]
         for i in range(1, len(slices[0])):
-            before = [whole(out[-1], t.dtype) for out, t in zip(outs, inputs)]
-            result = self.combine_fn.fn(*before, *(whole(s[i], t.dtype) for s, t in zip(slices, inputs)))
+            before = [whole(out[-1], t.dtype) for out, t in zip(outs, input)]
+            result = self.combine_fn.fn(*before, *(whole(s[i], t.dtype) for s, t in zip(slices, input)))
             for out, t in zip(outs, result if isinstance(result, tuple) else (result,)):
                 out.append(t.handle.data)
-        return [whole(np.moveaxis(np.stack(out), 0, self.axis), t.dtype) for out, t in zip(outs, inputs)]
+        return [whole(np.moveaxis(np.stack(out), 0, self.axis), t.dtype) for out, t in zip(outs, input)]
 
     for name in ("unary_op", "create_fma", "create_rsqrt", "create_fabs", "create_clampf"):
         setattr(InterpreterBuilder, name, refusing(name))
@@ -108,25 +107,3 @@ def install() -> None:
     interpreter.ReduceOps.apply_impl = refuse_reductions
     interpreter.ScanOps.generic_scan = scan_slices
     InterpreterBuilder.exact_bfloat16 = True
-
-
-@contextmanager
-def counting_bytes() -> Iterator[dict[str, int]]:
-    """Within it, bytes that kernels load and store (lanes masked off do not count): {"load": n, "store": n}."""
-    counted = {"load": 0, "store": 0}
-    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-
-    def counting_load(self: Any, ptrs: TensorHandle, mask: TensorHandle, *rest: Any) -> TensorHandle:
-        result = load(self, ptrs, mask, *rest)
-        counted["load"] += int(np.broadcast_to(mask.data, result.data.shape).sum()) * result.data.itemsize
-        return result
-
-    def counting_store(self: Any, ptrs: TensorHandle, value: TensorHandle, mask: TensorHandle, *rest: Any) -> Any:
-        counted["store"] += int(np.broadcast_to(mask.data, ptrs.data.shape).sum()) * value.data.itemsize
-        return store(self, ptrs, value, mask, *rest)
-
-    InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = counting_load, counting_store
-    try:
-        yield counted
-    finally:
-        InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
