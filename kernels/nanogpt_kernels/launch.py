@@ -47,6 +47,7 @@ class Row:
 _GEMM_128 = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8)
 _GEMM_256 = dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8)
 _FUSED, _CUBLAS = dict(fused=True, programs_per_sm=1), dict(fused=False, programs_per_sm=1)
+_SPLIT = dict(keys_a_split=128)  # one token of GPT-2 124M at position 1023 has 12 heads: 96 programs
 
 TABLE: dict[str, tuple[Row, ...]] = {
     # the optimizer: up_to is the number of parameters; BLOCK elements a tile
@@ -57,15 +58,20 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "embedding_bwd": (Row(80, dict(RUN=64, BLOCK_C=64), num_warps=8),),
     "embedding_bwd_pieces": (Row(80, dict(PIECES=16, BLOCK_C=128), num_warps=4),),
     "embedding_bwd_positions": (Row(80, dict(SEQUENCES=8, BLOCK_C=256), num_warps=4),),
-    # layernorm: up_to is C; BLOCK_C is the power of two above it, ROWS rows a tile
-    "layernorm_fwd": (
-        Row(80, dict(ROWS=4), num_warps=4, up_to=1024),
-        Row(80, dict(ROWS=2), num_warps=8, up_to=2048),
-        Row(80, dict(ROWS=1), num_warps=8, up_to=8192),
+    # norm and add_norm: up_to is C; a row in pieces of BLOCK_C columns, ROWS rows a tile (more where C < BLOCK_C).
+    # Pieces, not a power of two: at C = 768 on sm_90 the forward takes 398 instructions a row and warp, 884 with 1024
+    # lanes, backward 484 and 960; with dropout 887 and 1604, and at 3.35 TB/s an H100 has time for about 1,700.
+    "norm_fwd": (
+        Row(80, dict(ROWS=1, BLOCK_C=256), num_warps=1, itemsize=2, up_to=768, choices=dict(programs_per_sm=12)),
+        Row(80, dict(ROWS=1, BLOCK_C=256), num_warps=2, up_to=1280, choices=dict(programs_per_sm=8)),
+        Row(80, dict(ROWS=1, BLOCK_C=256), num_warps=2, up_to=2048, choices=dict(programs_per_sm=6)),
+        Row(80, dict(ROWS=1, BLOCK_C=2048), num_warps=16, up_to=8192, choices=dict(programs_per_sm=1)),
     ),
-    "layernorm_bwd": (
-        Row(80, dict(ROWS=2), num_warps=4, up_to=1024, choices=dict(programs_per_sm=2)),
-        Row(80, dict(ROWS=1), num_warps=8, up_to=8192, choices=dict(programs_per_sm=1)),
+    "norm_bwd": (
+        Row(80, dict(ROWS=4, BLOCK_C=256), num_warps=4, up_to=768, choices=dict(programs_per_sm=2)),
+        Row(80, dict(ROWS=2, BLOCK_C=256), num_warps=4, up_to=1280, choices=dict(programs_per_sm=2)),
+        Row(80, dict(ROWS=1, BLOCK_C=512), num_warps=4, up_to=2048, choices=dict(programs_per_sm=3)),
+        Row(80, dict(ROWS=1, BLOCK_C=2048), num_warps=8, up_to=8192, choices=dict(programs_per_sm=1)),
     ),
     # bias_gelu: up_to is N
     "bias_gelu_fwd": (Row(80, dict(BLOCK_M=16, BLOCK_N=256), num_warps=4),),
@@ -78,19 +84,74 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(80, _GEMM_128, num_warps=8, num_stages=3, itemsize=2, choices=_CUBLAS),
         Row(90, _GEMM_256, num_warps=8, num_stages=4, itemsize=2, up_to=1024, choices=_FUSED),
         Row(90, _GEMM_256, num_warps=8, num_stages=4, itemsize=2, choices=_CUBLAS),
-        Row(100, _GEMM_128, num_warps=8, num_stages=4, itemsize=2, choices=_CUBLAS),
+        Row(100, _GEMM_256, num_warps=8, num_stages=3, itemsize=2, choices=_CUBLAS),
         Row(120, _GEMM_128, num_warps=8, num_stages=2, itemsize=2, choices=_CUBLAS),
     ),
     "mlp_bwd": (
         Row(80, _GEMM_128, num_warps=8, num_stages=3, itemsize=2, choices=_CUBLAS),
         Row(90, _GEMM_256, num_warps=8, num_stages=3, itemsize=2, choices=_FUSED),
-        Row(100, _GEMM_128, num_warps=8, num_stages=4, itemsize=2, choices=_CUBLAS),
+        Row(100, _GEMM_256, num_warps=8, num_stages=3, itemsize=2, choices=_CUBLAS),
         Row(120, _GEMM_128, num_warps=8, num_stages=2, itemsize=2, choices=_CUBLAS),
     ),
     # cross_entropy: up_to is V; a program takes a row in tiles of BLOCK_V; chunk_rows rows of logits exist at a time
     "cross_entropy": (
         Row(80, dict(BLOCK_V=1024), num_warps=4, up_to=4096, choices=dict(chunk_rows=8192)),
         Row(80, dict(BLOCK_V=8192), num_warps=16, choices=dict(chunk_rows=8192)),  # two rows of 100 KB an SM: in L2
+    ),
+    # attention: up_to is D; dropout and documents need registers, hence rows of their own
+    "attention_fwd": (
+        Row(80, dict(BLOCK_M=64, BLOCK_N=32), num_warps=8, num_stages=2, up_to=64),
+        Row(80, dict(BLOCK_M=32, BLOCK_N=16), num_warps=8, num_stages=2, up_to=128),
+        Row(80, dict(BLOCK_M=128, BLOCK_N=64), num_warps=4, num_stages=3, itemsize=2, up_to=64),
+        Row(80, dict(BLOCK_M=128, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
+        Row(86, dict(BLOCK_M=64, BLOCK_N=64), num_warps=4, num_stages=3, itemsize=2, up_to=64),
+        Row(86, dict(BLOCK_M=128, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
+        # 8 warps within 128 registers: two programs an SM, so that exponentials of one run under products of the other
+        Row(90, dict(BLOCK_M=128, BLOCK_N=64), num_warps=8, num_stages=3, itemsize=2, up_to=64),
+        Row(90, dict(BLOCK_M=128, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
+        Row(100, dict(BLOCK_M=128, BLOCK_N=64), num_warps=4, num_stages=3, itemsize=2, up_to=64),
+        Row(100, dict(BLOCK_M=128, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
+        Row(120, dict(BLOCK_M=64, BLOCK_N=64), num_warps=4, num_stages=3, itemsize=2, up_to=64),
+        Row(120, dict(BLOCK_M=128, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
+    ),
+    "attention_fwd_masked": (
+        Row(80, dict(BLOCK_M=32, BLOCK_N=32), num_warps=4, num_stages=2, up_to=64),
+        Row(80, dict(BLOCK_M=32, BLOCK_N=16), num_warps=8, num_stages=2, up_to=128),
+        Row(80, dict(BLOCK_M=64, BLOCK_N=64), num_warps=4, num_stages=3, itemsize=2, up_to=64),
+        Row(80, dict(BLOCK_M=64, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
+    ),
+    # attention_bwd: up_to is D. Which of its two forms, then the tiles of each
+    "attention_bwd": (Row(80, {}, num_warps=4, choices=dict(atomic=False)),),
+    "attention_bwd_rows": (Row(80, dict(ROWS=64), num_warps=4),),
+    "attention_bwd_dq": (
+        Row(80, dict(BLOCK_M=32, BLOCK_N=16), num_warps=4, up_to=128),
+        Row(80, dict(BLOCK_M=128, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
+    ),
+    "attention_bwd_dq_masked": (
+        Row(80, dict(BLOCK_M=32, BLOCK_N=16), num_warps=4, up_to=128),
+        Row(80, dict(BLOCK_M=128, BLOCK_N=32), num_warps=8, num_stages=2, itemsize=2, up_to=128),
+    ),
+    "attention_bwd_dkdv": (
+        Row(80, dict(BLOCK_M=32, BLOCK_N=32), num_warps=4, up_to=128),
+        Row(80, dict(BLOCK_M=64, BLOCK_N=128), num_warps=8, num_stages=2, itemsize=2, up_to=128),
+    ),
+    "attention_bwd_dkdv_masked": (
+        Row(80, dict(BLOCK_M=32, BLOCK_N=32), num_warps=4, up_to=128),
+        Row(80, dict(BLOCK_M=32, BLOCK_N=128), num_warps=8, num_stages=2, itemsize=2, up_to=128),
+    ),
+    "attention_bwd_atomic": (
+        Row(80, dict(BLOCK_M=32, BLOCK_N=32), num_warps=4, up_to=128),
+        Row(80, dict(BLOCK_M=64, BLOCK_N=128), num_warps=8, num_stages=2, itemsize=2, up_to=128),
+    ),
+    "attention_bwd_atomic_masked": (
+        Row(80, dict(BLOCK_M=32, BLOCK_N=32), num_warps=4, up_to=128),
+        Row(80, dict(BLOCK_M=32, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
+    ),
+    # cached_attention: up_to is T, the new tokens; a program takes keys_a_split of the cached keys
+    "cached_attention": (
+        Row(80, dict(BLOCK_M=16, BLOCK_N=16), num_warps=4, num_stages=2, choices=_SPLIT),
+        Row(80, dict(BLOCK_M=16, BLOCK_N=64), num_warps=4, num_stages=2, itemsize=2, up_to=16, choices=_SPLIT),
+        Row(80, dict(BLOCK_M=64, BLOCK_N=32), num_warps=4, num_stages=2, itemsize=2, choices=_SPLIT),
     ),
 }
 
