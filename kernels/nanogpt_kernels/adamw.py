@@ -88,8 +88,8 @@ def _adamw_factors_kernel(
 
 @triton.jit
 def _lerp(x, y, weight):
-    """(1 - weight) x + weight y, without 1 - weight: rounded to float32, 0.999 and 0.001 add up to 1 + 1.3e-8, which over
-    the 1000 steps that v remembers is 1.3e-5 of it. The smaller weight is the factor, else a y far below x is lost."""
+    """(1 - weight) x + weight y. In float32 0.999 and 0.001 add up to 1 + 1.3e-8, which over the 1000 steps that v
+    remembers would be 1.3e-5 of it: hence one weight, and the smaller, else a y far below x is lost."""
     return tl.where(weight < 0.5, x + weight * (y - x), y - (1.0 - weight) * (y - x))
 
 
