@@ -44,6 +44,24 @@ def require_float(op: str, **operands: Tensor | None) -> None:
             require(t.dtype in FLOATS, op, f"{name} must be float32, bfloat16 or float16", **{name: t})
 
 
+def require_dropout(op: str, p: float, seed: Tensor | None) -> None:
+    """p is a probability below 1; above 0 it needs a seed."""
+    require(0.0 <= p < 1.0, op, "the dropout probability must be in [0, 1)", p=p)
+    if p > 0.0:
+        ok = seed is not None and seed.dtype == torch.int64 and seed.numel() == 1
+        require(ok, op, "dropout needs a seed, one int64 on the device", p=p, seed=seed)
+
+
+def require_addends(op: str, r: Tensor, delta: Tensor, delta_bias: Tensor | None) -> None:
+    """delta can be added to the residual stream r without rounding it, and delta_bias to delta."""
+    require_float(op, r=r, delta=delta, delta_bias=delta_bias)
+    require(r.dim() > 0 and delta.shape == r.shape, op, "delta must have r's shape, [..., C]", r=r, delta=delta)
+    ok = delta.dtype == r.dtype or r.dtype == torch.float32
+    require(ok, op, "delta must have r's dtype, or r be float32", r=r, delta=delta)
+    ok = delta_bias is None or delta_bias.shape == r.shape[-1:]
+    require(ok, op, "delta_bias must be [C]", r=r, delta_bias=delta_bias)
+
+
 @contextmanager
 def checked() -> Iterator[None]:
     """Within it, ops also check values (ids and targets in range, incoming gradients of 1), waiting for the device.

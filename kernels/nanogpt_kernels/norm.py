@@ -1,127 +1,338 @@
-"""LayerNorm."""
+"""LayerNorm over the last dimension, alone or with what the residual stream does before it.
+
+norm:      y = (r - mean(r)) / sqrt(var(r) + eps) * w + b
+add_norm:  r' = r + dropout(delta + delta_bias), y = norm(r')
+Backward:  dr = rstd (g - mean(g) - n mean(g n)) + dr', with g = dy w, n = (r' - mean) rstd; ddelta = dropout'(dr)
+A fixed number of programs stride over tiles of ROWS rows, w and b in registers. A row lies in TILES pieces of BLOCK_C
+columns, read once: its mean, then its centred variance, come from registers. The gradients of w, b and delta_bias are
+float32 sums in each program's registers, written once a program; a sum in fixed order adds the programs' rows.
+Numerics: float32, rounded once at each store; y's statistics are those of r' as stored. Every row's result depends on
+that row and the launch row alone; nothing is atomic, so repeated runs agree bit for bit.
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanogpt_kernels.contract import require
-from nanogpt_kernels.launch import launch, pick, sm_count
-from nanogpt_kernels.registry import once, register
+from nanogpt_kernels.contract import (
+    FLOATS,
+    require,
+    require_addends,
+    require_dropout,
+    require_float,
+    require_same_device,
+)
+from nanogpt_kernels.launch import Row, launch, pick, sm_count
+from nanogpt_kernels.primitives import keep_mask, piece, row_pieces, vector_pieces, zero_pieces
+from nanogpt_kernels.registry import differentiating, once, register
 
 
-@triton.jit
-def _layernorm_fwd_kernel(
+@triton.jit(do_not_specialize=["M", "threshold", "site"])
+def _norm_fwd_kernel(
     r_ptr,  # [M, C]
-    w_ptr,  # [C] float32
-    b_ptr,  # [C] float32, or None
+    delta_ptr,  # [M, C], or None: r' is r
+    delta_bias_ptr,  # [C], or None
+    w_ptr,  # [C]
+    b_ptr,  # [C], or None
+    seed_ptr,  # [1] int64, or None: no dropout
+    r_out_ptr,  # [M, C] for r', or None where delta is
     y_ptr,  # [M, C]
-    mean_ptr,  # [M] float32
-    rstd_ptr,  # [M] float32
+    mean_ptr,  # [M] float32, or None: nothing is differentiated
+    rstd_ptr,  # [M] float32, or None with mean
     M,
-    C,
     eps,
+    scale,
+    threshold,
+    site,
+    C: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    TILES: tl.constexpr,
 ):
-    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    c = tl.arange(0, BLOCK_C)
-    at = m[:, None] * C + c[None, :]
-    mask = (m < M)[:, None] & (c < C)[None, :]
-    r = tl.load(r_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    mean = tl.sum(r, axis=1) / C
-    centred = tl.where(mask, r - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / C + eps)
-    y = centred * rstd[:, None] * tl.load(w_ptr + c, mask=c < C, other=0.0)[None, :]
-    if HAS_BIAS:
-        y += tl.load(b_ptr + c, mask=c < C, other=0.0)[None, :]
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
-    tl.store(mean_ptr + m, mean, mask=m < M)
-    tl.store(rstd_ptr + m, rstd, mask=m < M)
-
-
-@triton.jit
-def _layernorm_bwd_kernel(
-    dy_ptr, r_ptr, mean_ptr, rstd_ptr, w_ptr, dr_ptr, dw_partial_ptr, db_partial_ptr, M, C,
-    ROWS: tl.constexpr, BLOCK_C: tl.constexpr, HAS_BIAS: tl.constexpr,
-):  # fmt: skip
-    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    c = tl.arange(0, BLOCK_C)
-    w = tl.load(w_ptr + c, mask=c < C, other=0.0)
-    dw = tl.zeros([ROWS, BLOCK_C], tl.float32)
-    db = tl.zeros([ROWS, BLOCK_C], tl.float32)
-    for start in range(program * ROWS, M, programs * ROWS):
+    w, b = vector_pieces(w_ptr, C, BLOCK_C, TILES), vector_pieces(b_ptr, C, BLOCK_C, TILES)
+    delta_bias = vector_pieces(delta_bias_ptr, C, BLOCK_C, TILES)
+    for start in range(tl.program_id(0).to(tl.int64) * ROWS, M, tl.num_programs(0) * ROWS):
         m = start + tl.arange(0, ROWS)
-        mask = (m < M)[:, None] & (c < C)[None, :]
-        at = m[:, None] * C + c[None, :]
-        dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        r = tl.load(r_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        mean = tl.load(mean_ptr + m, mask=m < M, other=0.0)
-        rstd = tl.load(rstd_ptr + m, mask=m < M, other=0.0)
-        normed = tl.where(mask, (r - mean[:, None]) * rstd[:, None], 0.0)
-        dw += dy * normed
-        if HAS_BIAS:
-            db += dy
-        dnormed = dy * w[None, :]
-        along = tl.sum(dnormed * normed, axis=1) / C
-        dr = (dnormed - tl.sum(dnormed, axis=1)[:, None] / C - normed * along[:, None]) * rstd[:, None]
-        tl.store(dr_ptr + at, dr.to(dr_ptr.dtype.element_ty), mask=mask)
-    tl.store(dw_partial_ptr + program * C + c, tl.sum(dw, axis=0), mask=c < C)
-    if HAS_BIAS:
-        tl.store(db_partial_ptr + program * C + c, tl.sum(db, axis=0), mask=c < C)
+        r_in, deltas = row_pieces(r_ptr, m, M, C, BLOCK_C, TILES), row_pieces(delta_ptr, m, M, C, BLOCK_C, TILES)
+        rs = ()
+        total = tl.zeros([ROWS, BLOCK_C], tl.float32)
+        for i in tl.static_range(TILES):
+            r = r_in[i].to(tl.float32)
+            if delta_ptr is not None:
+                delta = deltas[i].to(tl.float32)
+                if delta_bias_ptr is not None:
+                    delta += delta_bias[i]
+                if seed_ptr is not None:
+                    keep = keep_mask(tl.load(seed_ptr), site, threshold, m, i * BLOCK_C, tl.cdiv(C, 4), ROWS, BLOCK_C)
+                    delta = tl.where(keep, delta * scale, 0.0)
+                at, inside = piece(m, M, i, C, BLOCK_C)
+                stored = (r + delta).to(r_out_ptr.dtype.element_ty)
+                tl.store(r_out_ptr + at, stored, mask=inside)
+                r = stored.to(tl.float32)
+            rs += (r,)
+            total += r
+        mean = tl.sum(total, axis=1, keep_dims=True) / C
+        squares = tl.zeros([ROWS, BLOCK_C], tl.float32)
+        for i in tl.static_range(TILES):
+            centred = rs[i] - mean
+            if (i + 1) * BLOCK_C > C:
+                centred = tl.where(i * BLOCK_C + tl.arange(0, BLOCK_C)[None, :] < C, centred, 0.0)
+            squares += centred * centred
+        rstd = tl.rsqrt(tl.sum(squares, axis=1, keep_dims=True) / C + eps)
+        for i in tl.static_range(TILES):
+            at, inside = piece(m, M, i, C, BLOCK_C)
+            y = (rs[i] - mean) * rstd * w[i]
+            if b_ptr is not None:
+                y += b[i]
+            tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+        if mean_ptr is not None:
+            tl.store(mean_ptr + m[:, None], mean, mask=(m < M)[:, None])
+            tl.store(rstd_ptr + m[:, None], rstd, mask=(m < M)[:, None])
 
 
-@register("layernorm_fwd(Tensor r, Tensor w, Tensor? b, float eps) -> (Tensor, Tensor, Tensor)")
-def layernorm_fwd(r: Tensor, w: Tensor, b: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+@triton.jit(do_not_specialize=["M", "threshold", "site"])
+def _norm_bwd_kernel(
+    dy_ptr,  # [M, C], or None: y was not used
+    dres_ptr,  # [M, C] gradient arriving at r', or None: r' was not used
+    r_ptr,  # [M, C] r'
+    mean_ptr,  # [M] float32
+    rstd_ptr,  # [M] float32
+    w_ptr,  # [C]
+    seed_ptr,  # [1] int64, or None: no dropout
+    dr_ptr,  # [M, C], or None: not wanted
+    ddelta_ptr,  # [M, C], or None: not wanted, or dr serves
+    dw_ptr,  # [programs, C] float32, or None: not wanted
+    db_ptr,  # [programs, C] float32, or None
+    d_delta_bias_ptr,  # [programs, C] float32, or None
+    M,
+    scale,
+    threshold,
+    site,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    w = vector_pieces(w_ptr, C, BLOCK_C, TILES)
+    zeros = zero_pieces(ROWS, BLOCK_C, TILES)
+    dw, db, d_delta_bias = zeros, zeros, zeros
+    for start in range(tl.program_id(0).to(tl.int64) * ROWS, M, tl.num_programs(0) * ROWS):
+        m = start + tl.arange(0, ROWS)
+        drs = row_pieces(dres_ptr, m, M, C, BLOCK_C, TILES)
+        if dy_ptr is not None:
+            dys, rs = row_pieces(dy_ptr, m, M, C, BLOCK_C, TILES), row_pieces(r_ptr, m, M, C, BLOCK_C, TILES)
+            mean = tl.load(mean_ptr + m[:, None], mask=(m < M)[:, None], other=0.0)
+            rstd = tl.load(rstd_ptr + m[:, None], mask=(m < M)[:, None], other=0.0)
+            sum_g, sum_gn = tl.zeros([ROWS, BLOCK_C], tl.float32), tl.zeros([ROWS, BLOCK_C], tl.float32)
+            gs, ns, next_dw, next_db = (), (), (), ()
+            for i in tl.static_range(TILES):
+                dy = dys[i].to(tl.float32)
+                n = (rs[i].to(tl.float32) - mean) * rstd  # not 0 in lanes past a row's end, but dy is
+                g = dy * w[i]
+                sum_g += g
+                sum_gn += g * n
+                gs, ns = gs + (g,), ns + (n,)
+                next_dw, next_db = next_dw + (dw[i] + dy * n,), next_db + (db[i] + dy,)
+            dw, db = next_dw, next_db
+            mean_g, mean_gn = tl.sum(sum_g, axis=1, keep_dims=True) / C, tl.sum(sum_gn, axis=1, keep_dims=True) / C
+        next_d_delta_bias = ()
+        for i in tl.static_range(TILES):
+            at, inside = piece(m, M, i, C, BLOCK_C)
+            if dy_ptr is None:
+                dr = drs[i].to(tl.float32)
+            else:
+                dr = (gs[i] - mean_g - ns[i] * mean_gn) * rstd
+                if dres_ptr is not None:
+                    dr += drs[i].to(tl.float32)
+            if dr_ptr is not None:
+                tl.store(dr_ptr + at, dr.to(dr_ptr.dtype.element_ty), mask=inside)
+            if seed_ptr is not None:
+                keep = keep_mask(tl.load(seed_ptr), site, threshold, m, i * BLOCK_C, tl.cdiv(C, 4), ROWS, BLOCK_C)
+                dr = tl.where(keep, dr * scale, 0.0)
+            if ddelta_ptr is not None:
+                tl.store(ddelta_ptr + at, dr.to(ddelta_ptr.dtype.element_ty), mask=inside)
+            next_d_delta_bias += (d_delta_bias[i] + dr,)
+        d_delta_bias = next_d_delta_bias
+    at_program = tl.program_id(0).to(tl.int64) * C
+    for i in tl.static_range(TILES):
+        c = i * BLOCK_C + tl.arange(0, BLOCK_C)
+        if dw_ptr is not None:
+            tl.store(dw_ptr + at_program + c, tl.sum(dw[i], axis=0), mask=c < C)
+        if db_ptr is not None:
+            tl.store(db_ptr + at_program + c, tl.sum(db[i], axis=0), mask=c < C)
+        if d_delta_bias_ptr is not None:
+            tl.store(d_delta_bias_ptr + at_program + c, tl.sum(d_delta_bias[i], axis=0), mask=c < C)
+
+
+def _tiles(row: Row, C: int) -> dict[str, int]:
+    """The launch row's tile cut to C: where C is narrow, its lanes go to more rows."""
+    BLOCK_C = min(row.blocks["BLOCK_C"], max(4, 1 << (C - 1).bit_length()))
+    return dict(
+        C=C, ROWS=row.blocks["ROWS"] * row.blocks["BLOCK_C"] // BLOCK_C, BLOCK_C=BLOCK_C, TILES=-(-C // BLOCK_C)
+    )
+
+
+def _programs(row: Row, tiles: dict[str, int], M: int, device: torch.device) -> int:
+    """As many as run at once, if there are tiles for them."""
+    tiles_of_rows = -(-M // tiles["ROWS"])
+    return torch.sym_min(tiles_of_rows, row.choices["programs_per_sm"] * sm_count(device))  # type: ignore[return-value]
+
+
+@register("norm_fwd(Tensor r, Tensor? delta, Tensor? delta_bias, Tensor w, Tensor? b, float eps, float p, Tensor? seed,"
+          " int site, ScalarType y_dtype, bool statistics) -> (Tensor, Tensor, Tensor, Tensor)")  # fmt: skip
+def norm_fwd(
+    r: Tensor,
+    delta: Tensor | None,
+    delta_bias: Tensor | None,
+    w: Tensor,
+    b: Tensor | None,
+    eps: float,
+    p: float,
+    seed: Tensor | None,
+    site: int,
+    y_dtype: torch.dtype,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(r', y, mean [M], rstd [M]): r' is empty where delta is None, the statistics unless they are asked for."""
+    op = "norm" if delta is None else "add_norm"
+    require(r.dim() > 0 and w.dim() == 1 and w.numel() > 0, op, "r must be [..., C], w [C], C at least 1", r=r, w=w)
+    require(r.size(-1) == w.numel(), op, "the last dimension of r must be w's", r=r, w=w)
+    require(b is None or b.shape == w.shape, op, "b must have w's shape", w=w, b=b)
+    require_float(op, r=r, w=w, b=b)
+    require(y_dtype in FLOATS, op, "out_dtype must be float32, bfloat16 or float16", out_dtype=y_dtype)
+    require_same_device(op, r=r, delta=delta, delta_bias=delta_bias, w=w, b=b, seed=seed)
+    if delta is not None:
+        require_addends(op, r, delta, delta_bias)
+        require_dropout(op, p, seed)
+    r, w = r.contiguous(), w.contiguous()
+    delta, delta_bias, b = (None if t is None else t.contiguous() for t in (delta, delta_bias, b))
     C = w.numel()
-    require(r.size(-1) == C, "norm", "the last dimension of r must be w's", r=r, w=w)
-    r = r.contiguous()
-    M = r.numel() // max(C, 1)
-    y, mean = torch.empty_like(r), torch.empty(M, dtype=torch.float32, device=r.device)
-    rstd = torch.empty_like(mean)
-    row = pick("layernorm_fwd", r, C)
+    M = r.numel() // C
+    r_out = torch.empty(0 if delta is None else r.shape, dtype=r.dtype, device=r.device)
+    y = torch.empty(r.shape, dtype=y_dtype, device=r.device)
+    mean, rstd = (torch.empty(M if statistics else 0, dtype=torch.float32, device=r.device) for _ in range(2))
+    row = pick("norm_fwd", r, C)
+    tiles = _tiles(row, C)
+    programs = _programs(row, tiles, M, r.device)
     launch(
-        "layernorm_fwd", _layernorm_fwd_kernel, (triton.cdiv(M, row.blocks["ROWS"]),),
-        r, w, b, y, mean, rstd, M, C, eps, row=row, BLOCK_C=triton.next_power_of_2(C), HAS_BIAS=b is not None,
+        "norm_fwd", _norm_fwd_kernel, (programs,),
+        r, delta, delta_bias, w, b, seed if p > 0.0 else None, None if delta is None else r_out, y,
+        mean if statistics else None, rstd if statistics else None, M, eps, 1.0 / (1.0 - p), int(p * 2**32), site,
+        row=row, **tiles,
     )  # fmt: skip
-    return y, mean, rstd
+    return r_out, y, mean, rstd
 
 
-@register(
-    "layernorm_bwd(Tensor dy, Tensor r, Tensor mean, Tensor rstd, Tensor w, bool has_bias) -> (Tensor, Tensor, Tensor)"
-)
-def layernorm_bwd(dy: Tensor, r: Tensor, mean: Tensor, rstd: Tensor, w: Tensor, has_bias: bool):
-    C, M = w.numel(), mean.numel()
-    dy, r = dy.contiguous(), r.contiguous()
-    row = pick("layernorm_bwd", r, C)
-    programs = row.choices["programs_per_sm"] * sm_count(r.device)
-    dr = torch.empty_like(r)
-    dw = torch.empty(programs, C, dtype=torch.float32, device=r.device)
-    db = torch.empty(programs if has_bias else 0, C, dtype=torch.float32, device=r.device)
+@register("norm_bwd(Tensor? dy, Tensor? dres, Tensor r, Tensor mean, Tensor rstd, Tensor w, Tensor? seed, float p, "
+          "int site, ScalarType? ddelta_dtype, bool[4] wanted) -> (Tensor, Tensor, Tensor)")  # fmt: skip
+def norm_bwd(
+    dy: Tensor | None,
+    dres: Tensor | None,
+    r: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    w: Tensor,
+    seed: Tensor | None,
+    p: float,
+    site: int,
+    ddelta_dtype: torch.dtype | None,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dr, ddelta, sums [SUMS, C] float32), empty what is not wanted: ddelta where ddelta_dtype is None, and by
+    `wanted` dr, dw, db and d_delta_bias, of which sums holds the last three."""
+    C = w.numel()
+    M = r.numel() // C
+    r, w = r.contiguous(), w.contiguous()
+    dy, dres = (None if t is None else t.contiguous() for t in (dy, dres))
+    row = pick("norm_bwd", r, C)
+    tiles = _tiles(row, C)
+    programs = _programs(row, tiles, M, r.device)
+    dr = torch.empty(r.shape if wanted[0] else 0, dtype=r.dtype, device=r.device)
+    ddelta = torch.empty(0 if ddelta_dtype is None else r.shape, dtype=ddelta_dtype or r.dtype, device=r.device)
+    partials = torch.empty(sum(wanted[1:]), programs, C, dtype=torch.float32, device=r.device)
+    slots = iter(partials)
     launch(
-        "layernorm_bwd", _layernorm_bwd_kernel, (programs,),
-        dy, r, mean, rstd, w, dr, dw, db, M, C, row=row, BLOCK_C=triton.next_power_of_2(C), HAS_BIAS=has_bias,
+        "norm_bwd", _norm_bwd_kernel, (programs,),
+        dy, dres, r, mean, rstd, w, seed if p > 0.0 else None, dr if wanted[0] else None,
+        None if ddelta_dtype is None else ddelta, *(next(slots) if sum_wanted else None for sum_wanted in wanted[1:]),
+        M, 1.0 / (1.0 - p), int(p * 2**32), site, row=row, **tiles,
     )  # fmt: skip
-    return dr, dw.sum(0), db.sum(0)
+    return dr, ddelta, partials.sum(1)
+
+
+def _vector_grads(sums: Tensor, wanted: list[bool], vectors: list[Tensor | None]) -> list[Tensor | None]:
+    """norm_bwd's sums in their order, each in its vector's dtype; None for those not wanted."""
+    rows = iter(sums)
+    return [next(rows).to(v.dtype) if v is not None and want else None for want, v in zip(wanted, vectors)]
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, r, w, b, eps):
-        y, mean, rstd = layernorm_fwd(r, w, b, eps)
-        ctx.save_for_backward(r, w, mean, rstd)
-        ctx.has_bias = b is not None
+    def forward(ctx, r: Tensor, w: Tensor, b: Tensor | None, eps: float, out_dtype: torch.dtype):
+        _, y, mean, rstd = norm_fwd(r, None, None, w, b, eps, 0.0, None, 0, out_dtype, True)
+        ctx.save_for_backward(r, w, b, mean, rstd)
         return y
 
     @staticmethod
     @once
-    def backward(ctx, *grads):
-        (dy,) = grads
-        r, w, mean, rstd = ctx.saved_tensors
-        dr, dw, db = layernorm_bwd(dy, r, mean, rstd, w, ctx.has_bias)
-        return dr, dw, db if ctx.has_bias else None, None
+    def backward(ctx, *grads: Tensor):
+        r, w, b, mean, rstd = ctx.saved_tensors
+        wanted = [*ctx.needs_input_grad[:3], False]
+        dr, _, sums = norm_bwd(grads[0], None, r, mean, rstd, w, None, 0.0, 0, None, wanted)
+        return dr if wanted[0] else None, *_vector_grads(sums, wanted[1:], [w, b, None])[:2], None, None
 
 
-def norm(r: Tensor, w: Tensor, b: Tensor | None, eps: float = 1e-5) -> Tensor:
-    return _Norm.apply(r, w, b, eps)
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, r, delta, delta_bias, w, b, eps, p, seed, site):
+        r_out, y, mean, rstd = norm_fwd(r, delta, delta_bias, w, b, eps, p, seed, site, delta.dtype, True)
+        ctx.save_for_backward(r_out, w, b, delta_bias, mean, rstd, seed)
+        ctx.set_materialize_grads(False)
+        ctx.p, ctx.site, ctx.delta_dtype = p, site, delta.dtype
+        return r_out, y
+
+    @staticmethod
+    @once
+    def backward(ctx, *grads: Tensor | None):
+        dres, dy = grads
+        r, w, b, delta_bias, mean, rstd, seed = ctx.saved_tensors
+        wants_r, wants_delta, wants_delta_bias, wants_w, wants_b = ctx.needs_input_grad[:5]
+        differ = ctx.p > 0.0 or ctx.delta_dtype != r.dtype  # else dr and ddelta are one tensor
+        wanted = [wants_r or (wants_delta and not differ), wants_w and dy is not None, wants_b and dy is not None,
+                  wants_delta_bias]  # fmt: skip
+        ddelta_dtype = ctx.delta_dtype if wants_delta and differ else None
+        dr, ddelta, sums = norm_bwd(dy, dres, r, mean, rstd, w, seed, ctx.p, ctx.site, ddelta_dtype, wanted)
+        dw, db, d_delta_bias = _vector_grads(sums, wanted[1:], [w, b, delta_bias])
+        ddelta = ddelta if differ else dr
+        return (dr if wants_r else None, ddelta if wants_delta else None, d_delta_bias, dw, db, *[None] * 4)
+
+
+def norm(r: Tensor, w: Tensor, b: Tensor | None, eps: float = 1e-5, out_dtype: torch.dtype | None = None) -> Tensor:
+    """LayerNorm of r [..., C] over its last dimension, with weight w [C] and bias b [C] or None, in out_dtype (r's)."""
+    if differentiating(r, w, b):
+        return _Norm.apply(r, w, b, eps, out_dtype or r.dtype)
+    return norm_fwd(r, None, None, w, b, eps, 0.0, None, 0, out_dtype or r.dtype, False)[1]
+
+
+layernorm = norm  # the name people look for
+
+
+def add_norm(
+    r: Tensor,
+    delta: Tensor,
+    delta_bias: Tensor | None,
+    w: Tensor,
+    b: Tensor | None,
+    eps: float,
+    p: float,
+    seed: Tensor | None,
+    site: int,
+) -> tuple[Tensor, Tensor]:
+    """r' = r + dropout(delta + delta_bias) in r's dtype and y = norm(r') in delta's; all [..., C], vectors [C].
+
+    delta has r's dtype, or r is float32. Dropout with probability p takes its mask from (seed, site), seed int64 [1].
+    """
+    if differentiating(r, delta, delta_bias, w, b):
+        return _AddNorm.apply(r, delta, delta_bias, w, b, eps, p, seed, site)
+    return norm_fwd(r, delta, delta_bias, w, b, eps, p, seed, site, delta.dtype, False)[:2]

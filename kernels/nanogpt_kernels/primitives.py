@@ -1,4 +1,4 @@
-"""Device functions that two or more ops share: the dropout mask, GELU and its derivative."""
+"""Device functions that two or more ops share: the dropout mask, rows in pieces, GELU and its derivative."""
 
 import triton
 import triton.language as tl
@@ -17,6 +17,48 @@ def keep_mask(seed, site, threshold, m, n, groups_a_row, BLOCK_M: tl.constexpr, 
     w0, w1, w2, w3 = tl.philox(seed, low, high, site_word, tl.zeros_like(low))  # type: ignore[misc]
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
     return words >= tl.full(words.shape, threshold, tl.uint32)
+
+
+@triton.jit
+def vector_pieces(ptr, C: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr):
+    """The vector [C] at ptr in float32, as TILES pieces [1, BLOCK_C] with zeros past its end; () for None."""
+    pieces = ()
+    if ptr is not None:
+        for i in tl.static_range(TILES):  # type: ignore[misc]
+            c = i * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+            pieces += (tl.load(ptr + c, mask=c < C, other=0.0).to(tl.float32),)
+    return pieces
+
+
+@triton.jit
+def zero_pieces(ROWS: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr):
+    """TILES float32 pieces [ROWS, BLOCK_C] of zeros: a sum over rows."""
+    pieces = ()
+    for _ in tl.static_range(TILES):  # type: ignore[misc]
+        pieces += (tl.zeros([ROWS, BLOCK_C], tl.float32),)
+    return pieces
+
+
+@triton.jit
+def piece(m, M, i, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Offsets [ROWS, BLOCK_C] of piece i of rows m, and which of them exist."""
+    c = i * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    return m[:, None] * C + c, (m < M)[:, None] & (c < C)
+
+
+@triton.jit
+def row_pieces(ptr, m, M, C: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr):
+    """Rows m of the tensor [M, C] at ptr, as TILES pieces [ROWS, BLOCK_C] with zeros outside; () for None.
+
+    All loads of a tile are made before its first store: the compiler moves no load over a store, and one after the
+    other each piece would wait for memory.
+    """
+    pieces = ()
+    if ptr is not None:
+        for i in tl.static_range(TILES):  # type: ignore[misc]
+            at, inside = piece(m, M, i, C, BLOCK_C)  # type: ignore[misc]
+            pieces += (tl.load(ptr + at, mask=inside, other=0.0),)
+    return pieces
 
 
 @triton.jit

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 LIBRARY = torch.library.Library("nanogpt_kernels", "DEF")
 
@@ -30,6 +31,11 @@ def register(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return getattr(torch.ops.nanogpt_kernels, name).default
 
     return implement
+
+
+def differentiating(*operands: Tensor | None) -> bool:
+    """Whether autograd will want the gradient of an op on these: otherwise nothing is saved for it."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
 
 
 def once(backward: Callable[..., Any]) -> Callable[..., Any]:
