@@ -1,0 +1,204 @@
+"""Causal attention, forward: o = softmax(q k^T / sqrt(D)) v on packed qkv [B, T, 3, H, D], no transposes, no copies.
+
+One program computes BLOCK_M queries of one head, with their q tile loaded once and a loop over BLOCK_N keys at a time:
+first the tiles below the diagonal, without a mask, then those on it. Online softmax (Milakov and Gimelshein, arXiv
+1805.02867; Dao, arXiv 2307.08691): maximum m and sum l are float32, in powers of two (log2(e) is folded into the
+scale), and lse = m + log2(l) is kept for backward. Probabilities are rounded to v's dtype for the second product;
+dropout acts on them after the row sum. Each query's result depends on its own row of qkv alone: the same bits at any B.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanogpt_kernels.contract import require, require_float, require_same_device
+from nanogpt_kernels.launch import launch, pick
+from nanogpt_kernels.primitives import keep_mask
+from nanogpt_kernels.registry import register
+
+INTEGERS = (torch.int32, torch.int64)
+MAX_D = 128
+
+
+@triton.jit
+def _query_tile(pid, heads, T, D: tl.constexpr, BLOCK_M: tl.constexpr, ITEMSIZE: tl.constexpr):
+    """(head, query tile) of a program: the longest tiles first, so that short ones fill the last wave.
+
+    Heads come in groups whose keys and values take 16 MB together, about a third of an H100's L2 (50 MB) and less than
+    half of an A100's (40 MB): every query tile of a head reads them again.
+    """
+    tiles = tl.cdiv(T, BLOCK_M)
+    group_size = tl.minimum(tl.maximum(16777216 // (2 * T * D * ITEMSIZE), 1), heads)
+    first = pid // (group_size * tiles) * group_size
+    size = tl.minimum(heads - first, group_size)
+    within = pid - first * tiles
+    return first + within % size, tiles - 1 - within // size
+
+
+@triton.jit
+def attend(
+    acc, l, m, q, k_ptr, v_ptr, at, first, j, end, scale, doc_i, doc_ids_ptr, seed, site, threshold, first_row, T,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, RAGGED: tl.constexpr, DROPOUT: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Running (acc, l, m) of queries `first`... after keys j..., which lie at k_ptr + at, their values at v_ptr + at.
+
+    CAUSAL: some of these keys come after some of these queries. RAGGED: some lie at `end` or beyond. scale includes
+    log2(e); first_row is the first query's row of the probabilities seen as [B*H*T, T].
+    """
+    rows, keys, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    left = end - j
+    if RAGGED:
+        inside = (keys < left)[:, None] & (d < D)[None, :] if D < BLOCK_D else (keys < left)[:, None]
+        k = tl.load(k_ptr + at, mask=inside, other=0.0)
+    elif D < BLOCK_D:
+        inside = (d < D)[None, :]
+        k = tl.load(k_ptr + at, mask=inside, other=0.0)
+    else:
+        k = tl.load(k_ptr + at)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if CAUSAL:
+        s = tl.where(rows[:, None] >= (keys + (j - first))[None, :], s, float("-inf"))
+    elif RAGGED:
+        s = tl.where((keys < left)[None, :], s, float("-inf"))
+    if DOCUMENTS:
+        doc_j = tl.load(doc_ids_ptr + j + keys, mask=keys < left, other=0)
+        s = tl.where(doc_i[:, None] == doc_j[None, :], s, float("-inf"))
+    # m is never -inf (see its start), so -inf - m is no NaN; a NaN in s passes max by, but not the sum
+    m_next = tl.maximum(m, tl.max(s, 1) * scale)
+    p = tl.math.exp2(s * scale - m_next[:, None])
+    shrink = tl.math.exp2(m - m_next)
+    l = l * shrink + tl.sum(p, 1)
+    if DROPOUT:
+        keep = keep_mask(seed, site, threshold, first_row + rows, j, tl.cdiv(T, 4), BLOCK_M, BLOCK_N)
+        p = tl.where(keep, p, 0.0)
+    if RAGGED or D < BLOCK_D:
+        v = tl.load(v_ptr + at, mask=inside, other=0.0)
+    else:
+        v = tl.load(v_ptr + at)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    return acc, l, m_next
+
+
+@triton.jit
+def _attention_fwd_kernel(
+    qkv_ptr,  # [B, T, 3, H, D]
+    doc_ids_ptr,  # [B, T] int32 or int64, or None
+    seed_ptr,  # [1] int64, or None
+    o_ptr,  # [B, T, H, D]
+    lse_ptr,  # [B, H, T] float32
+    heads,
+    T,
+    H,
+    scale,
+    site,
+    threshold,
+    keep_scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ITEMSIZE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    head, tile = _query_tile(tl.program_id(0), heads, T, D, BLOCK_M, ITEMSIZE)
+    # 64-bit offsets are scalars, added to pointers; a tile's own offsets stay 32-bit. Both for want of registers.
+    b, h, first = (head // H).to(tl.int64), head % H, tile * BLOCK_M
+    rows, d, left = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), T - first
+    inside = (rows < left)[:, None] & (d < D)[None, :] if D < BLOCK_D else (rows < left)[:, None]
+    qkv_ptr += b * T * (3 * H * D) + h * D
+    q_ptr = qkv_ptr + first.to(tl.int64) * (3 * H * D)
+    q = tl.load(q_ptr + rows[:, None] * (3 * H * D) + d[None, :], mask=inside, other=0.0)
+    k_ptr = qkv_ptr + H * D
+    v_ptr = k_ptr + H * D
+    at = tl.arange(0, BLOCK_N)[:, None] * (3 * H * D) + d[None, :]
+    doc_i = rows
+    if DOCUMENTS:
+        doc_ids_ptr += b * T
+        doc_i = tl.load(doc_ids_ptr + first + rows, mask=rows < left, other=0)
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+    first_row = head.to(tl.int64) * T + first  # of the probabilities seen as [B*H*T, T]
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    m = tl.full([BLOCK_M], -3.4028234663852886e38, tl.float32)  # lowest: below every score but -inf
+    diagonal = first // BLOCK_N * BLOCK_N
+    for j in range(0, diagonal, BLOCK_N):
+        acc, l, m = attend(
+            acc, l, m, q, k_ptr, v_ptr, at, first, j, T, scale, doc_i, doc_ids_ptr, seed, site, threshold, first_row, T,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, False, False, DROPOUT, DOCUMENTS, PRECISION,
+        )  # fmt: skip
+        k_ptr += BLOCK_N * (3 * H * D)
+        v_ptr += BLOCK_N * (3 * H * D)
+    for j in range(diagonal, tl.minimum(first + BLOCK_M, T), BLOCK_N):
+        acc, l, m = attend(
+            acc, l, m, q, k_ptr, v_ptr, at, first, j, T, scale, doc_i, doc_ids_ptr, seed, site, threshold, first_row, T,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, True, True, DROPOUT, DOCUMENTS, PRECISION,
+        )  # fmt: skip
+        k_ptr += BLOCK_N * (3 * H * D)
+        v_ptr += BLOCK_N * (3 * H * D)
+
+    o = acc * (keep_scale / l)[:, None]
+    o_ptr += (b * T + first) * (H * D) + h * D
+    tl.store(o_ptr + rows[:, None] * (H * D) + d[None, :], o.to(o_ptr.dtype.element_ty), mask=inside)
+    tl.store(lse_ptr + first_row + rows, m + tl.math.log2(l), mask=rows < left)
+
+
+def dot_precision(x: Tensor) -> str:
+    """input_precision of products of x's dtype: exact float32 unless TF32 is allowed, as torch.matmul decides."""
+    return "tf32" if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def block_d(D: int) -> int:
+    """Columns of a tile: tl.dot wants a power of two from 16 on."""
+    return max(16, triton.next_power_of_2(D))  # type: ignore[return-value]
+
+
+def log2_scale(D: int) -> float:
+    """log2(e) / sqrt(D): scores times this are exponents of two."""
+    return math.log2(math.e) / math.sqrt(D)
+
+
+def check_attention(
+    op: str, qkv: Tensor, p: float, seed: Tensor | None, doc_ids: Tensor | None
+) -> tuple[int, int, int, int]:
+    """(B, T, H, D) of operands that fulfil the contract."""
+    require(qkv.dim() == 5 and qkv.size(2) == 3, op, "qkv must be [B, T, 3, H, D]", qkv=qkv)
+    require(1 <= qkv.size(4) <= MAX_D, op, f"head size D must be in 1...{MAX_D}", qkv=qkv)
+    require_float(op, qkv=qkv)
+    require(0.0 <= p < 1.0, op, "p must be in [0, 1)", p=p)
+    require_same_device(op, qkv=qkv, seed=seed, doc_ids=doc_ids)
+    if p > 0.0:
+        ok = seed is not None and seed.dtype == torch.int64 and seed.numel() == 1
+        require(ok, op, "dropout needs seed, one int64", seed=seed, p=p)
+    if doc_ids is not None:
+        ok = doc_ids.shape == qkv.shape[:2] and doc_ids.dtype in INTEGERS
+        require(ok, op, "doc_ids must be int32 or int64 [B, T]", doc_ids=doc_ids, qkv=qkv)
+    B, T, _, H, D = qkv.shape
+    return B, T, H, D
+
+
+@register("attention_fwd(Tensor qkv, float p, Tensor? seed, int site, Tensor? doc_ids) -> (Tensor, Tensor)")
+def attention_fwd(
+    qkv: Tensor, p: float, seed: Tensor | None, site: int, doc_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """qkv [B, T, 3, H, D] -> (o [B, T, H, D], lse [B, H, T] float32: log2 of the sum of the rows' exponentials)."""
+    B, T, H, D = check_attention("attention", qkv, p, seed, doc_ids)
+    qkv = qkv.contiguous()
+    o = torch.empty(B, T, H, D, dtype=qkv.dtype, device=qkv.device)
+    lse = torch.empty(B, H, T, dtype=torch.float32, device=qkv.device)
+    op = "attention_fwd" if p == 0.0 and doc_ids is None else "attention_fwd_masked"
+    row = pick(op, qkv, D)
+    launch(
+        op, _attention_fwd_kernel, (triton.cdiv(T, row.blocks["BLOCK_M"]) * B * H,),
+        qkv, None if doc_ids is None else doc_ids.contiguous(), seed if p > 0.0 else None, o, lse,
+        B * H, T, H, log2_scale(D), site, int(p * 2**32), 1.0 / (1.0 - p),
+        row=row, D=D, BLOCK_D=block_d(D), ITEMSIZE=qkv.element_size(),
+        DROPOUT=p > 0.0, DOCUMENTS=doc_ids is not None, PRECISION=dot_precision(qkv),
+    )  # fmt: skip
+    return o, lse

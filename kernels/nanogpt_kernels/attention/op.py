@@ -1,0 +1,98 @@
+"""The attention ops: attention on packed qkv, qkv_attention with the projection before it, cached_attention.
+
+qkv_attention is one autograd node. It keeps y, the projection's output qkv, o and lse; the bias's gradient comes from
+sums that the backward launches leave behind, with no pass over dqkv of its own.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanogpt_kernels.attention.backward import attention_bwd
+from nanogpt_kernels.attention.decode import cached_attention_
+from nanogpt_kernels.attention.forward import attention_fwd
+from nanogpt_kernels.contract import require
+from nanogpt_kernels.linear import main_grad_of, weight_grad
+from nanogpt_kernels.registry import once
+
+
+def _project(op: str, y: Tensor, w_qkv: Tensor, b_qkv: Tensor | None, n_head: int) -> Tensor:
+    """y w_qkv^T + b_qkv as [B, T, 3, H, D], by cuBLAS."""
+    require(y.dim() == 3, op, "y must be [B, T, C]", y=y)
+    B, T, C = y.shape
+    ok = w_qkv.shape == (3 * C, C) and w_qkv.dtype == y.dtype
+    require(ok, op, "w_qkv must be [3C, C] in y's dtype", w_qkv=w_qkv, y=y)
+    require(n_head > 0 and C % n_head == 0, op, "n_head must divide C", n_head=n_head, y=y)
+    require(b_qkv is None or b_qkv.shape == (3 * C,), op, "b_qkv must be [3C]", b_qkv=b_qkv, y=y)
+    qkv = F.linear(y, w_qkv, None if b_qkv is None else b_qkv.to(y.dtype))
+    return qkv.view(B, T, 3, n_head, C // n_head)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv: Tensor, p: float, seed: Tensor | None, site: int, doc_ids: Tensor | None) -> Tensor:
+        qkv = qkv.contiguous()
+        o, lse = attention_fwd(qkv, p, seed, site, doc_ids)
+        ctx.save_for_backward(qkv, o, lse, seed, doc_ids)
+        ctx.p, ctx.site = p, site
+        return o
+
+    @staticmethod
+    @once
+    def backward(ctx, *grads: Tensor):
+        qkv, o, lse, seed, doc_ids = ctx.saved_tensors
+        dqkv, _ = attention_bwd(grads[0], qkv, o, lse, ctx.p, seed, ctx.site, doc_ids, False)
+        return dqkv, None, None, None, None
+
+
+def attention(qkv: Tensor, p: float, seed: Tensor | None, site: int, doc_ids: Tensor | None = None) -> Tensor:
+    """Causal softmax(q k^T / sqrt(D)) v on packed qkv [B, T, 3, H, D] -> [B, T, H, D]; D up to 128.
+
+    p: dropout of the probabilities [B, H, T, T], drawn from seed (int64 [1]) at `site`. With doc_ids [B, T] (int32 or
+    int64) a token attends only to tokens with its own id.
+    """
+    return _Attention.apply(qkv, p, seed, site, doc_ids)
+
+
+class _QKVAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, w_qkv, b_qkv, n_head: int, p: float, seed, site: int, doc_ids) -> Tensor:
+        qkv = _project("qkv_attention", y, w_qkv, b_qkv, n_head)
+        o, lse = attention_fwd(qkv, p, seed, site, doc_ids)
+        ctx.save_for_backward(y, w_qkv, qkv, o, lse, seed, doc_ids)
+        ctx.main_grad, ctx.bias_dtype = main_grad_of(w_qkv), None if b_qkv is None else b_qkv.dtype
+        ctx.p, ctx.site = p, site
+        return o.view(y.shape)
+
+    @staticmethod
+    @once
+    def backward(ctx, *grads: Tensor):
+        y, w_qkv, qkv, o, lse, seed, doc_ids = ctx.saved_tensors
+        needs_y, needs_w, needs_b = ctx.needs_input_grad[:3]
+        do = grads[0].reshape(o.shape)
+        dqkv, db = attention_bwd(do, qkv, o, lse, ctx.p, seed, ctx.site, doc_ids, needs_b)
+        dqkv = dqkv.view(*y.shape[:2], w_qkv.size(0))
+        dw = weight_grad(dqkv, y, ctx.main_grad) if needs_w else None
+        dy = dqkv @ w_qkv if needs_y else None
+        return dy, dw, db.to(ctx.bias_dtype) if needs_b else None, None, None, None, None, None
+
+
+def qkv_attention(
+    y: Tensor,
+    w_qkv: Tensor,
+    b_qkv: Tensor | None,
+    n_head: int,
+    p: float,
+    seed: Tensor | None,
+    site: int,
+    doc_ids: Tensor | None = None,
+) -> Tensor:
+    """attention(y w_qkv^T + b_qkv); y [B, T, C], w_qkv [3C, C], b_qkv [3C] float32 -> o [B, T, C]."""
+    return _QKVAttention.apply(y, w_qkv, b_qkv, n_head, p, seed, site, doc_ids)
+
+
+@torch.no_grad()
+def cached_attention(y: Tensor, w_qkv: Tensor, b_qkv: Tensor | None, n_head: int, cache: Tensor, start: int) -> Tensor:
+    """qkv_attention of T new tokens at positions start... against a cache [2, B, H, T_max, D] of keys and values,
+    which receives theirs; no dropout, no gradient. y [B, T, C] -> o [B, T, C]."""
+    return cached_attention_(_project("cached_attention", y, w_qkv, b_qkv, n_head), cache, start).view(y.shape)
