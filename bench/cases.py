@@ -1,0 +1,264 @@
+"""The ops as benchmark cases: inputs at a model's shapes, the work they must do, and our own and torch's contestant.
+
+Bytes are compulsory ones (each input read once, each output written once), so a floor is a floor; FLOPs are those of
+the products, causal attention counted as half.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import harness
+import torch
+import torch.nn.functional as F
+from machine import Work
+from nanogpt_kernels import reference
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A batch through a model: B sequences of T tokens, C channels in H heads, V words, N parameters."""
+
+    B: int
+    T: int
+    C: int
+    H: int
+    V: int
+    N: int
+
+    @property
+    def M(self) -> int:
+        return self.B * self.T
+
+
+SHAPES = {
+    "tiny": Shape(B=2, T=48, C=128, H=2, V=96, N=5000),  # for checks: ragged tiles, D = 64, seconds when interpreted
+    "race": Shape(B=8, T=1024, C=768, H=12, V=50304, N=8_000_000),
+    "124m": Shape(B=64, T=1024, C=768, H=12, V=50304, N=124_475_904),
+    "1558m": Shape(B=16, T=1024, C=1600, H=25, V=50304, N=1_557_686_400),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a case is measured at."""
+
+    shape: Shape
+    dtype: torch.dtype = torch.bfloat16
+    device: torch.device = field(default_factory=lambda: torch.device("cuda"))
+    p: float = 0.0
+    bias: bool = True
+    seed: int = 0
+
+    def normal(self, *size: int, scale: float = 1.0, dtype: torch.dtype | None = None, grad: bool = True) -> Tensor:
+        """Random on the device; on "meta" of that shape only."""
+        if self.device.type == "meta":
+            return torch.empty(size, dtype=dtype or self.dtype, device="meta", requires_grad=grad)
+        generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + sum(size))
+        x = torch.randn(size, generator=generator, device=self.device)
+        return (x * scale).to(dtype or self.dtype).requires_grad_(grad)
+
+    def vector(self, size: int, around: float = 0.0) -> Tensor:
+        """A one-dimensional parameter: float32."""
+        x = self.normal(size, scale=0.1, dtype=torch.float32, grad=False)
+        return (x + around).requires_grad_()
+
+    def bias_of(self, size: int) -> Tensor | None:
+        return self.vector(size) if self.bias else None
+
+    def ids(self, *size: int) -> Tensor:
+        if self.device.type == "meta":
+            return torch.empty(size, dtype=torch.int64, device="meta")
+        generator = torch.Generator(self.device).manual_seed(self.seed)
+        return torch.randint(self.shape.V, size, generator=generator, device=self.device)
+
+    @property
+    def dropout(self) -> tuple[float, Tensor | None, int]:
+        """(p, seed, site) as the ops take them."""
+        return self.p, torch.tensor([7], device=self.device) if self.p else None, 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op. work: (forward, backward) of a shape and an element size; no backward: the op is not differentiable, and
+    what it `mutates` (positions of its arguments) is its result."""
+
+    files: tuple[str, ...]  # of nanogpt_kernels, where the function may live
+    inputs: Callable[[Setting], tuple[Any, ...]]
+    work: Callable[[Shape, int], tuple[Work, Work | None]]
+    mutates: tuple[int, ...] = ()
+    at_most: int = 1 << 62  # sequences: torch's own needs several times the memory
+    syncs: bool = False  # torch's own waits for the device
+    specified_by: Callable[..., Any] | None = None  # None: the function of that name in nanogpt_kernels/reference.py
+
+
+def _embedding(s: Setting) -> tuple[Any, ...]:
+    x = s.shape
+    return s.ids(x.B, x.T), s.normal(x.V, x.C, scale=0.02), s.normal(x.T, x.C, scale=0.02), *s.dropout
+
+
+def _norm(s: Setting) -> tuple[Any, ...]:
+    x = s.shape
+    return s.normal(x.B, x.T, x.C), s.vector(x.C, 1.0), s.bias_of(x.C)
+
+
+def _add_norm(s: Setting) -> tuple[Any, ...]:
+    x = s.shape
+    r, delta = s.normal(x.B, x.T, x.C), replace(s, seed=s.seed + 1).normal(x.B, x.T, x.C)
+    return r, delta, s.bias_of(x.C), s.vector(x.C, 1.0), s.bias_of(x.C), 1e-5, *s.dropout
+
+
+def _attention(s: Setting) -> tuple[Any, ...]:
+    x = s.shape
+    return s.normal(x.B, x.T, 3, x.H, x.C // x.H), *s.dropout
+
+
+def _qkv_attention(s: Setting) -> tuple[Any, ...]:
+    x = s.shape
+    w_qkv = s.normal(3 * x.C, x.C, scale=x.C**-0.5)
+    return s.normal(x.B, x.T, x.C), w_qkv, s.bias_of(3 * x.C), x.H, *s.dropout
+
+
+def _bias_gelu(s: Setting) -> tuple[Any, ...]:
+    x = s.shape
+    return s.normal(x.B, x.T, 4 * x.C), s.bias_of(4 * x.C), "gelu"
+
+
+def _torch_bias_gelu(x: Tensor, b: Tensor | None, activation: str) -> Tensor:
+    return F.gelu(x if b is None else x + b.to(x.dtype), approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _mlp(s: Setting) -> tuple[Any, ...]:
+    x = s.shape
+    w_fc, w_proj = s.normal(4 * x.C, x.C, scale=x.C**-0.5), s.normal(x.C, 4 * x.C, scale=(4 * x.C) ** -0.5)
+    return s.normal(x.B, x.T, x.C), w_fc, s.bias_of(4 * x.C), w_proj, "gelu"
+
+
+def _linear_cross_entropy(s: Setting) -> tuple[Any, ...]:
+    x = s.shape
+    grad_scale = torch.full((), 1.0 / x.M, device=s.device)
+    return s.normal(x.B, x.T, x.C), s.normal(x.V, x.C, scale=x.C**-0.5), s.ids(x.B, x.T), grad_scale
+
+
+def _grad_norm(s: Setting) -> tuple[Any, ...]:
+    return (s.normal(s.shape.N, dtype=torch.float32, grad=False),)
+
+
+def _adamw(s: Setting) -> tuple[Any, ...]:
+    N = s.shape.N
+    flat = [replace(s, seed=i).normal(N, dtype=torch.float32, grad=False) for i in range(4)]
+    master, m, v, g = flat[0], flat[1] * 0.01, flat[2].square() * 1e-4, flat[3]
+    p = None if s.dtype == torch.float32 else master.to(s.dtype)
+    scalars = torch.tensor([1e-3, 10.0, 1.0, 1.0, N**0.5], dtype=torch.float64, device=s.device)
+    half = N // 2 // 128 * 128
+    return p, master, m, v, g, scalars, [(0, half, 0.1), (half, N, 0.0)], 0.9, 0.95
+
+
+def _rows_work(forward: float, backward: float) -> Callable[[Shape, int], tuple[Work, Work | None]]:
+    """Of an op that passes over so many [M, C] tensors."""
+    return lambda x, size: (Work(bytes=forward * x.M * x.C * size), Work(bytes=backward * x.M * x.C * size))
+
+
+def _embedding_work(x: Shape, size: int) -> tuple[Work, Work]:
+    rows, tables = x.M * x.C * size, (x.V + x.T) * x.C * size
+    return Work(bytes=2 * rows + 8 * x.M), Work(bytes=rows + tables + 8 * x.M)
+
+
+def _attention_work(x: Shape, size: int) -> tuple[Work, Work]:
+    rows, products, exps = x.M * x.C * size, 2.0 * x.M * x.T * x.C, x.B * x.H * x.T * x.T / 2
+    return Work(products, 4 * rows, exps), Work(2.5 * products, 8 * rows, exps)
+
+
+def _gemm(rows: int, inner: int, columns: int) -> float:
+    return 2.0 * rows * inner * columns
+
+
+def _qkv_attention_work(x: Shape, size: int) -> tuple[Work, Work]:
+    attention, gemm = _attention_work(x, size), _gemm(x.M, x.C, 3 * x.C)
+    rows, w = x.M * x.C * size, 3 * x.C * x.C * size
+    return (
+        Work(attention[0].flops + gemm, 2 * rows + w, attention[0].exps),
+        Work(attention[1].flops + 2 * gemm, 3 * rows + 2 * w, attention[1].exps),
+    )
+
+
+def _mlp_work(x: Shape, size: int) -> tuple[Work, Work]:
+    gemms, rows, w = 2 * _gemm(x.M, x.C, 4 * x.C), x.M * x.C * size, 8 * x.C * x.C * size
+    return Work(gemms, 2 * rows + w), Work(2 * gemms, 3 * rows + 2 * w)
+
+
+def _linear_cross_entropy_work(x: Shape, size: int) -> tuple[Work, Work]:
+    gemm, rows, w = _gemm(x.M, x.C, x.V), x.M * x.C * size, x.V * x.C * size
+    return Work(gemm, rows + w), Work(2 * gemm, rows + w)
+
+
+def _adamw_work(x: Shape, size: int) -> tuple[Work, None]:
+    return Work(bytes=(28.0 + (size if size < 4 else 0)) * x.N), None
+
+
+CASES: dict[str, Case] = {
+    "attention": Case(("attention",), _attention, _attention_work),
+    "linear_cross_entropy": Case(
+        ("linear_cross_entropy", "cross_entropy"), _linear_cross_entropy, _linear_cross_entropy_work, at_most=16
+    ),
+    "add_norm": Case(("norm",), _add_norm, _rows_work(4, 4)),
+    "mlp": Case(("mlp",), _mlp, _mlp_work),
+    "bias_gelu": Case(("mlp",), _bias_gelu, _rows_work(8, 12), specified_by=_torch_bias_gelu),
+    "adamw_": Case(("adamw",), _adamw, _adamw_work, mutates=(0, 1, 2, 3), syncs=True),
+    "norm": Case(("norm",), _norm, _rows_work(2, 3)),
+    "qkv_attention": Case(("attention",), _qkv_attention, _qkv_attention_work),
+    "embedding": Case(("embedding",), _embedding, _embedding_work),
+    "grad_norm": Case(("adamw",), _grad_norm, lambda x, size: (Work(bytes=4.0 * x.N), None)),
+}
+
+
+def ours(op: str) -> Callable[..., Any]:
+    """Our function of that name; ImportError where there is none."""
+    problems = []
+    for file in CASES[op].files:
+        try:
+            module = importlib.import_module(f"nanogpt_kernels.{file}")
+        except ModuleNotFoundError as problem:
+            problems.append(str(problem))
+            continue
+        if hasattr(module, op):
+            return getattr(module, op)
+        problems.append(f"nanogpt_kernels.{file} has no {op}")
+    raise ImportError("; ".join(problems))
+
+
+def specification(op: str) -> Callable[..., Any]:
+    """The op in plain PyTorch."""
+    return CASES[op].specified_by or getattr(reference, op)
+
+
+def differentiable(op: str, at: Setting) -> bool:
+    return CASES[op].work(at.shape, at.dtype.itemsize)[1] is not None
+
+
+def setting(op: str, size: str, **options: Any) -> Setting:
+    shape = SHAPES[size]
+    return Setting(replace(shape, B=min(shape.B, CASES[op].at_most)), **options)
+
+
+def douts_of(outs: list[Any], at: Setting) -> list[Tensor]:
+    """Incoming gradients: random for tensors, 1 for scalars (linear_cross_entropy demands it)."""
+    drawn = replace(at, seed=at.seed + 17)
+    return [torch.ones_like(o) if o.dim() == 0 else drawn.normal(*o.shape, dtype=o.dtype, grad=False) for o in outs]
+
+
+def recorded(op: str, at: Setting, arch: int, backward: bool) -> Any:
+    """The launches of our op on sm_`arch`, forward or forward and backward, without running anything; `.rows` are the
+    (launch op, row) pairs it asked for."""
+    from nanogpt_kernels import launch
+
+    at = replace(at, device=torch.device("meta"))
+    with launch.recording(arch) as calls:
+        bound = harness.plain(ours(op)).bind(*CASES[op].inputs(at))
+        outs = harness.outputs_of(bound.forward())
+        if backward and differentiable(op, at):
+            wanted = [o for o in outs if o is not None and o.requires_grad]
+            torch.autograd.grad(wanted, bound.leaves, [torch.empty_like(o) for o in wanted])
+    return calls

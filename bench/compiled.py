@@ -1,0 +1,133 @@
+"""Compile candidate launch rows ahead of time, many at once, and read what each takes of a multiprocessor.
+
+Each worker is a process of its own without a GPU: it records our op's launches on meta tensors and compiles them for
+the target. On a machine with a GPU the compiled kernels are found again in Triton's cache.
+"""
+
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import wait as wait_for
+from dataclasses import dataclass
+from typing import Any
+
+import cases
+from cases import Setting
+
+SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes a block may use
+
+
+@dataclass(frozen=True)
+class Task:
+    """A candidate to compile: the launch op's row with these fields replaced (launch.override's)."""
+
+    op: str  # of CASES
+    launch_op: str
+    at: Setting
+    arch: int
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a candidate's kernels take, the largest over them; problem: why it cannot be used."""
+
+    registers: int = 0
+    spilled: int = 0  # bytes a thread
+    shared: int = 0  # bytes a block
+    problem: str = ""
+
+
+class _Target:
+    """What Triton asks of a driver, of a GPU that need not be there."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_task(task: Task) -> Resources:
+    """Run in a worker."""
+    from nanogpt_kernels import launch
+    from triton.runtime import driver
+
+    target: Any = _Target(task.arch)
+    driver.set_active(target)
+    used = [Resources()]
+    try:
+        with launch.override(task.launch_op, **task.fields):
+            calls = cases.recorded(task.op, task.at, task.arch, backward=True)
+        for call in calls:
+            if call.op == task.launch_op:
+                kernel = call.kernel.warmup(*call.args, grid=call.grid, **call.options)
+                used.append(_read(kernel.asm["cubin"], kernel.metadata.shared))
+    except Exception as problem:  # a tile too small for tl.dot, a contract: the candidate is not one
+        text = str(problem).strip().splitlines() or [""]
+        return Resources(problem=f"{type(problem).__name__}: {text[-1]}"[:200])
+    most = Resources(*(max(getattr(r, name) for r in used) for name in ("registers", "spilled", "shared")))
+    return Resources(most.registers, most.spilled, most.shared, _problem(most, task.arch))
+
+
+def _problem(used: Resources, arch: int) -> str:
+    limit = SHARED_LIMIT.get(arch, 101_376)
+    if used.spilled:
+        return f"spills {used.spilled} bytes a thread"
+    return f"needs {used.shared} bytes of shared memory of {limit}" if used.shared > limit else ""
+
+
+def _read(cubin: bytes, shared: int) -> Resources:
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", text.strip().splitlines()[-1])}
+    return Resources(found["REG"], found["STACK"] + found["LOCAL"], found["SHARED"] + shared)
+
+
+class Compilers:
+    """A pool of workers; leave it to end them, also those that are still compiling."""
+
+    def __init__(self, workers: int | None = None):
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            raise RuntimeError("TRITON_INTERPRET=1 is set: nothing can be compiled in such a process")
+        context = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(workers or os.cpu_count() or 1, mp_context=context)
+
+    def __enter__(self) -> "Compilers":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        workers = list((self.pool._processes or {}).values())
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        for worker in workers:
+            worker.terminate()
+
+    def compile(self, tasks: Sequence[Task], until: float) -> Iterator[tuple[int, Resources]]:
+        """(number of the task, its resources) as they come, those that are done by time.monotonic() == until."""
+        pending: dict[Future[Resources], int] = {
+            self.pool.submit(compile_task, task): i for i, task in enumerate(tasks)
+        }
+        while pending and (left := until - time.monotonic()) > 0:
+            done, _ = wait_for(pending, timeout=left, return_when="FIRST_COMPLETED")
+            for future in done:
+                yield pending.pop(future), future.result()
+        for future in pending:
+            future.cancel()

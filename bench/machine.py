@@ -1,0 +1,202 @@
+"""The machine's facts and floors, JSON lines, tables: what every script here needs.
+
+Import it (or harness) first: it puts the repository's root and kernels/ on sys.path, so a bare checkout needs no
+PYTHONPATH.
+"""
+
+import contextlib
+import datetime
+import functools
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+import torch  # noqa: E402
+
+from nanogpt_fast.errors import DeviceError  # noqa: E402
+
+# Memory bandwidth by exact device name, GB/s. Sources: NVIDIA's data sheets of A100 (40 GB: 1555; 80 GB SXM 2039, PCIe
+# 1935), H100 (SXM 3350, PCIe 2000, NVL 3900), H200 (4800), L40S (864) and the GeForce pages (3090 936, 4090 1008).
+BANDWIDTH_GBPS = {
+    "NVIDIA A100-SXM4-40GB": 1555.0,
+    "NVIDIA A100-PCIE-40GB": 1555.0,
+    "NVIDIA A100-SXM4-80GB": 2039.0,
+    "NVIDIA A100 80GB PCIe": 1935.0,
+    "NVIDIA H100 80GB HBM3": 3350.0,
+    "NVIDIA H100 PCIe": 2000.0,
+    "NVIDIA H100 NVL": 3900.0,
+    "NVIDIA H200": 4800.0,
+    "NVIDIA L40S": 864.0,
+    "NVIDIA GeForce RTX 3090": 936.0,
+    "NVIDIA GeForce RTX 4090": 1008.0,
+}
+EXPONENTIALS_A_CLOCK = 16  # of one multiprocessor, 8.0 to 10.0 (CUDA C++ Programming Guide, arithmetic throughput)
+
+
+# ---- the machine ----
+
+
+def require_cuda(what: str) -> torch.device:
+    """The current CUDA device; DeviceError (exit code 5) where there is none."""
+    if not torch.cuda.is_available():
+        raise DeviceError(
+            f"{what} needs a CUDA GPU, and torch sees none",
+            expected="torch.cuda.is_available()",
+            found=f"torch {torch.__version__} on {platform.machine()}",
+            hint="--dry_run lists what would run; times are only taken on a GPU",
+        )
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def output_of(command: Sequence[str], timeout: float = 20.0) -> str:
+    """A command's standard output, or "" where it is missing or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+@functools.cache
+def tree_hash() -> str:
+    """12 hex digits over the contents of all Python files and configs: a checkout without git has an identity too."""
+    digest = hashlib.sha256()
+    for folder in ("kernels", "nanogpt_fast", "bench", "tests", "configs"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".toml") and path.is_file():
+                digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def triton_version() -> str:
+    try:
+        import triton
+    except ImportError:
+        return "not installed"
+    return triton.__version__
+
+
+@functools.cache
+def machine_facts() -> dict[str, Any]:
+    """What every result line carries."""
+    facts: dict[str, Any] = {
+        "commit": output_of(["git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD"]) or "unknown",
+        "tree": tree_hash(),
+        "torch": torch.__version__,
+        "triton": triton_version(),
+        "python": platform.python_version(),
+    }
+    if torch.cuda.is_available():
+        facts |= {"gpu": torch.cuda.get_device_name(), "driver": smi("driver_version").get("driver_version")}
+    return facts
+
+
+def smi(*fields: str) -> dict[str, Any]:
+    """nvidia-smi's answer for the current device, numbers as such; {} where there is no such tool."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device()) if torch.cuda.is_available() else None
+    at = [f"--id=GPU-{properties.uuid}"] if properties is not None and hasattr(properties, "uuid") else []
+    line = output_of(["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", *at])
+    values = [value.strip() for value in line.splitlines()[0].split(",")] if line else []
+    return {name: _number(value) for name, value in zip(fields, values)}
+
+
+def _number(text: str) -> Any:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def gpu_state() -> dict[str, Any]:
+    """Clocks (MHz), temperature and power as they are now: ask while the GPU is busy."""
+    names = {"clocks.sm": "sm_mhz", "clocks.mem": "mem_mhz", "temperature.gpu": "celsius", "power.draw": "watts"}
+    return {names[name]: value for name, value in smi(*names).items()}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one call must do: the fewest bytes moved, floating-point operations, exponentials."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    exps: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.bytes + other.bytes, self.exps + other.exps)
+
+
+def floor_ms(work: Work, dtype: torch.dtype) -> tuple[float, str] | None:
+    """(milliseconds, what binds) that the data sheet allows on the current GPU; None for one not listed."""
+    from nanogpt_fast.metrics import peak_flops
+
+    name = torch.cuda.get_device_name()
+    peak, bandwidth = peak_flops(name, str(dtype).removeprefix("torch.")), BANDWIDTH_GBPS.get(name)
+    if bandwidth is None or (peak is None and work.flops > 0):
+        return None
+    limits = {"bytes": work.bytes / (bandwidth * 1e9)}
+    if peak is not None:
+        limits["flops"] = work.flops / peak[0]
+    clock = smi("clocks.max.sm").get("clocks.max.sm")
+    if work.exps and isinstance(clock, float):
+        multiprocessors = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+        limits["exps"] = work.exps / (EXPONENTIALS_A_CLOCK * multiprocessors * clock * 1e6)
+    binding = max(limits, key=lambda limit: limits[limit])
+    return limits[binding] * 1e3, binding
+
+
+# ---- results ----
+
+
+class Lines:
+    """JSON lines appended to a file, each on the disk before the next is measured; without a path they are dropped."""
+
+    def __init__(self, path: Path | None, **facts: Any):
+        self.path, self.facts = path, facts
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(self, **fields: Any) -> None:
+        if self.path is None:
+            return
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        line = json.dumps({**self.facts, "time": now, **fields}, default=str)
+        with self.path.open("a") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of such a file; one cut off by a kill is left out."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Text in columns: the first one left, the others right."""
+    cells = [[str(c) for c in header]] + [[_shown(c) for c in row] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
+        for row in cells
+    )
+
+
+def _shown(cell: Any) -> str:
+    if cell is None:
+        return "-"
+    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)

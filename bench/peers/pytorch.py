@@ -1,0 +1,94 @@
+"""What torch itself has: attention by FlashAttention and cuDNN, the chunked linear_cross_entropy, the fused AdamW."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from harness import Bound, Contestant, plain
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+def _attention(backend: SDPBackend) -> Any:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+    return attention
+
+
+def _packed(backend: SDPBackend) -> Contestant:
+    """On our packed [B, T, 3, H, D], as in nanoGPT: its gradient is put together from three."""
+    attention = _attention(backend)
+    return plain(lambda qkv, *dropout: attention(*qkv.permute(2, 0, 3, 1, 4)))
+
+
+def _separate(backend: SDPBackend) -> Contestant:
+    """On q, k, v that lie apart, so that nothing is put together: the kernels alone."""
+    attention = _attention(backend)
+
+    def bind(qkv: Tensor, *dropout: Any) -> Bound:
+        leaves = [x.contiguous().requires_grad_() for x in qkv.detach().permute(2, 0, 3, 1, 4)]
+        return Bound(
+            lambda: attention(*leaves),
+            leaves,
+            lambda grads: [torch.stack([g.transpose(1, 2) for g in grads], dim=2)] if grads else [],
+        )
+
+    return Contestant(bind)
+
+
+def _linear_cross_entropy() -> Contestant:
+    from torch.nn import LinearCrossEntropyOptions  # torch 2.13
+
+    def function(x: Tensor, w: Tensor, targets: Tensor, grad_scale: Tensor) -> Tensor:
+        options = LinearCrossEntropyOptions()
+        total = F.linear_cross_entropy(
+            x.flatten(0, -2), w, targets.flatten(), ignore_index=-1, reduction="sum", options=options
+        )
+        return total * grad_scale
+
+    return plain(function)
+
+
+def _adamw() -> Contestant:
+    def bind(p, master, m, v, g, scalars, segments, beta1, beta2) -> Bound:
+        lr, step, max_norm, _, norm = scalars.tolist()
+        clip = min(1.0, max_norm / (norm + 1e-6))
+        groups = []
+        for start, end, decay in segments:
+            parameter = torch.nn.Parameter(master[start:end])
+            parameter.grad = g[start:end]
+            groups.append({"params": [parameter], "weight_decay": decay})
+        optimizer = torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=1e-8, fused=True, capturable=True)
+        for (start, end, _), group in zip(segments, groups):
+            count = torch.tensor(step, device=g.device)
+            state = {"step": count, "exp_avg": m[start:end], "exp_avg_sq": v[start:end]}
+            optimizer.state[group["params"][0]] = state
+        divisor = torch.tensor(1.0 / clip, device=g.device)
+
+        def update() -> None:  # clipped by the divisor, as under GradScaler; then the copy that training takes
+            optimizer.grad_scale, optimizer.found_inf = divisor, torch.zeros_like(divisor)  # type: ignore[attr-defined]
+            optimizer.step()
+            if p is not None:
+                p.copy_(master)
+
+        return Bound(update, [])
+
+    return Contestant(bind)
+
+
+def contestants(op: str) -> dict[str, Contestant]:
+    if op == "attention":
+        found = {}
+        for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)):
+            found[f"SDPA {name}"] = _packed(backend)
+            found[f"SDPA {name}, q k v apart"] = _separate(backend)
+        return found
+    if op == "linear_cross_entropy":
+        return {"F.linear_cross_entropy": _linear_cross_entropy()}
+    if op == "adamw_":
+        return {"torch.optim.AdamW(fused)": _adamw()}
+    if op == "grad_norm":
+        return {"torch._foreach_norm": plain(lambda g: torch._foreach_norm([g])[0])}
+    return {}

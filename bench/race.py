@@ -1,0 +1,165 @@
+"""Does every op give the same bits each time? Many forward and backward passes on fixed inputs, compared on the device.
+
+    python bench/race.py [OP ...] [--repeats 1000] [--size race] [--out DIR]
+
+A difference is a race (a missing barrier, a read of memory nobody wrote) or an order of summation left to chance: every
+op promises neither, with the choice `atomic` off. Other work of random sizes runs beside it on a second stream, so that
+blocks are scheduled differently each time; nothing waits for the device until the end of an op.
+"""
+
+import argparse
+import random
+import sys
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cases
+import harness
+import machine
+import ops
+import torch
+from cases import CASES, SHAPES, Setting
+from torch import Tensor
+
+from nanogpt_fast.errors import ConfigError, did_you_mean, run_command
+
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(x: Tensor) -> Tensor:
+    """The same memory as integers: NaN equals NaN, 0 differs from -0."""
+    return x.contiguous().view(BITS[x.element_size()])
+
+
+class Ballast:
+    """Other work for the GPU: products and copies of changing size on a stream of their own."""
+
+    def __init__(self, device: torch.device, megabytes: int):
+        self.on = device.type == "cuda" and megabytes > 0
+        if not self.on:
+            return
+        self.random, self.stream = random.Random(0), torch.cuda.Stream(device)
+        self.source = torch.randn(megabytes << 17, device=device)  # half of it in each
+        self.sink = torch.empty_like(self.source)
+        self.square = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16)
+        self.product = torch.empty_like(self.square)
+
+    def add(self) -> None:
+        """Enqueue a random piece of it, or none."""
+        if not self.on:
+            return
+        with torch.cuda.stream(self.stream):
+            kind = self.random.randrange(3)
+            if kind == 1:
+                n = self.random.randrange(1, self.source.numel())
+                self.sink[:n].copy_(self.source[:n])
+            elif kind == 2:
+                n = self.random.choice((256, 512, 1024, 2048))
+                torch.mm(self.square[:n], self.square, out=self.product[:n])
+
+
+def deterministic(op: str, at: Setting, stack: ExitStack) -> list[str]:
+    """Turn off every choice named `atomic` of the rows the op takes; their launch ops."""
+    from nanogpt_kernels import launch
+
+    rows = dict(cases.recorded(op, at, launch.architecture(at.device), backward=True).rows)
+    turned = [name for name, row in rows.items() if row.choices.get("atomic")]
+    for name in turned:
+        stack.enter_context(launch.override(name, choices={"atomic": False}))
+    return turned
+
+
+def race(op: str, at: Setting, repeats: int, ballast: Ballast) -> dict[str, int]:
+    """{tensor: how many of the repeats differed from the first}."""
+    case, args = CASES[op], CASES[op].inputs(at)
+    fresh = {i: args[i].clone() for i, a in enumerate(args) if case.mutates and isinstance(a, Tensor)}
+    bound = harness.plain(cases.ours(op)).bind(*args)
+    leaves = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.requires_grad]
+    douts = None if case.mutates else cases.douts_of(harness.outputs_of(bound.forward()), at)
+
+    def once() -> dict[str, Tensor]:
+        for i, x in fresh.items():
+            args[i].copy_(x)
+        if douts is None:
+            bound.forward()
+            return {f"argument {i}": args[i] for i in case.mutates if args[i] is not None}
+        outs, grads = harness.both(bound, douts)
+        named = {f"output {i}": out for i, out in enumerate(outs)}
+        return named | {f"gradient of argument {i}": grad for i, grad in zip(leaves, grads)}
+
+    first = {name: bits(x).clone() for name, x in once().items()}
+    counts = {name: torch.zeros((), dtype=torch.int64, device=at.device) for name in first}
+    for _ in range(repeats):
+        ballast.add()
+        for name, x in once().items():
+            counts[name] += (bits(x) != first[name]).any()
+    return {name: int(count) for name, count in counts.items()}
+
+
+def ptxas() -> dict[str, str]:
+    """Triton's assembler: {"path", "version"}."""
+    try:
+        from triton import knobs
+
+        tool = knobs.nvidia.ptxas
+        return {"path": tool.path, "version": tool.version}
+    except Exception as problem:  # a Triton without it: then nothing was compiled by it either
+        return {"path": "unknown", "version": f"unknown ({problem})"}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(CASES)}; default all")
+    parser.add_argument("--repeats", type=int, default=1000)
+    parser.add_argument("--size", default="race", choices=list(SHAPES))
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--p", type=float, default=0.0, help="dropout")
+    parser.add_argument("--ballast_mb", type=int, default=2048, help="0: nothing runs beside it")
+    parser.add_argument("--device", default="cuda", help="cpu: interpreted, which shows no race but that this runs")
+    parser.add_argument("--dry_run", action="store_true")
+    parser.add_argument("--out", type=Path, help="append to DIR/race.jsonl")
+    args = parser.parse_args(argv)
+    for op in args.ops:
+        if op not in CASES:
+            raise ConfigError(f"unknown op {op!r}{did_you_mean(op, CASES)}", expected=", ".join(CASES))
+    device = torch.device("meta" if args.dry_run else args.device)
+    if device.type == "cuda":
+        device = machine.require_cuda("bench/race.py")
+    make = partial(cases.setting, size=args.size, dtype=getattr(torch, args.dtype), device=device, p=args.p)
+    if args.dry_run:
+        print("\n".join(f"{args.repeats} x{ops.plan(op, make(op))}" for op in args.ops or CASES))
+        return 0
+    facts: dict[str, Any] = {"bench": "race", "size": args.size, "dtype": args.dtype, "p": args.p, "ptxas": ptxas()}
+    lines = machine.Lines(args.out and args.out / "race.jsonl", **facts, **machine.machine_facts())
+    ballast, found = Ballast(device, args.ballast_mb), False
+    for op in args.ops or CASES:
+        with ExitStack() as stack:
+            try:
+                turned = deterministic(op, make(op), stack)
+                counts = race(op, make(op), args.repeats, ballast)
+            except Exception as problem:  # the next op has its own memory and kernels
+                lines.write(op=op, status=ops.first_line(problem))
+                print(f"{op}: {ops.first_line(problem)}", flush=True)
+                found = True
+                continue
+        differing = {name: count for name, count in counts.items() if count}
+        lines.write(op=op, status="differs" if differing else "ok", repeats=args.repeats, differing=differing)
+        listed = ", ".join(f"{name} in {count}" for name, count in differing.items())
+        said = f"DIFFERS, of {args.repeats} runs: {listed}" if differing else f"the same {args.repeats} times"
+        note = f" ({', '.join(turned)}: atomic off)" if turned else ""
+        print(f"{op}{note}: {len(counts)} tensors {said}", flush=True)
+        found = found or bool(differing)
+    tool = ptxas()
+    if found:
+        print(
+            f"assembled by {tool['path']}, {tool['version']}. Versions before 13 can corrupt the registers of wgmma on "
+            "Hopper: before reading the code, try TRITON_PTXAS_PATH=/path/to/a/newer/ptxas"
+        )
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    run_command(main)

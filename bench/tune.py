@@ -1,0 +1,300 @@
+"""Search launch rows: tiles, warps, stages and choices, from the present row outwards.
+
+    python bench/tune.py LAUNCH_OP ... [--size 124m] [--dtype bfloat16] [--limit_s 60] [--out DIR]
+    python bench/tune.py --worst DIR/ops.jsonl     the launch ops of the cases that lose most against their floor
+    python bench/tune.py LAUNCH_OP --compile_only --arch 90      resources of the candidates (no GPU needed)
+    python bench/tune.py LAUNCH_OP --dry_run                     the candidates (no GPU needed)
+
+LAUNCH_OP is a key of nanogpt_kernels.launch.TABLE. Candidates are compiled in parallel; those that spill, ask for too
+much shared memory or compute something else than the present row are dropped; the rest are timed by graph replay,
+interleaved with the present row, within the public op that launches them. The search moves to the best and goes on.
+It ends in a row to paste into nanogpt_kernels/launch.py.
+"""
+
+import argparse
+import contextlib
+import datetime
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cases
+import harness
+import machine
+import ops
+import torch
+from cases import CASES, SHAPES, Setting
+from compiled import Compilers, Resources, Task
+
+from nanogpt_fast.errors import ConfigError, did_you_mean, run_command
+
+# Axes wider than the neighbours of the present value, for launch ops where a far value may win: {op: {axis: values}}.
+# An axis is a block's name, a choice's name, num_warps or num_stages.
+GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "adamw": {"BLOCK": (512, 1024, 2048, 4096, 8192), "num_warps": (4, 8, 16)},
+    "grad_norm": {"BLOCK": (1024, 2048, 4096, 8192), "programs_per_sm": (1, 2, 4, 8)},
+    "layernorm_fwd": {"ROWS": (1, 2, 4, 8, 16), "num_warps": (1, 2, 4, 8, 16)},
+    "layernorm_bwd": {"ROWS": (1, 2, 4, 8), "num_warps": (2, 4, 8, 16), "programs_per_sm": (1, 2, 4, 8)},
+    "cross_entropy": {"chunk_rows": (2048, 4096, 8192, 16384), "num_warps": (4, 8, 16, 32)},
+    "embedding_bwd": {"RUN": (16, 32, 64, 128, 256)},
+}
+CHANGES = 2  # axes that a candidate may change at once
+GAIN = 0.995  # a move needs this ratio: less is noise
+
+
+@dataclass(frozen=True)
+class Target:
+    """A launch op as some case reaches it: present is its row there."""
+
+    launch_op: str
+    op: str
+    mode: str  # "forward" or "both": the shorter one that launches it
+    at: Setting
+    arch: int
+    present: Any
+
+
+def find(launch_op: str, at_size: str, dtype: torch.dtype, arch: int, p: float) -> Target:
+    """The cheapest case that asks for this launch op; ConfigError where none does."""
+    found: dict[float, Target] = {}
+    for op, backward in itertools.product(CASES, (False, True)):
+        at = cases.setting(op, at_size, dtype=dtype, p=p)
+        try:
+            rows = dict(cases.recorded(op, at, arch, backward).rows)
+        except ImportError:
+            continue
+        if launch_op in rows:
+            mode = "both" if backward else "forward"
+            work = ops.work_of(mode, op, at)
+            cost = work.flops / 1e15 + work.bytes / 3e12  # seconds, on something like an H100
+            found.setdefault(cost, Target(launch_op, op, mode, at, arch, rows[launch_op]))
+    if found:
+        return found[min(found)]
+    raise ConfigError(
+        f"no op of bench/cases.py asks for {launch_op!r} at {at_size}, sm_{arch}, p={p}",
+        hint="another --size or --dtype, or --p=0.1 for what only dropout launches",
+    )
+
+
+def axes(launch_op: str, row: Any) -> dict[str, tuple[Any, ...]]:
+    """{axis: values to try, the row's own among them}: half and double of a number, both of a switch, or GRIDS'."""
+    found: dict[str, tuple[Any, ...]] = {name: _near(value) for name, value in (row.blocks | row.choices).items()}
+    found["num_warps"] = tuple(w for w in _near(row.num_warps) if w <= 32)
+    found["num_stages"] = tuple(s for s in range(row.num_stages - 1, row.num_stages + 2) if s >= 1)
+    wide = GRIDS.get(launch_op, {})
+    return {name: tuple(dict.fromkeys((*wide.get(name, ()), *values))) for name, values in found.items()}
+
+
+def _near(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, bool):
+        return (value, not value)
+    return tuple(v for v in (value // 2, value, value * 2) if v >= 1) if isinstance(value, int) else (value,)
+
+
+def point(row: Any) -> dict[str, Any]:
+    """A row as {axis: value}."""
+    return row.blocks | row.choices | {"num_warps": row.num_warps, "num_stages": row.num_stages}
+
+
+def moved(row: Any, changes: dict[str, Any]) -> Any:
+    """The row with some axes changed."""
+    blocks = row.blocks | {k: v for k, v in changes.items() if k in row.blocks}
+    choices = row.choices | {k: v for k, v in changes.items() if k in row.choices}
+    rest = {k: v for k, v in changes.items() if k in ("num_warps", "num_stages")}
+    return replace(row, blocks=blocks, choices=choices, **rest)
+
+
+def fields(row: Any) -> dict[str, Any]:
+    """What launch.override takes to make a row of it."""
+    return {n: getattr(row, n) for n in ("blocks", "choices", "num_warps", "num_stages")}
+
+
+def candidates(launch_op: str, centre: Any) -> Iterator[Any]:
+    """Rows around the centre, nearest first: one axis changed, then two."""
+    around = {name: [v for v in values if v != point(centre)[name]] for name, values in axes(launch_op, centre).items()}
+    for count in range(1, CHANGES + 1):
+        for names in itertools.combinations(around, count):
+            for values in itertools.product(*(around[name] for name in names)):
+                yield moved(centre, dict(zip(names, values)))
+
+
+def compile_rows(
+    pool: Compilers, target: Target, rows: list[Any], until: float, lines: machine.Lines
+) -> list[tuple[Any, Resources]]:
+    """Those that compile without spills within shared memory, by `until`."""
+    tasks = [Task(target.op, target.launch_op, target.at, target.arch, fields(row)) for row in rows]
+    good = []
+    for i, used in pool.compile(tasks, until):
+        lines.write(launch_op=target.launch_op, **point(rows[i]), **vars(used), status=used.problem or "compiled")
+        print(
+            f"  {_short(rows[i])}: {used.problem or f'{used.registers} registers, {used.shared} B shared'}", flush=True
+        )
+        if not used.problem:
+            good.append((rows[i], used))
+    return good
+
+
+def _short(row: Any) -> str:
+    return " ".join(f"{name}={value}" for name, value in point(row).items())
+
+
+class Race:
+    """Rows of one launch op timed against each other, on one set of inputs and one check."""
+
+    def __init__(self, target: Target):
+        self.target, self.pool = target, torch.cuda.graph_pool_handle()
+        self.stock = harness.plain(cases.ours(target.op))
+        self.expected = ops.results(self.stock, target.op, target.at)
+        inputs = CASES[target.op].inputs(target.at)
+        sets = harness.input_sets(sum(a.numel() * a.element_size() for a in inputs if isinstance(a, torch.Tensor)))
+        self.calls = ops.calls_of(self.stock, target.op, target.at, sets)[target.mode]
+
+    def right(self, row: Any) -> str:
+        """ "" where the row computes what the present one does, else what is wrong."""
+        try:
+            error = ops.difference(ops.results(self._contestant(row), self.target.op, self.target.at), self.expected)
+        except Exception as problem:
+            return ops.first_line(problem)
+        return "" if error <= harness.TOLERANCE[self.target.at.dtype] else f"WRONG: relative error {error:.3g}"
+
+    def _contestant(self, row: Any) -> harness.Contestant:
+        from nanogpt_kernels import launch
+
+        return replace(self.stock, within=partial(launch.override, self.target.launch_op, **fields(row)))
+
+    def times(self, rows: list[Any], rounds: int) -> list[list[float]]:
+        """Milliseconds a call, one list a row."""
+        arms = {}
+        for i, row in enumerate(rows):
+            calls = [ops.within(self._contestant(row), call) for call in self.calls]
+            arms[str(i)] = harness.make_arm(calls, self.pool)
+        return list(harness.interleaved(arms, rounds).values())
+
+
+def ratio(times: list[float], base: list[float]) -> float:
+    return statistics.median(t / b for t, b in zip(times, base))
+
+
+def search(target: Target, limit_s: float, most: int, pool: Compilers, lines: machine.Lines) -> str:
+    """The row to paste."""
+    began = time.monotonic()
+    end, race, best, seen = began + limit_s, Race(target), target.present, [point(target.present)]
+    while (left := end - time.monotonic()) > 5:
+        batch = [row for row in candidates(target.launch_op, best) if point(row) not in seen][:most]
+        seen += [point(row) for row in batch]
+        right = []
+        for row, _ in compile_rows(pool, target, batch, time.monotonic() + 0.7 * left, lines):
+            problem = race.right(row)
+            if problem:
+                lines.write(launch_op=target.launch_op, **point(row), status=problem)
+                print(f"  {_short(row)}: {problem}")
+            else:
+                right.append(row)
+        if not right:
+            break
+        base, *others = race.times([best, *right], rounds=7)
+        ranked = sorted(zip(right, (ratio(t, base) for t in others)), key=lambda pair: pair[1])
+        for row, r in ranked:
+            lines.write(launch_op=target.launch_op, **point(row), status="timed", ratio=r, centre=point(best))
+        print("\n".join(f"  {r:.3f} of the centre: {_short(row)}" for row, r in ranked[:5]), flush=True)
+        if ranked[0][1] > GAIN:
+            break
+        best = ranked[0][0]
+    base, found = race.times([target.present, best], rounds=25) if best != target.present else ([1.0], [1.0])
+    r = ratio(found, base)
+    best = best if r <= GAIN else target.present
+    lines.write(launch_op=target.launch_op, **point(best), status="best", ratio=min(r, 1.0), tried=len(seen) - 1)
+    return pasted(best, target, f"{r:.3f} of the row before" if best != target.present else f"best of {len(seen)}")
+
+
+def pasted(row: Any, target: Target, outcome: str) -> str:
+    """As launch.py has it, for this architecture and element size."""
+    at = target.at
+    what = f"{target.op} {target.mode}, B={at.shape.B} T={at.shape.T} C={at.shape.C}"
+    dtype, day = str(at.dtype).removeprefix("torch."), datetime.date.today().isoformat()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"sm_{target.arch}"
+    parts = [str(target.arch), _dict(row.blocks), f"num_warps={row.num_warps}", f"num_stages={row.num_stages}",
+             f"itemsize={at.dtype.itemsize}"]  # fmt: skip
+    parts += [f"up_to={row.up_to}"] * (row.up_to < 2**62) + [f"choices={_dict(row.choices)}"] * bool(row.choices)
+    return f'Row({", ".join(parts)},\n    source="measured on {gpu}, {day}, {what} {dtype}: {outcome}"),'
+
+
+def _dict(values: dict[str, Any]) -> str:
+    return f"dict({', '.join(f'{name}={value!r}' for name, value in values.items())})"
+
+
+def worst(path: Path, most: int, arch: int, dtype: torch.dtype) -> list[tuple[str, str]]:
+    """(launch op, size) of the cases that lose most milliseconds against their floor, by a file of ops.py."""
+    last: dict[tuple[str, str], float] = {}
+    for line in machine.read_lines(path):
+        if line.get("contestant") == "ours" and line.get("mode") == "both" and "floor_ms" in line:
+            last[line["op"], line["size"]] = line["ms"] - line["floor_ms"]
+    found: list[tuple[str, str]] = []
+    for op, size in sorted(last, key=lambda key: -last[key])[:most]:
+        rows = cases.recorded(op, cases.setting(op, size, dtype=dtype), arch, backward=True).rows
+        found += [(name, size) for name in dict(rows) if (name, size) not in found]
+    return found
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("launch_ops", nargs="*", metavar="LAUNCH_OP", help="of launch.TABLE")
+    parser.add_argument("--size", default="124m", choices=list(SHAPES))
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--p", type=float, default=0.0, help="dropout")
+    parser.add_argument("--limit_s", type=float, default=60.0, help="for one launch op")
+    parser.add_argument("--most", type=int, default=24, help="candidates compiled before the search moves on")
+    parser.add_argument("--worst", type=Path, metavar="FILE", help="take the launch ops from ops.py's results")
+    parser.add_argument("--worst_ops", type=int, default=3, help="how many ops of that file")
+    parser.add_argument("--arch", type=int, default=90, help="of --compile_only and --dry_run")
+    parser.add_argument("--compile_only", action="store_true")
+    parser.add_argument("--dry_run", action="store_true")
+    parser.add_argument("--out", type=Path, help="append to DIR/tune.jsonl")
+    args = parser.parse_args(argv)
+    from nanogpt_kernels import launch
+
+    for name in args.launch_ops:
+        if name not in launch.TABLE:
+            hint = did_you_mean(name, launch.TABLE)
+            raise ConfigError(f"unknown launch op {name!r}{hint}", expected=", ".join(launch.TABLE))
+    offline, dtype = args.dry_run or args.compile_only, getattr(torch, args.dtype)
+    arch = args.arch if offline else launch.architecture(machine.require_cuda("bench/tune.py"))
+    wanted = [(name, args.size) for name in args.launch_ops or (() if args.worst else launch.TABLE)]
+    wanted += worst(args.worst, args.worst_ops, arch, dtype) if args.worst else []
+    lines = machine.Lines(args.out and args.out / "tune.jsonl", bench="tune", arch=arch, **machine.machine_facts())
+    targets = []
+    for name, size in wanted:
+        try:
+            targets.append(find(name, size, dtype, arch, args.p))
+        except ConfigError as problem:
+            if args.launch_ops:
+                raise
+            print(f"{name}: {problem.what}")
+    pasteable = []
+    with contextlib.nullcontext() if args.dry_run else Compilers() as pool:
+        for target in targets:
+            B, T, C = target.at.shape.B, target.at.shape.T, target.at.shape.C
+            print(f"{target.launch_op} by {target.op} {target.mode}, B={B} T={T} C={C} {args.dtype}, sm_{arch}")
+            around = [target.present, *itertools.islice(candidates(target.launch_op, target.present), args.most)]
+            if pool is None:
+                print("\n".join(f"  {_short(row)}" for row in around))
+            elif args.compile_only:
+                compile_rows(pool, target, around, time.monotonic() + args.limit_s, lines)
+            else:
+                found = search(target, args.limit_s, args.most, pool, lines)
+                pasteable.append(f"# {target.launch_op}\n{found}")
+                print(pasteable[-1], flush=True)
+    if pasteable:
+        print("\nrows for nanogpt_kernels/launch.py\n" + "\n".join(pasteable))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    run_command(main)
