@@ -73,6 +73,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(80, dict(ROWS=1, BLOCK_C=512), num_warps=4, up_to=2048, choices=dict(programs_per_sm=3)),
         Row(80, dict(ROWS=1, BLOCK_C=2048), num_warps=8, up_to=8192, choices=dict(programs_per_sm=1)),
     ),
+    # dropout_add: up_to is C
+    "dropout_add": (Row(80, dict(ROWS=8, BLOCK_C=256), num_warps=4, choices=dict(programs_per_sm=8)),),
     # bias_gelu: up_to is N
     "bias_gelu_fwd": (Row(80, dict(BLOCK_M=16, BLOCK_N=256), num_warps=4),),
     "bias_gelu_bwd": (Row(80, dict(BLOCK_M=8, BLOCK_N=256), num_warps=4, choices=dict(programs_per_sm=8)),),
