@@ -1,0 +1,305 @@
+"""Causal attention, backward, with P rebuilt from lse (Dao, arXiv 2307.08691); P and dS are [T, T], never stored.
+
+P = exp2(q k^T log2(e) / sqrt(D) - lse), dP = do v^T, dS = P (dP - delta), delta = rowsum(o do); dV = P^T do,
+dK = dS^T q / sqrt(D), dQ = dS k / sqrt(D). With dropout's Z = mask / (1 - p): dP = Z (do v^T), dV = (Z P)^T do.
+Two decompositions, chosen by launch.py's "attention_bwd". Deterministic: programs own BLOCK_M queries (delta, dQ), then
+others BLOCK_N keys (dK, dV); 7 products, no atomics, equal bits at any B. Atomic: owners of keys add to a float32 dQ too;
+5 products, and dQ's last bits vary from run to run. P and dS are rounded to the operands' dtype, all else is float32.
+The bias's gradient is summed over tokens from the float32 tiles before they are rounded: a row a tile, in fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanogpt_kernels.attention.backward_atomic import delta_and_zeros, write_dq
+from nanogpt_kernels.attention.forward import _query_tile, check_attention, dot_precision, log2_scale
+from nanogpt_kernels.attention.tiles import head_offsets, load_tile, store_tile, tile_at
+from nanogpt_kernels.contract import require, require_same_device
+from nanogpt_kernels.launch import launch, pick
+from nanogpt_kernels.primitives import keep_mask
+from nanogpt_kernels.registry import register
+
+
+@triton.jit
+def _dq_over_keys(
+    dq, q, do, lse, delta, m, lo, hi,
+    k_ptr,  # [T, D] of this head, as v_ptr
+    v_ptr,
+    doc_ids_ptr,  # [T] of this sequence, or None
+    seed, site, threshold, inv_keep, first_row, log2_scale, stride, T,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DIAGONAL: tl.constexpr,
+    RAGGED: tl.constexpr, DROPOUT: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq [BLOCK_M, BLOCK_D] of queries m... plus the part of keys lo...hi - 1, all below the diagonal unless DIAGONAL."""
+    i = m + tl.arange(0, BLOCK_M)
+    if DOCUMENTS:
+        doc_i = tl.load(doc_ids_ptr + i, mask=i < T, other=0)
+    for n in range(lo, hi, BLOCK_N):
+        j = n + tl.arange(0, BLOCK_N)
+        k = load_tile(k_ptr, n, stride, T, BLOCK_N, D, BLOCK_D, DIAGONAL and RAGGED)
+        v = load_tile(v_ptr, n, stride, T, BLOCK_N, D, BLOCK_D, DIAGONAL and RAGGED)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        p = tl.math.exp2(s * log2_scale - lse[:, None])
+        if DIAGONAL:
+            p = tl.where(i[:, None] >= j[None, :], p, 0.0)
+        if DOCUMENTS:
+            doc_j = tl.load(doc_ids_ptr + j, mask=j < T, other=0)
+            p = tl.where(doc_i[:, None] == doc_j[None, :], p, 0.0)
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        if DROPOUT:
+            keep = keep_mask(seed, site, threshold, first_row + i, n, tl.cdiv(T, 4), BLOCK_M, BLOCK_N)
+            dp = tl.where(keep, dp * inv_keep, 0.0)
+        ds = (p * (dp - delta[:, None])).to(k.dtype)
+        dq = tl.dot(ds, k, dq, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit
+def _attention_bwd_dq_kernel(
+    qkv_ptr,  # [B, T, 3, H, D]
+    o_ptr,  # [B, T, H, D]
+    do_ptr,  # [B, T, H, D]
+    lse_ptr,  # [B, H, T] float32
+    doc_ids_ptr,  # [B, T] int32 or int64, or None
+    seed_ptr,  # [1] int64, or None
+    dqkv_ptr,  # [B, T, 3, H, D]
+    delta_ptr,  # [B, H, T] float32
+    sums_ptr,  # [B * tiles, H, D] float32, or [0, 0]
+    B,
+    T,
+    H,
+    scale,
+    log2_scale,
+    site,
+    threshold,
+    inv_keep,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ITEMSIZE: tl.constexpr,
+    RAGGED: tl.constexpr,
+    SUMS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    head, tile = _query_tile(tl.program_id(0), B * H, T, D, BLOCK_M, ITEMSIZE)
+    qkv_at, o_at, row_at, doc_at = head_offsets(head, T, H, D)
+    m, stride = tile * BLOCK_M, 3 * H * D
+    i = m + tl.arange(0, BLOCK_M)
+    q_ptr = qkv_ptr + qkv_at
+    k_ptr, v_ptr = q_ptr + H * D, q_ptr + 2 * H * D
+    q = load_tile(q_ptr, m, stride, T, BLOCK_M, D, BLOCK_D, RAGGED)
+    do = load_tile(do_ptr + o_at, m, H * D, T, BLOCK_M, D, BLOCK_D, RAGGED)
+    o = load_tile(o_ptr + o_at, m, H * D, T, BLOCK_M, D, BLOCK_D, RAGGED)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)
+    tl.store(delta_ptr + row_at + i, delta, mask=i < T)
+    lse = tl.load(lse_ptr + row_at + i, mask=i < T, other=float("inf"))  # P = 0 beyond T
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+    if DOCUMENTS:
+        doc_ids_ptr += doc_at
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    below = m // BLOCK_N * BLOCK_N
+    dq = _dq_over_keys(
+        dq, q, do, lse, delta, m, 0, below, k_ptr, v_ptr, doc_ids_ptr, seed, site, threshold, inv_keep, row_at,
+        log2_scale, stride, T, BLOCK_M, BLOCK_N, D, BLOCK_D, False, RAGGED, DROPOUT, DOCUMENTS, PRECISION,
+    )  # fmt: skip
+    dq = _dq_over_keys(
+        dq, q, do, lse, delta, m, below, tl.minimum(m + BLOCK_M, T), k_ptr, v_ptr, doc_ids_ptr, seed, site, threshold,
+        inv_keep, row_at, log2_scale, stride, T,
+        BLOCK_M, BLOCK_N, D, BLOCK_D, True, RAGGED, DROPOUT, DOCUMENTS, PRECISION,
+    )  # fmt: skip
+    sums_ptr += (((head // H).to(tl.int64) * tl.cdiv(T, BLOCK_M) + tile) * H + head % H) * D
+    store_tile(dqkv_ptr + qkv_at, sums_ptr, dq * scale, m, stride, T, BLOCK_M, D, BLOCK_D, SUMS)
+
+
+@triton.jit
+def _dkdv_over_queries(
+    dk, dv, k, v, n, lo, hi,
+    q_ptr,  # [T, D] of this head
+    do_ptr,  # [T, D]
+    lse_ptr,  # [T] float32, as delta_ptr
+    delta_ptr,
+    dq_ptr,  # [T, D] float32, or None
+    doc_ids_ptr,  # [T] of this sequence, or None
+    seed, site, threshold, inv_keep, first_row, log2_scale, stride, do_stride, T,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DIAGONAL: tl.constexpr,
+    RAGGED: tl.constexpr, ATOMIC: tl.constexpr, DROPOUT: tl.constexpr, DOCUMENTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk, dv [BLOCK_N, BLOCK_D] of keys n... plus the part of queries lo...hi - 1, all below the diagonal unless DIAGONAL.
+
+    Tiles are transposed, [BLOCK_N, BLOCK_M], so that P and dS enter the products for dv and dk from registers: on sm_90
+    BLOCK_M=64, BLOCK_N=128, D=64 takes 246 registers so, and spills the other way round.
+    """
+    j = n + tl.arange(0, BLOCK_N)
+    if DOCUMENTS:
+        doc_j = tl.load(doc_ids_ptr + j, mask=j < T, other=0)
+    for m in range(lo, hi, BLOCK_M):
+        i = m + tl.arange(0, BLOCK_M)
+        q = load_tile(q_ptr, m, stride, T, BLOCK_M, D, BLOCK_D, RAGGED)
+        do = load_tile(do_ptr, m, do_stride, T, BLOCK_M, D, BLOCK_D, RAGGED)
+        if RAGGED:
+            lse = tl.load(lse_ptr + i, mask=i < T, other=float("inf"))  # P = 0 beyond T
+            delta = tl.load(delta_ptr + i, mask=i < T, other=0.0)
+        else:
+            lse, delta = tl.load(lse_ptr + i), tl.load(delta_ptr + i)
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        p = tl.math.exp2(s * log2_scale - lse[None, :])
+        if DIAGONAL:
+            p = tl.where(i[None, :] >= j[:, None], p, 0.0)
+        if DOCUMENTS:
+            doc_i = tl.load(doc_ids_ptr + i, mask=i < T, other=0)
+            p = tl.where(doc_i[None, :] == doc_j[:, None], p, 0.0)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        if DROPOUT:
+            keep = tl.trans(keep_mask(seed, site, threshold, first_row + i, n, tl.cdiv(T, 4), BLOCK_M, BLOCK_N))
+            dp = tl.where(keep, dp * inv_keep, 0.0)
+            kept = tl.where(keep, p * inv_keep, 0.0)
+        else:
+            kept = p
+        dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION)
+        ds = (p * (dp - delta[None, :])).to(q.dtype)
+        dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+        if ATOMIC:
+            dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
+            at, inside = tile_at(dq_ptr, m, D, T, BLOCK_M, D, BLOCK_D)
+            tl.atomic_add(at, dq, mask=inside, sem="relaxed")
+    return dk, dv
+
+
+@triton.jit
+def _attention_bwd_dkdv_kernel(
+    qkv_ptr,  # [B, T, 3, H, D]
+    do_ptr,  # [B, T, H, D]
+    lse_ptr,  # [B, H, T] float32
+    delta_ptr,  # [B, H, T] float32
+    doc_ids_ptr,  # [B, T] int32 or int64, or None
+    seed_ptr,  # [1] int64, or None
+    dqkv_ptr,  # [B, T, 3, H, D]
+    dq_ptr,  # [B, H, T, D] float32, or None
+    sums_ptr,  # [B * tiles, 2, H, D] float32, or [0, 0]
+    B,
+    T,
+    H,
+    scale,
+    log2_scale,
+    site,
+    threshold,
+    inv_keep,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ITEMSIZE: tl.constexpr,
+    RAGGED: tl.constexpr,
+    SUMS: tl.constexpr,
+    ATOMIC: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    head, from_last = _query_tile(tl.program_id(0), B * H, T, D, BLOCK_N, ITEMSIZE)
+    tile = tl.cdiv(T, BLOCK_N) - 1 - from_last  # of keys the first tile is the longest
+    qkv_at, o_at, row_at, doc_at = head_offsets(head, T, H, D)
+    n, stride = tile * BLOCK_N, 3 * H * D
+    q_ptr, do_ptr, lse_ptr, delta_ptr = qkv_ptr + qkv_at, do_ptr + o_at, lse_ptr + row_at, delta_ptr + row_at
+    k = load_tile(q_ptr + H * D, n, stride, T, BLOCK_N, D, BLOCK_D, RAGGED)
+    v = load_tile(q_ptr + 2 * H * D, n, stride, T, BLOCK_N, D, BLOCK_D, RAGGED)
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+    if DOCUMENTS:
+        doc_ids_ptr += doc_at
+    if ATOMIC:
+        dq_ptr += row_at * D
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    first, below = n // BLOCK_M * BLOCK_M, tl.cdiv(n + BLOCK_N, BLOCK_M) * BLOCK_M
+    dk, dv = _dkdv_over_queries(
+        dk, dv, k, v, n, first, tl.minimum(below, T), q_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, doc_ids_ptr,
+        seed, site, threshold, inv_keep, row_at, log2_scale, stride, H * D, T,
+        BLOCK_M, BLOCK_N, D, BLOCK_D, True, RAGGED, ATOMIC, DROPOUT, DOCUMENTS, PRECISION,
+    )  # fmt: skip
+    dk, dv = _dkdv_over_queries(
+        dk, dv, k, v, n, below, T, q_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, doc_ids_ptr,
+        seed, site, threshold, inv_keep, row_at, log2_scale, stride, H * D, T,
+        BLOCK_M, BLOCK_N, D, BLOCK_D, False, RAGGED, ATOMIC, DROPOUT, DOCUMENTS, PRECISION,
+    )  # fmt: skip
+    sums_ptr += (((head // H).to(tl.int64) * tl.cdiv(T, BLOCK_N) + tile) * 2 * H + head % H) * D
+    dk_ptr = dqkv_ptr + qkv_at + H * D
+    store_tile(dk_ptr, sums_ptr, dk * scale, n, stride, T, BLOCK_N, D, BLOCK_D, SUMS)
+    store_tile(dk_ptr + H * D, sums_ptr + H * D, dv, n, stride, T, BLOCK_N, D, BLOCK_D, SUMS)
+
+
+@register(
+    "attention_bwd(Tensor do, Tensor qkv, Tensor o, Tensor lse, float p, Tensor? seed, int site, Tensor? doc_ids, "
+    "bool bias_grad) -> (Tensor, Tensor)"
+)
+def attention_bwd(
+    do: Tensor,
+    qkv: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    p: float,
+    seed: Tensor | None,
+    site: int,
+    doc_ids: Tensor | None,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """(dqkv [B, T, 3, H, D], its sum over tokens [3*H*D] float32, or [0] without bias_grad).
+
+    do, o [B, T, H, D] in qkv's dtype; lse [B, H, T] float32: log2 of the sum of the rows' exponentials.
+    """
+    op = "attention_bwd"
+    B, T, H, D = check_attention(op, qkv, p, seed, doc_ids)
+    for name, t in dict(do=do, o=o).items():
+        ok = t.shape == (B, T, H, D) and t.dtype == qkv.dtype
+        require(ok, op, f"{name} must be [B, T, H, D], in qkv's dtype", **{name: t}, qkv=qkv)
+    require(
+        lse.shape == (B, H, T) and lse.dtype == torch.float32, op, "lse must be [B, H, T] float32", lse=lse, qkv=qkv
+    )
+    require_same_device(op, do=do, qkv=qkv, o=o, lse=lse)
+    do, qkv, o, lse = do.contiguous(), qkv.contiguous(), o.contiguous(), lse.contiguous()
+    # launch.py: up_to is D; dropout and documents need registers, hence rows of their own
+    masked = "" if p == 0.0 and doc_ids is None else "_masked"
+    BLOCK_D = max(16, triton.next_power_of_2(D))
+    masks = (None if doc_ids is None else doc_ids.contiguous(), seed if p > 0.0 else None)
+    numbers = (B, T, H, D**-0.5, log2_scale(D), site, int(p * 2**32), 1.0 / (1.0 - p))
+    shape = dict(D=D, BLOCK_D=BLOCK_D, ITEMSIZE=qkv.element_size(), SUMS=bias_grad)
+    shape |= dict(DROPOUT=p > 0.0, DOCUMENTS=doc_ids is not None, PRECISION=dot_precision(qkv))
+
+    def sums(tiles: int, parts: int) -> Tensor:
+        return torch.empty((B * tiles, parts * H * D) if bias_grad else (0, 0), dtype=torch.float32, device=qkv.device)
+
+    def ragged(blocks: dict[str, int]) -> bool:
+        return bool(T % blocks["BLOCK_M"] != 0 or T % blocks["BLOCK_N"] != 0)
+
+    dqkv = torch.empty_like(qkv)
+    atomic = pick(op, qkv, D).choices["atomic"]
+    if atomic:
+        delta, dq = delta_and_zeros(do, o, BLOCK_D)
+    else:
+        delta, dq = torch.empty_like(lse), None
+        row = pick(f"attention_bwd_dq{masked}", qkv, D)
+        tiles = triton.cdiv(T, row.blocks["BLOCK_M"])
+        dq_sums = sums(tiles, 1)
+        launch(
+            f"attention_bwd_dq{masked}", _attention_bwd_dq_kernel, (tiles * B * H,),
+            qkv, o, do, lse, *masks, dqkv, delta, dq_sums, *numbers, row=row, RAGGED=ragged(row.blocks), **shape,
+        )  # fmt: skip
+    name = f"attention_bwd_atomic{masked}" if atomic else f"attention_bwd_dkdv{masked}"
+    row = pick(name, qkv, D)
+    tiles = triton.cdiv(T, row.blocks["BLOCK_N"])
+    dkdv_sums = sums(tiles, 2)
+    launch(
+        name, _attention_bwd_dkdv_kernel, (tiles * B * H,),
+        qkv, do, lse, delta, *masks, dqkv, dq, dkdv_sums, *numbers,
+        row=row, RAGGED=ragged(row.blocks), ATOMIC=atomic, **shape,
+    )  # fmt: skip
+    if dq is not None:
+        dq_sums = write_dq(dq, dqkv, BLOCK_D, bias_grad)
+    if not bias_grad:
+        return dqkv, torch.empty(0, dtype=torch.float32, device=qkv.device)
+    return dqkv, torch.cat((dq_sums.sum(0), dkdv_sums.sum(0)))

@@ -1,0 +1,62 @@
+"""Device functions on tiles of packed tensors, for the backward of attention."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def head_offsets(head, T, H, D: tl.constexpr):
+    """Where head `head` of all B*H begins, int64, in [B, T, 3, H, D], in [B, T, H, D], in [B, H, T] and in [B, T]."""
+    b, h = head.to(tl.int64) // H, head.to(tl.int64) % H
+    return b * T * (3 * H * D) + h * D, b * T * (H * D) + h * D, head.to(tl.int64) * T, b * T
+
+
+@triton.jit
+def tile_at(x_ptr, start, stride, T, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Pointers [ROWS, BLOCK_D] to rows start... of a [T, D] matrix of rows `stride` apart, and which of them exist.
+
+    Only the first row's offset needs 64 bits; those within a tile are kept in 32, for registers.
+    """
+    r, d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    first_ptr = x_ptr + tl.cast(start, tl.int64) * stride
+    return first_ptr + (r[:, None] * stride + d[None, :]), (r < T - start)[:, None] & (d < D)[None, :]
+
+
+@triton.jit
+def load_tile(
+    x_ptr,  # [T, D]
+    start,
+    stride,
+    T,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    RAGGED: tl.constexpr,
+):
+    """Rows start..., [ROWS, BLOCK_D], zeros beyond D, and beyond T where RAGGED says that there may be such rows."""
+    at, inside = tile_at(x_ptr, start, stride, T, ROWS, D, BLOCK_D)
+    if RAGGED or D < BLOCK_D:
+        return tl.load(at, mask=inside, other=0.0)
+    else:
+        return tl.load(at)
+
+
+@triton.jit
+def store_tile(
+    x_ptr,  # [T, D]
+    sums_ptr,  # [D] float32
+    x,  # float32 [ROWS, BLOCK_D], zeros beyond T
+    start,
+    stride,
+    T,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SUMS: tl.constexpr,
+):
+    """x at rows start..., and where SUMS asks for them the float32 sums of its columns before rounding."""
+    at, inside = tile_at(x_ptr, start, stride, T, ROWS, D, BLOCK_D)
+    tl.store(at, x.to(x_ptr.dtype.element_ty), mask=inside)
+    if SUMS:
+        d = tl.arange(0, BLOCK_D)
+        tl.store(sums_ptr + d, tl.sum(x, axis=0), mask=d < D)
