@@ -5,7 +5,8 @@ the products, causal attention counted as half.
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -82,8 +83,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class Case:
-    """One op. work: (forward, backward) of a shape and an element size; no backward: the op is not differentiable, and
-    what it `mutates` (positions of its arguments) is its result."""
+    """One op. work: (forward, backward) of a shape and an element size; no backward: the op is not differentiable.
+    What it `mutates` (positions of its arguments) is part of its result."""
 
     files: tuple[str, ...]  # of nanogpt_kernels, where the function may live
     inputs: Callable[[Setting], tuple[Any, ...]]
@@ -110,6 +111,14 @@ def _add_norm(s: Setting) -> tuple[Any, ...]:
     return r, delta, s.bias_of(x.C), s.vector(x.C, 1.0), s.bias_of(x.C), 1e-5, *s.dropout
 
 
+def _dropout_add(s: Setting) -> tuple[Any, ...]:
+    return *_add_norm(s)[:3], *s.dropout
+
+
+def _torch_dropout_add(r: Tensor, delta: Tensor, b: Tensor | None, p: float, seed: Tensor, site: int) -> Tensor:
+    return r + reference.dropout(delta if b is None else delta + b.to(delta.dtype), p, seed, site)
+
+
 def _attention(s: Setting) -> tuple[Any, ...]:
     x = s.shape
     return s.normal(x.B, x.T, 3, x.H, x.C // x.H), *s.dropout
@@ -119,6 +128,15 @@ def _qkv_attention(s: Setting) -> tuple[Any, ...]:
     x = s.shape
     w_qkv = s.normal(3 * x.C, x.C, scale=x.C**-0.5)
     return s.normal(x.B, x.T, x.C), w_qkv, s.bias_of(3 * x.C), x.H, *s.dropout
+
+
+def _cached_attention(s: Setting) -> tuple[Any, ...]:
+    """The last token of a full cache: sampling's usual step."""
+    x = s.shape
+    cache = s.normal(2, x.B, x.H, x.T, x.C // x.H, grad=False)
+    w_qkv = s.normal(3 * x.C, x.C, scale=x.C**-0.5, grad=False)
+    bias = s.bias_of(3 * x.C)
+    return s.normal(x.B, 1, x.C, grad=False), w_qkv, None if bias is None else bias.detach(), x.H, cache, x.T - 1
 
 
 def _bias_gelu(s: Setting) -> tuple[Any, ...]:
@@ -151,7 +169,8 @@ def _adamw(s: Setting) -> tuple[Any, ...]:
     flat = [replace(s, seed=i).normal(N, dtype=torch.float32, grad=False) for i in range(4)]
     master, m, v, g = flat[0], flat[1] * 0.01, flat[2].square() * 1e-4, flat[3]
     p = None if s.dtype == torch.float32 else master.to(s.dtype)
-    scalars = torch.tensor([1e-3, 10.0, 1.0, 1.0, N**0.5], dtype=torch.float64, device=s.device)
+    # clipped a little: what divides the gradient in place would soon have none left
+    scalars = torch.tensor([1e-3, 10.0, 1.0, 1.0, 1.001], dtype=torch.float64, device=s.device)
     half = N // 2 // 128 * 128
     return p, master, m, v, g, scalars, [(0, half, 0.1), (half, N, 0.0)], 0.9, 0.95
 
@@ -184,6 +203,10 @@ def _qkv_attention_work(x: Shape, size: int) -> tuple[Work, Work]:
     )
 
 
+def _cached_attention_work(x: Shape, size: int) -> tuple[Work, None]:
+    return Work(_gemm(x.B, x.C, 3 * x.C) + 4.0 * x.M * x.C, (2 * x.M * x.C + 3 * x.C * x.C) * size), None
+
+
 def _mlp_work(x: Shape, size: int) -> tuple[Work, Work]:
     gemms, rows, w = 2 * _gemm(x.M, x.C, 4 * x.C), x.M * x.C * size, 8 * x.C * x.C * size
     return Work(gemms, 2 * rows + w), Work(2 * gemms, 3 * rows + 2 * w)
@@ -210,6 +233,8 @@ CASES: dict[str, Case] = {
     "norm": Case(("norm",), _norm, _rows_work(2, 3)),
     "qkv_attention": Case(("attention",), _qkv_attention, _qkv_attention_work),
     "embedding": Case(("embedding",), _embedding, _embedding_work),
+    "dropout_add": Case(("residual",), _dropout_add, _rows_work(3, 2), specified_by=_torch_dropout_add),
+    "cached_attention": Case(("attention",), _cached_attention, _cached_attention_work, mutates=(4,), at_most=16),
     "grad_norm": Case(("adamw",), _grad_norm, lambda x, size: (Work(bytes=4.0 * x.N), None)),
 }
 
@@ -249,13 +274,24 @@ def douts_of(outs: list[Any], at: Setting) -> list[Tensor]:
     return [torch.ones_like(o) if o.dim() == 0 else drawn.normal(*o.shape, dtype=o.dtype, grad=False) for o in outs]
 
 
+@contextmanager
+def overridden(overrides: dict[str, dict[str, Any]]) -> Iterator[None]:
+    """Several launch.override at once: {launch op: fields}."""
+    from nanogpt_kernels import launch
+
+    with ExitStack() as stack:
+        for launch_op, fields in overrides.items():
+            stack.enter_context(launch.override(launch_op, **fields))
+        yield
+
+
 def recorded(op: str, at: Setting, arch: int, backward: bool) -> Any:
     """The launches of our op on sm_`arch`, forward or forward and backward, without running anything; `.rows` are the
     (launch op, row) pairs it asked for."""
     from nanogpt_kernels import launch
 
     at = replace(at, device=torch.device("meta"))
-    with launch.recording(arch) as calls:
+    with launch.recording(max(listed for listed in launch.SMS if listed <= arch)) as calls:
         bound = harness.plain(ours(op)).bind(*CASES[op].inputs(at))
         outs = harness.outputs_of(bound.forward())
         if backward and differentiable(op, at):

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures import wait as wait_for
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cases
@@ -24,13 +24,13 @@ SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448
 
 @dataclass(frozen=True)
 class Task:
-    """A candidate to compile: the launch op's row with these fields replaced (launch.override's)."""
+    """A candidate to compile: the rows with these fields replaced (cases.overridden's)."""
 
     op: str  # of CASES
     launch_op: str
     at: Setting
     arch: int
-    fields: dict[str, Any]
+    overrides: dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Resources:
     registers: int = 0
     spilled: int = 0  # bytes a thread
     shared: int = 0  # bytes a block
+    launches: int = 0  # distinct ones: with some choices a row's kernel is not used at all
     problem: str = ""
 
 
@@ -63,24 +64,31 @@ class _Target:
 
 def compile_task(task: Task) -> Resources:
     """Run in a worker."""
-    from nanogpt_kernels import launch
     from triton.runtime import driver
 
     target: Any = _Target(task.arch)
     driver.set_active(target)
-    used = [Resources()]
+    used = []
     try:
-        with launch.override(task.launch_op, **task.fields):
+        with cases.overridden(task.overrides):
             calls = cases.recorded(task.op, task.at, task.arch, backward=True)
         for call in calls:
-            if call.op == task.launch_op:
+            if row_of(call.op) == task.launch_op:
                 kernel = call.kernel.warmup(*call.args, grid=call.grid, **call.options)
                 used.append(_read(kernel.asm["cubin"], kernel.metadata.shared))
     except Exception as problem:  # a tile too small for tl.dot, a contract: the candidate is not one
         text = str(problem).strip().splitlines() or [""]
         return Resources(problem=f"{type(problem).__name__}: {text[-1]}"[:200])
-    most = Resources(*(max(getattr(r, name) for r in used) for name in ("registers", "spilled", "shared")))
-    return Resources(most.registers, most.spilled, most.shared, _problem(most, task.arch))
+    most = [max((getattr(r, name) for r in used), default=0) for name in ("registers", "spilled", "shared")]
+    found = Resources(*most, launches=len(used))
+    return replace(found, problem=_problem(found, task.arch))
+
+
+def row_of(call_op: str) -> str:
+    """The key of TABLE that a launch belongs to: its own name, or the longest key that it goes on from."""
+    from nanogpt_kernels import launch
+
+    return max((key for key in launch.TABLE if call_op == key or call_op.startswith(f"{key}_")), key=len, default="")
 
 
 def _problem(used: Resources, arch: int) -> str:

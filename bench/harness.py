@@ -116,7 +116,10 @@ def _span_ms(run: Callable[[], Any]) -> float:
 
 
 def make_arm(calls: Sequence[Callable[[], Any]], pool: Any, capturable: bool = True) -> Arm:
-    """Warm the calls up, then capture them in turn into one graph. pool: shared by graphs that never run at once."""
+    """Warm the calls up, then capture them in turn into one graph; events where that fails (they wait for the device).
+
+    pool: of graphs that never run at once, and share their memory.
+    """
 
     def all_calls() -> None:
         for call in calls:
@@ -131,21 +134,35 @@ def make_arm(calls: Sequence[Callable[[], Any]], pool: Any, capturable: bool = T
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     turns = max(1, min(MOST_CALLS // len(calls), math.ceil(REPLAY_MS / max(one_ms * len(calls), 1e-3))))
+    eager = Arm(all_calls, len(calls), "events", replays=turns)
     if not capturable:
-        return Arm(all_calls, len(calls), "events", replays=turns)
+        return eager
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream):
-        for _ in range(turns):
-            all_calls()
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            for _ in range(turns):
+                all_calls()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as problem:
+        if "capture" not in str(problem):
+            raise
+        torch.cuda.synchronize()
+        return eager
     graph.replay()
     ms = _span_ms(graph.replay)
     return Arm(graph.replay, turns * len(calls), "graph", max(1, math.ceil(REPLAY_MS / max(ms, 1e-3))), held=calls)
 
 
-def interleaved(arms: dict[str, Arm], rounds: int) -> dict[str, list[float]]:
-    """{name: milliseconds a call, one figure a round}; each round runs all arms, starting with another one each."""
+def interleaved(
+    arms: dict[str, Arm], rounds: int, while_busy: Callable[[], Any] = lambda: None
+) -> dict[str, list[float]]:
+    """{name: milliseconds a call, one figure a round}; each round runs all arms, starting with another one each.
+
+    while_busy is called when all is enqueued: clocks read later would be an idle GPU's.
+    """
     names, events = list(arms), {name: [] for name in arms}
-    for turn in range(rounds + 1):
+    for turn in range(rounds + 1 if arms else 0):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
@@ -153,6 +170,7 @@ def interleaved(arms: dict[str, Arm], rounds: int) -> dict[str, list[float]]:
                 arms[name].replay()
             end.record()
             events[name].append((begin, end))
+    while_busy()
     torch.cuda.synchronize()
     spans = {name: [b.elapsed_time(e) for b, e in pairs[1:]] for name, pairs in events.items()}  # the first warms up
     return {name: [ms / (arms[name].calls * arms[name].replays) for ms in spans[name]] for name in names}

@@ -100,8 +100,8 @@ def results(contestant: Contestant, op: str, at: Setting) -> Results:
     megabytes = min(2048, 1 + sum(a.numel() * a.element_size() for a in args if isinstance(a, torch.Tensor)) // 2**19)
     with contestant.within():
         if CASES[op].mutates:
-            bound.forward()
-            return [args[i] for i in CASES[op].mutates], []
+            outs = harness.outputs_of(bound.forward())
+            return [*outs, *(args[i] for i in CASES[op].mutates)], []
         douts = cases.douts_of(harness.outputs_of(bound.forward()), at)
         harness.poison(at.device, megabytes)
         outs, grads = harness.both(bound, douts)
@@ -156,11 +156,13 @@ def within(contestant: Contestant, call: Callable[[], Any]) -> Callable[[], Any]
     return run
 
 
-def timed(op: str, at: Setting, found: Field, rounds: int) -> tuple[dict[tuple[str, str], list[float]], dict[str, str]]:
-    """({(contestant, mode): milliseconds a call}, {contestant: "graph", "events" or what went wrong})."""
+def timed(
+    op: str, at: Setting, found: Field, rounds: int
+) -> tuple[dict[tuple[str, str], list[float]], dict[str, str], dict[str, Any]]:
+    """({(contestant, mode): milliseconds a call}, {contestant: how, or what went wrong}, the GPU's state meanwhile)."""
     sizes = [a.numel() * a.element_size() for a in CASES[op].inputs(at) if isinstance(a, torch.Tensor)]
     sets = harness.input_sets(sum(sizes))
-    pool, arms, how = torch.cuda.graph_pool_handle(), {}, {}
+    pool, arms, how, state = torch.cuda.graph_pool_handle(), {}, {}, {}
     for name, contestant in found.contestants.items():
         try:
             modes = calls_of(contestant, op, at, sets)
@@ -170,12 +172,12 @@ def timed(op: str, at: Setting, found: Field, rounds: int) -> tuple[dict[tuple[s
         except Exception as problem:
             how[name] = f"not timed: {first_line(problem)}"
         gc.collect()
-    spans = harness.interleaved(arms, rounds)
+    spans = harness.interleaved(arms, rounds, lambda: state.update(machine.gpu_state()))
     times = {(name, mode): spans[f"{name}|{mode}"] for name in how for mode in MODES if f"{name}|{mode}" in spans}
     for name in found.contestants:
         if (name, "both") in times:
             times[name, "backward"] = [b - f for b, f in zip(times[name, "both"], times[name, "forward"])]
-    return times, how
+    return times, how, state
 
 
 def work_of(mode: str, op: str, at: Setting) -> machine.Work:
@@ -193,8 +195,7 @@ def measure(op: str, at: Setting, found: Field, rounds: int, facts: dict[str, An
         if isinstance(verdict, str):
             lines.write(**facts, contestant=name, status=verdict)
             print(f"  {name}: {verdict}")
-    times, how = timed(op, at, found, rounds)
-    state = machine.gpu_state()
+    times, how, state = timed(op, at, found, rounds)
     rows = []
     for (name, mode), values in times.items():
         work, ms = work_of(mode, op, at), harness.summary(values)
@@ -240,6 +241,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--check", action="store_true", help="compare results, take no times")
     parser.add_argument("--dry_run", action="store_true")
     parser.add_argument("--out", type=Path, help="append to DIR/ops.jsonl")
+    parser.add_argument("--resume", action="store_true", help="skip what DIR/ops.jsonl has of these very files")
     args = parser.parse_args(argv)
     for op in args.ops:
         if op not in CASES:
@@ -256,8 +258,14 @@ def main(argv: list[str]) -> int:
     if device.type == "cuda" or not args.check:
         device = machine.require_cuda("bench/ops.py")
     lines = machine.Lines(args.out and args.out / "ops.jsonl", bench="ops", **machine.machine_facts())
+    asked = [args.dtype, args.p, args.no_bias, args.no_compile, *peers]
+    done = machine.read_lines(args.out / "ops.jsonl") if args.resume and args.out else []
+    done = [(row["size"], row["op"], row["asked"]) for row in done if row.get("finished") == machine.tree_hash()]
     wrong = 0
     for size, op in itertools.product(args.sizes, args.ops or CASES):
+        if (size, op, asked) in done:
+            print(f"{op}, {size}: measured before")
+            continue
         at = setting_of(op, size, args, device)
         found = contestants(op, at, peers, compiled=not (args.no_compile or args.check))
         facts = {"op": op, "size": size, "shape": vars(at.shape), "dtype": args.dtype, "p": at.p, "bias": at.bias}
@@ -269,8 +277,10 @@ def main(argv: list[str]) -> int:
         wrong += "ours" not in found.contestants
         header = ["contestant", "mode", "ms", "quartiles", "rate", "of floor", "x ours", "timed"]
         print(machine.table(header, rows), flush=True)
+        lines.write(size=size, op=op, asked=asked, finished=machine.tree_hash())
         gc.collect()
         torch.cuda.empty_cache()
+    print(f"{wrong} of our ops missing or wrong")
     return 1 if wrong else 0
 
 

@@ -10,7 +10,6 @@ blocks are scheduled differently each time; nothing waits for the device until t
 import argparse
 import random
 import sys
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,15 +59,12 @@ class Ballast:
                 torch.mm(self.square[:n], self.square, out=self.product[:n])
 
 
-def deterministic(op: str, at: Setting, stack: ExitStack) -> list[str]:
-    """Turn off every choice named `atomic` of the rows the op takes; their launch ops."""
+def deterministic(op: str, at: Setting) -> dict[str, dict[str, Any]]:
+    """The overrides that turn off every choice named `atomic` of the rows the op takes."""
     from nanogpt_kernels import launch
 
     rows = dict(cases.recorded(op, at, launch.architecture(at.device), backward=True).rows)
-    turned = [name for name, row in rows.items() if row.choices.get("atomic")]
-    for name in turned:
-        stack.enter_context(launch.override(name, choices={"atomic": False}))
-    return turned
+    return {name: {"choices": {"atomic": False}} for name, row in rows.items() if row.choices.get("atomic")}
 
 
 def race(op: str, at: Setting, repeats: int, ballast: Ballast) -> dict[str, int]:
@@ -83,8 +79,8 @@ def race(op: str, at: Setting, repeats: int, ballast: Ballast) -> dict[str, int]
         for i, x in fresh.items():
             args[i].copy_(x)
         if douts is None:
-            bound.forward()
-            return {f"argument {i}": args[i] for i in case.mutates if args[i] is not None}
+            named = {f"output {i}": out for i, out in enumerate(harness.outputs_of(bound.forward()))}
+            return named | {f"argument {i}": args[i] for i in case.mutates if args[i] is not None}
         outs, grads = harness.both(bound, douts)
         named = {f"output {i}": out for i, out in enumerate(outs)}
         return named | {f"gradient of argument {i}": grad for i, grad in zip(leaves, grads)}
@@ -135,15 +131,15 @@ def main(argv: list[str]) -> int:
     lines = machine.Lines(args.out and args.out / "race.jsonl", **facts, **machine.machine_facts())
     ballast, found = Ballast(device, args.ballast_mb), False
     for op in args.ops or CASES:
-        with ExitStack() as stack:
-            try:
-                turned = deterministic(op, make(op), stack)
+        try:
+            turned = deterministic(op, make(op))
+            with cases.overridden(turned):
                 counts = race(op, make(op), args.repeats, ballast)
-            except Exception as problem:  # the next op has its own memory and kernels
-                lines.write(op=op, status=ops.first_line(problem))
-                print(f"{op}: {ops.first_line(problem)}", flush=True)
-                found = True
-                continue
+        except Exception as problem:  # the next op has its own memory and kernels
+            lines.write(op=op, status=ops.first_line(problem))
+            print(f"{op}: {ops.first_line(problem)}", flush=True)
+            found = True
+            continue
         differing = {name: count for name, count in counts.items() if count}
         lines.write(op=op, status="differs" if differing else "ok", repeats=args.repeats, differing=differing)
         listed = ", ".join(f"{name} in {count}" for name, count in differing.items())
@@ -157,6 +153,7 @@ def main(argv: list[str]) -> int:
             f"assembled by {tool['path']}, {tool['version']}. Versions before 13 can corrupt the registers of wgmma on "
             "Hopper: before reading the code, try TRITON_PTXAS_PATH=/path/to/a/newer/ptxas"
         )
+    print("a race, or an op that did not run: see above" if found else f"the same bits, by ptxas {tool['version']}")
     return 1 if found else 0
 
 

@@ -65,10 +65,12 @@ def _adamw() -> Contestant:
             count = torch.tensor(step, device=g.device)
             state = {"step": count, "exp_avg": m[start:end], "exp_avg_sq": v[start:end]}
             optimizer.state[group["params"][0]] = state
-        divisor = torch.tensor(1.0 / clip, device=g.device)
+        divisor = torch.tensor(
+            1.0 / clip, device=g.device
+        )  # clips, as GradScaler's scale does; it is written back to g
+        optimizer.grad_scale, optimizer.found_inf = divisor, torch.zeros_like(divisor)  # type: ignore[attr-defined]
 
-        def update() -> None:  # clipped by the divisor, as under GradScaler; then the copy that training takes
-            optimizer.grad_scale, optimizer.found_inf = divisor, torch.zeros_like(divisor)  # type: ignore[attr-defined]
+        def update() -> None:  # and the copy that training takes
             optimizer.step()
             if p is not None:
                 p.copy_(master)
