@@ -60,7 +60,7 @@ OP_FILES = {  # {file of nanogpt_kernels: its ops}; --kernels takes the names of
     "attention": ("qkv_attention", "cached_attention"),
     "linear": ("linear",),
     "mlp": ("mlp",),
-    "cross_entropy": ("linear_cross_entropy",),
+    "linear_cross_entropy": ("linear_cross_entropy",),
     "adamw": ("grad_norm", "adamw_"),
 }
 REFERENCE = Ops(**{name: getattr(reference, name) for name in OP_NAMES})
