@@ -123,14 +123,14 @@ def _finish_bwd(
 ):  # fmt: skip
     stored = _load(pre_ptr, i, j, M, N, I, J, TMA)
     pre = stored.to(tl.float32)
-    if WRITE_ACT:
-        _store(act_ptr, gelu(pre, TANH).to(stored.dtype), i, j, M, N, I, J, TMA)
     dpre = (dact * gelu_derivative(pre, TANH)).to(stored.dtype)
     _store(dpre_ptr, dpre, i, j, M, N, I, J, TMA)
     if BIAS_GRAD:
         n, inside = j + tl.arange(0, J), i + tl.arange(0, I) < M  # outside, an infinite weight times 0 is NaN
         db = tl.sum(tl.where(inside[:, None], dpre.to(tl.float32), 0.0), axis=0)
         tl.store(db_partial_ptr + tile_m.to(tl.int64) * N + n, db, mask=n < N)
+    if WRITE_ACT:
+        _store(act_ptr, gelu(pre, TANH).to(stored.dtype), i, j, M, N, I, J, TMA)
 
 
 @triton.jit
@@ -172,27 +172,24 @@ def _gemm_gelu_bwd_kernel(
             )  # fmt: skip
 
 
-def _describable(t: Tensor | None) -> bool:
-    """Whether TMA can address t [rows, columns]: base and rows 16-byte aligned, and there is something to address."""
-    if t is None:
-        return True
-    if isinstance(t, FakeTensor):
+def describable(t: Tensor) -> bool:
+    """Whether TMA and 16-byte loads can address t [rows, columns]: contiguous, base and rows aligned to 16 bytes."""
+    if isinstance(t, FakeTensor) or t.numel() == 0:
         return False
-    return t.numel() > 0 and t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
+    return t.is_contiguous() and t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
 
 
 def _operands(tensors_and_tiles: list[tuple[Tensor | None, list[int]]]) -> tuple[bool, list[Any]]:
     """Whether all of them can be described, and they as descriptors of such tiles if so."""
-    tensors = [t for t, _ in tensors_and_tiles]
-    device = next(t for t in tensors if t is not None).device
-    if architecture(device) < 90 or not all(_describable(t) for t in tensors):
-        return False, tensors
+    given = [t for t, _ in tensors_and_tiles if t is not None]
+    if architecture(given[0].device) < 90 or not all(describable(t) for t in given):
+        return False, [t for t, _ in tensors_and_tiles]
     return True, [None if t is None else TensorDescriptor.from_tensor(t, tile) for t, tile in tensors_and_tiles]
 
 
 def _persistent_grid(row: Row, M: int, N: int, device: torch.device) -> tuple[Any]:
     tiles = triton.cdiv(M, row.blocks["BLOCK_M"]) * triton.cdiv(N, row.blocks["BLOCK_N"])
-    return (torch.sym_min(row.choices["programs_per_sm"] * sm_count(device), tiles),)
+    return (min(row.choices["programs_per_sm"] * sm_count(device), tiles),)
 
 
 def gemm_gelu_fwd(

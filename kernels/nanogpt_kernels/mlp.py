@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanogpt_kernels.contract import require, require_float, require_same_device
-from nanogpt_kernels.gemm_gelu import gemm_gelu_bwd, gemm_gelu_fwd
+from nanogpt_kernels.gemm_gelu import describable, gemm_gelu_bwd, gemm_gelu_fwd
 from nanogpt_kernels.launch import Row, launch, pick, sm_count
 from nanogpt_kernels.linear import main_grad_of, weight_grad
 from nanogpt_kernels.primitives import gelu, gelu_derivative
@@ -119,8 +119,8 @@ def _gelu_bwd(
     M = x.shape[:-1].numel()
     strips = (N + row.blocks["BLOCK_N"] - 1) // row.blocks["BLOCK_N"]
     at_once = row.choices["programs_per_sm"] * sm_count(x.device)  # so many strips and row programs, together
-    most: Any = torch.sym_max(at_once // torch.sym_max(strips, 1), 1)
-    programs = torch.sym_min(most, (M + row.blocks["BLOCK_M"] - 1) // row.blocks["BLOCK_M"])
+    most = torch.sym_max(at_once // torch.sym_max(strips, 1), 1)
+    programs: Any = torch.sym_min(most, (M + row.blocks["BLOCK_M"] - 1) // row.blocks["BLOCK_M"])
     partial = torch.empty(programs, N, dtype=torch.float32, device=x.device) if bias_grad else None
     launch(
         "bias_gelu_bwd", _bias_gelu_bwd_kernel, (programs, strips),
@@ -138,10 +138,13 @@ def bias_gelu_bwd(
     return dx, _gelu_bwd(dy, x, b, dx, None, activation, bias_grad)
 
 
-def _fused(op: str, x: Tensor, C: int) -> Row | None:
-    """The shape of the GEMM with GELU in its epilogue, or None where cuBLAS is to do it: always so in float32."""
+def _fused(op: str, C: int, x: Tensor, *others: Tensor) -> Row | None:
+    """The shape of the GEMM with GELU in its epilogue, or None where cuBLAS is to do it.
+
+    Always so in float32, and where an operand cannot be described: without TMA the tiles for sm_90 spill registers.
+    """
     row = pick(op, x, C) if x.element_size() == 2 else None
-    return row if row is not None and row.choices["fused"] else None
+    return row if row is not None and row.choices["fused"] and all(map(describable, (x, *others))) else None
 
 
 @register(
@@ -162,7 +165,8 @@ def mlp_fwd(
     shapes = y.size(-1) == C and w_proj.size(1) == F_ and C > 0 and F_ > 0
     require(shapes, "mlp", "y must be [..., C], w_fc [F, C], w_proj [C, F], none of them 0", **operands)
     _require_bias("mlp", b_fc, F_, y.dtype)
-    rows, row = y.reshape(-1, C), _fused("mlp_fwd", y, C)
+    rows = y.reshape(-1, C).contiguous()
+    row = _fused("mlp_fwd", C, rows, w_fc, w_proj)
     if row is not None:
         pre, act = gemm_gelu_fwd(row, rows, w_fc, b_fc, activation == "gelu_tanh", keep_pre)
     else:
@@ -180,7 +184,8 @@ def mlp_bwd(
     ddelta: Tensor, w_proj: Tensor, pre: Tensor, activation: str, bias_grad: bool, rebuild_act: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dpre [M, F], db_fc [F] float32, act [M, F]) of ddelta [M, C]; what is not asked for is [0]."""
-    row = _fused("mlp_bwd", pre, w_proj.size(0))
+    ddelta = ddelta.contiguous()
+    row = _fused("mlp_bwd", w_proj.size(0), ddelta, w_proj, pre)
     if row is not None:
         dpre, db, act = gemm_gelu_bwd(row, ddelta, w_proj, pre, activation == "gelu_tanh", bias_grad, rebuild_act)
     else:
