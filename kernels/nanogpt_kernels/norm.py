@@ -52,8 +52,10 @@ def _norm_fwd_kernel(
 ):
     w, b = vector_pieces(w_ptr, C, BLOCK_C, TILES), vector_pieces(b_ptr, C, BLOCK_C, TILES)
     delta_bias = vector_pieces(delta_bias_ptr, C, BLOCK_C, TILES)
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
     for start in range(tl.program_id(0).to(tl.int64) * ROWS, M, tl.num_programs(0) * ROWS):
-        m = start + tl.arange(0, ROWS)
+        m = start + tl.arange(0, ROWS).to(tl.int64)
         r_in, deltas = row_pieces(r_ptr, m, M, C, BLOCK_C, TILES), row_pieces(delta_ptr, m, M, C, BLOCK_C, TILES)
         rs = ()
         total = tl.zeros([ROWS, BLOCK_C], tl.float32)
@@ -64,7 +66,7 @@ def _norm_fwd_kernel(
                 if delta_bias_ptr is not None:
                     delta += delta_bias[i]
                 if seed_ptr is not None:
-                    keep = keep_mask(tl.load(seed_ptr), site, threshold, m, i * BLOCK_C, tl.cdiv(C, 4), ROWS, BLOCK_C)
+                    keep = keep_mask(seed, site, threshold, m, i * BLOCK_C, tl.cdiv(C, 4), ROWS, BLOCK_C)
                     delta = tl.where(keep, delta * scale, 0.0)
                 at, inside = piece(m, M, i, C, BLOCK_C)
                 stored = (r + delta).to(r_out_ptr.dtype.element_ty)
@@ -117,8 +119,10 @@ def _norm_bwd_kernel(
     w = vector_pieces(w_ptr, C, BLOCK_C, TILES)
     zeros = zero_pieces(ROWS, BLOCK_C, TILES)
     dw, db, d_delta_bias = zeros, zeros, zeros
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
     for start in range(tl.program_id(0).to(tl.int64) * ROWS, M, tl.num_programs(0) * ROWS):
-        m = start + tl.arange(0, ROWS)
+        m = start + tl.arange(0, ROWS).to(tl.int64)
         drs = row_pieces(dres_ptr, m, M, C, BLOCK_C, TILES)
         if dy_ptr is not None:
             dys, rs = row_pieces(dy_ptr, m, M, C, BLOCK_C, TILES), row_pieces(r_ptr, m, M, C, BLOCK_C, TILES)
@@ -148,7 +152,7 @@ def _norm_bwd_kernel(
             if dr_ptr is not None:
                 tl.store(dr_ptr + at, dr.to(dr_ptr.dtype.element_ty), mask=inside)
             if seed_ptr is not None:
-                keep = keep_mask(tl.load(seed_ptr), site, threshold, m, i * BLOCK_C, tl.cdiv(C, 4), ROWS, BLOCK_C)
+                keep = keep_mask(seed, site, threshold, m, i * BLOCK_C, tl.cdiv(C, 4), ROWS, BLOCK_C)
                 dr = tl.where(keep, dr * scale, 0.0)
             if ddelta_ptr is not None:
                 tl.store(ddelta_ptr + at, dr.to(ddelta_ptr.dtype.element_ty), mask=inside)
@@ -200,11 +204,11 @@ def norm_fwd(
     require(r.size(-1) == w.numel(), op, "the last dimension of r must be w's", r=r, w=w)
     require(b is None or b.shape == w.shape, op, "b must have w's shape", w=w, b=b)
     require_float(op, r=r, w=w, b=b)
-    require(y_dtype in FLOATS, op, "out_dtype must be float32, bfloat16 or float16", out_dtype=y_dtype)
     require_same_device(op, r=r, delta=delta, delta_bias=delta_bias, w=w, b=b, seed=seed)
     if delta is not None:
         require_addends(op, r, delta, delta_bias)
         require_dropout(op, p, seed)
+    require(y_dtype in FLOATS, op, "out_dtype must be float32, bfloat16 or float16", out_dtype=y_dtype)
     r, w = r.contiguous(), w.contiguous()
     delta, delta_bias, b = (None if t is None else t.contiguous() for t in (delta, delta_bias, b))
     C = w.numel()
