@@ -66,8 +66,8 @@ def _grad_norm_kernel(
 def _adamw_factors_kernel(
     scalars_ptr,  # [5] float64
     factors_ptr,  # [5] float32: of the gradient, learning rate, step_size, 1 / root, 1 if the norm is finite
+    log_beta1, log_beta2,
     LR: tl.constexpr, STEP: tl.constexpr, MAX_NORM: tl.constexpr, LOSS_SCALE: tl.constexpr, GRAD_NORM: tl.constexpr,
-    LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr,
 ):  # fmt: skip
     lr, step = tl.load(scalars_ptr + LR), tl.load(scalars_ptr + STEP) + 1.0
     max_norm, loss_scale = tl.load(scalars_ptr + MAX_NORM), tl.load(scalars_ptr + LOSS_SCALE)
@@ -75,9 +75,8 @@ def _adamw_factors_kernel(
     finite = tl.abs(norm) < float("inf")
     clip = max_norm / (norm / loss_scale + 1e-6)
     clip = tl.where((max_norm > 0.0) & (clip < 1.0), clip, 1.0)
-    # constexprs, because Triton passes a Python float as float32: beta2 = 0.999 would be 1.3e-8 off, 1 - beta2 1.3e-5
-    bias1 = 1.0 - tl.exp(step * tl.full([], LOG_BETA1, tl.float64))
-    bias2 = 1.0 - tl.exp(step * tl.full([], LOG_BETA2, tl.float64))
+    # logarithms, because Triton passes a Python float as float32: from beta2 = 0.999 itself, 1 - beta2 is 1.3e-5 off
+    bias1, bias2 = 1.0 - tl.exp(step * log_beta1), 1.0 - tl.exp(step * log_beta2)
     tl.store(factors_ptr + 0, (clip / loss_scale).to(tl.float32))
     tl.store(factors_ptr + 1, lr.to(tl.float32))
     tl.store(factors_ptr + 2, (lr / bias1).to(tl.float32))
@@ -180,10 +179,10 @@ def _adamw_(
     require(ok, "adamw_", "segments must lie in the buffers and not overlap", segments=segments, master=master)
 
     factors = torch.empty(5, dtype=torch.float32, device=scalars.device)
-    log_beta1, log_beta2 = (math.log(beta) if beta > 0.0 else -math.inf for beta in (beta1, beta2))
+    logs = (math.log(beta) if beta > 0.0 else -math.inf for beta in (beta1, beta2))
     launch(
-        "adamw", _adamw_factors_kernel, (1,), scalars, factors, LR=LR, STEP=STEP, MAX_NORM=MAX_NORM,
-        LOSS_SCALE=LOSS_SCALE, GRAD_NORM=GRAD_NORM, LOG_BETA1=log_beta1, LOG_BETA2=log_beta2,
+        "adamw", _adamw_factors_kernel, (1,), scalars, factors, *logs,
+        LR=LR, STEP=STEP, MAX_NORM=MAX_NORM, LOSS_SCALE=LOSS_SCALE, GRAD_NORM=GRAD_NORM,
     )  # fmt: skip
     row = pick("adamw", master, master.numel())
     tiles = _tiles.__wrapped__ if isinstance(master, FakeTensor) else _tiles
