@@ -86,6 +86,13 @@ def test_any_shape_and_layout(M: int, V: int, padding: int, dtype, scale: float,
     kernel_case.assert_op(cross_entropy, in_torch, inputs, tiny=1e-6, what=f"{layout} {logits.shape}")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gpt2_s_vocabulary_by_the_shipped_tiles(dtype: torch.dtype):
+    inputs = [randn(2, 50304, dtype=dtype, scale=2.0), draw_targets(2, 50257, ignored=0.0), 0.5, -1, 50257]
+    with launch.override("cross_entropy"):
+        kernel_case.assert_op(cross_entropy, in_torch, inputs, what="GPT-2")
+
+
 def test_logits_stay_as_they_are():
     logits = randn(3, 100)
     before = logits.detach().clone()

@@ -120,6 +120,15 @@ def test_without_gradients_nothing_is_written(without: str):
     assert torch.equal(after, w.main_grad)  # type: ignore[attr-defined]
 
 
+def test_autocast_changes_nothing():
+    """Products stay in the operands' dtype: the trainer's parameters are stored in the compute dtype."""
+    x, w, targets = randn(7, C), randn(70, C, seed=1), draw_targets(7, V=70)
+    plain = results(linear_cross_entropy, x, w, targets)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        cast = results(linear_cross_entropy, x, w, targets)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(plain, cast))
+
+
 def test_only_what_is_wanted_is_computed():
     """A frozen head gives dx and leaves main_grad; a frozen input gives dw; each is what both together give."""
     x, targets = randn(7, C), draw_targets(7, V=70)

@@ -24,8 +24,8 @@ _LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32: unlike -inf, its d
 @triton.jit
 def _load_logits(row_ptr, v, columns, valid):
     """Logits z[v] of a row in float32, -inf from column `valid` on."""
-    # The load's own mask ends at `columns`, a multiple of the vector width; at `valid` it would split the vectors.
-    z = tl.load(row_ptr + v, mask=v < columns, other=float("-inf")).to(tl.float32)
+    # The load's own mask ends at `columns`, a multiple of the vector width: at `valid` it would split the vectors.
+    z = tl.load(row_ptr + v, mask=v < columns).to(tl.float32)
     return tl.where(v < valid, z, float("-inf"))
 
 
@@ -36,8 +36,8 @@ def _peak_and_total(row_ptr, columns, valid, BLOCK_V: tl.constexpr):
     total = tl.zeros([BLOCK_V], tl.float32)
     for start in range(0, valid, BLOCK_V):
         z = _load_logits(row_ptr, start + tl.arange(0, BLOCK_V), columns, valid)
-        smaller = tl.exp(-tl.abs(z - peak))
-        higher = z > peak
+        above = z - peak
+        smaller, higher = tl.exp(-tl.abs(above)), above > 0.0
         total = total * tl.where(higher, smaller, 1.0) + tl.where(higher, 1.0, smaller)
         peak = tl.where(higher, z, peak)
     row_peak = tl.max(peak, axis=0)

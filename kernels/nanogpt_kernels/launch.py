@@ -95,10 +95,13 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(100, _GEMM_256, num_warps=8, num_stages=3, itemsize=2, choices=_CUBLAS),
         Row(120, _GEMM_128, num_warps=8, num_stages=2, itemsize=2, choices=_CUBLAS),
     ),
-    # cross_entropy: up_to is V; a program takes a row in tiles of BLOCK_V; chunk_rows rows of logits exist at a time
+    # cross_entropy: up_to is V; a program takes a row in tiles of BLOCK_V; chunk_rows rows of logits exist at a time.
+    # 64 registers leave room for two programs an SM, whose rows of 100 KB L2 holds until they are read again
     "cross_entropy": (
+        Row(80, dict(BLOCK_V=1024), num_warps=4, itemsize=2, up_to=4096, choices=dict(chunk_rows=8192)),
+        Row(80, dict(BLOCK_V=8192), num_warps=16, itemsize=2, choices=dict(chunk_rows=8192)),
         Row(80, dict(BLOCK_V=1024), num_warps=4, up_to=4096, choices=dict(chunk_rows=8192)),
-        Row(80, dict(BLOCK_V=8192), num_warps=16, choices=dict(chunk_rows=8192)),  # two rows of 100 KB an SM: in L2
+        Row(80, dict(BLOCK_V=4096), num_warps=16, choices=dict(chunk_rows=8192)),
     ),
     # attention: up_to is D; dropout and documents need registers, hence rows of their own
     "attention_fwd": (
