@@ -11,6 +11,7 @@ import kernel_case
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_case import attention_same_dtype
 from kernel_case import DEVICE, DTYPES
 from nanogpt_kernels.attention import attention
 from nanogpt_kernels.cross_entropy import cross_entropy
@@ -114,9 +115,7 @@ def test_scaled_dot_product_attention(dtype: torch.dtype):
         qkv = packed.permute(1, 3, 0, 2, 4).contiguous().requires_grad_()
 
         def theirs(qkv: Tensor) -> Tensor:
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)
-            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+            return attention_same_dtype(qkv, 0.0, None, 0)
 
         compare(lambda qkv: attention(qkv, 0.0, None, 0), theirs, [qkv], f"attention {tuple(qkv.shape)}")
         ran += 1
