@@ -5,10 +5,13 @@ the fused attention that torch takes by default rounds probabilities too, and th
 about.
 """
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
 import kernel_case
 import torch
 import torch.nn.functional as F
-from nanogpt_kernels import reference
+from nanogpt_kernels import launch, reference
 from torch import Tensor
 
 
@@ -58,3 +61,14 @@ def documents(B: int, T: int, *, ordered: bool, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, max(2, T // 8), (B, T), generator=generator)
     return (ids.sort(dim=1).values if ordered else ids).to(kernel_case.DEVICE)
+
+
+@contextmanager
+def tiles(BLOCK_M: int = 16, BLOCK_N: int = 16) -> Iterator[None]:
+    """Within it every attention launch has tiles so small that small T spans several."""
+    with ExitStack() as stack:
+        for op, rows in launch.TABLE.items():
+            if "attention" in op:
+                small = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "ROWS": 16}
+                stack.enter_context(launch.override(op, blocks={name: small[name] for name in rows[0].blocks}))
+        yield
