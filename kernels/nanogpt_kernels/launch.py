@@ -46,6 +46,7 @@ class Row:
 
 _GEMM_128 = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8)
 _GEMM_256 = dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8)
+_STRIP = dict(BLOCK_M=8, BLOCK_N=256)
 _FUSED, _CUBLAS = dict(fused=True, programs_per_sm=1), dict(fused=False, programs_per_sm=1)
 _SPLIT = dict(keys_a_split=128)  # one token of GPT-2 124M at position 1023 has 12 heads: 96 programs
 
@@ -77,7 +78,11 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "dropout_add": (Row(80, dict(ROWS=8, BLOCK_C=256), num_warps=4, choices=dict(programs_per_sm=8)),),
     # bias_gelu: up_to is N
     "bias_gelu_fwd": (Row(80, dict(BLOCK_M=16, BLOCK_N=256), num_warps=4),),
-    "bias_gelu_bwd": (Row(80, dict(BLOCK_M=8, BLOCK_N=256), num_warps=4, choices=dict(programs_per_sm=8)),),
+    # as many programs as their registers leave resident at once (72 and 96; where act is rebuilt 95 and 122)
+    "bias_gelu_bwd": (
+        Row(80, _STRIP, num_warps=4, itemsize=2, choices=dict(programs_per_sm=7, rebuilding_per_sm=5)),
+        Row(80, _STRIP, num_warps=4, itemsize=4, choices=dict(programs_per_sm=5, rebuilding_per_sm=4)),
+    ),
     # mlp: up_to is C. fused: the GEMM with GELU in its epilogue, not cuBLAS and an elementwise pass. It saves one pass
     # over [M, F] forward and two backward: by 3.0 TB/s and the H100 GEMM rates of 640 to 740 TFLOP/s expected at C =
     # 768 to 1600, it pays from 78 to 87% of cuBLAS's rate on, backward from 64 to 76%. So, unmeasured: on sm_90
@@ -121,41 +126,60 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     "attention_fwd_masked": (
         Row(80, dict(BLOCK_M=32, BLOCK_N=32), num_warps=4, num_stages=2, up_to=64),
-        Row(80, dict(BLOCK_M=32, BLOCK_N=16), num_warps=8, num_stages=2, up_to=128),
+        Row(80, dict(BLOCK_M=32, BLOCK_N=16), num_warps=8, num_stages=1, up_to=128),
         Row(80, dict(BLOCK_M=64, BLOCK_N=64), num_warps=4, num_stages=3, itemsize=2, up_to=64),
         Row(80, dict(BLOCK_M=64, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
     ),
-    # attention_bwd: up_to is D. Which of its two forms, then the tiles of each
+    # attention_bwd: up_to is D. The form is a choice of "attention_bwd": atomic has 5 products to the deterministic one's
+    # 7, and as much again of its own traffic; deterministic until a GPU has timed both.
     "attention_bwd": (Row(80, {}, num_warps=4, choices=dict(atomic=False)),),
     "attention_bwd_rows": (Row(80, dict(ROWS=64), num_warps=4),),
     "attention_bwd_dq": (
-        Row(80, dict(BLOCK_M=32, BLOCK_N=16), num_warps=4, up_to=128),
-        Row(80, dict(BLOCK_M=128, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
+        Row(80, dict(BLOCK_M=32, BLOCK_N=32), num_warps=8, up_to=64),
+        Row(80, dict(BLOCK_M=32, BLOCK_N=16), num_warps=8, up_to=128),
+        Row(80, dict(BLOCK_M=128, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=64),
+        Row(80, dict(BLOCK_M=64, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
     ),
     "attention_bwd_dq_masked": (
-        Row(80, dict(BLOCK_M=32, BLOCK_N=16), num_warps=4, up_to=128),
-        Row(80, dict(BLOCK_M=128, BLOCK_N=32), num_warps=8, num_stages=2, itemsize=2, up_to=128),
+        Row(80, dict(BLOCK_M=32, BLOCK_N=32), num_warps=8, up_to=64),
+        Row(80, dict(BLOCK_M=32, BLOCK_N=16), num_warps=8, up_to=128),
+        Row(80, dict(BLOCK_M=128, BLOCK_N=32), num_warps=8, num_stages=2, itemsize=2, up_to=64),
+        Row(80, dict(BLOCK_M=64, BLOCK_N=32), num_warps=8, num_stages=2, itemsize=2, up_to=128),
     ),
     "attention_bwd_dkdv": (
-        Row(80, dict(BLOCK_M=32, BLOCK_N=32), num_warps=4, up_to=128),
-        Row(80, dict(BLOCK_M=64, BLOCK_N=128), num_warps=8, num_stages=2, itemsize=2, up_to=128),
+        Row(80, dict(BLOCK_M=32, BLOCK_N=32), num_warps=8, up_to=64),
+        Row(80, dict(BLOCK_M=16, BLOCK_N=32), num_warps=8, up_to=128),
+        Row(80, dict(BLOCK_M=32, BLOCK_N=128), num_warps=8, num_stages=2, itemsize=2, up_to=64),
+        Row(80, dict(BLOCK_M=32, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
+        Row(90, dict(BLOCK_M=64, BLOCK_N=128), num_warps=8, num_stages=2, itemsize=2, up_to=64),
+        Row(120, dict(BLOCK_M=32, BLOCK_N=128), num_warps=8, num_stages=2, itemsize=2, up_to=64),
     ),
     "attention_bwd_dkdv_masked": (
-        Row(80, dict(BLOCK_M=32, BLOCK_N=32), num_warps=4, up_to=128),
-        Row(80, dict(BLOCK_M=32, BLOCK_N=128), num_warps=8, num_stages=2, itemsize=2, up_to=128),
+        Row(80, dict(BLOCK_M=32, BLOCK_N=32), num_warps=8, up_to=64),
+        Row(80, dict(BLOCK_M=16, BLOCK_N=32), num_warps=8, up_to=128),
+        Row(80, dict(BLOCK_M=32, BLOCK_N=128), num_warps=8, num_stages=2, itemsize=2, up_to=64),
+        Row(80, dict(BLOCK_M=32, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
+        Row(120, dict(BLOCK_M=32, BLOCK_N=128), num_warps=8, itemsize=2, up_to=64),
+        Row(120, dict(BLOCK_M=32, BLOCK_N=32), num_warps=8, num_stages=2, itemsize=2, up_to=128),
     ),
     "attention_bwd_atomic": (
-        Row(80, dict(BLOCK_M=32, BLOCK_N=32), num_warps=4, up_to=128),
-        Row(80, dict(BLOCK_M=64, BLOCK_N=128), num_warps=8, num_stages=2, itemsize=2, up_to=128),
+        Row(80, dict(BLOCK_M=32, BLOCK_N=32), num_warps=8, up_to=64),
+        Row(80, dict(BLOCK_M=16, BLOCK_N=32), num_warps=8, up_to=128),
+        Row(80, dict(BLOCK_M=32, BLOCK_N=128), num_warps=8, num_stages=2, itemsize=2, up_to=64),
+        Row(80, dict(BLOCK_M=32, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
+        Row(90, dict(BLOCK_M=64, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=64),
+        Row(120, dict(BLOCK_M=32, BLOCK_N=128), num_warps=8, num_stages=2, itemsize=2, up_to=64),
     ),
     "attention_bwd_atomic_masked": (
-        Row(80, dict(BLOCK_M=32, BLOCK_N=32), num_warps=4, up_to=128),
-        Row(80, dict(BLOCK_M=32, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
+        Row(80, dict(BLOCK_M=32, BLOCK_N=32), num_warps=8, up_to=64),
+        Row(80, dict(BLOCK_M=16, BLOCK_N=32), num_warps=8, up_to=128),
+        Row(80, dict(BLOCK_M=32, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=64),
+        Row(80, dict(BLOCK_M=32, BLOCK_N=32), num_warps=8, num_stages=2, itemsize=2, up_to=128),
     ),
     # cached_attention: up_to is T, the new tokens; a program takes keys_a_split of the cached keys
     "cached_attention": (
-        Row(80, dict(BLOCK_M=16, BLOCK_N=16), num_warps=4, num_stages=2, choices=_SPLIT),
-        Row(80, dict(BLOCK_M=16, BLOCK_N=64), num_warps=4, num_stages=2, itemsize=2, up_to=16, choices=_SPLIT),
+        Row(80, dict(BLOCK_M=16, BLOCK_N=16), num_warps=8, num_stages=2, choices=_SPLIT),
+        Row(80, dict(BLOCK_M=16, BLOCK_N=32), num_warps=4, num_stages=4, itemsize=2, up_to=16, choices=_SPLIT),
         Row(80, dict(BLOCK_M=64, BLOCK_N=32), num_warps=4, num_stages=2, itemsize=2, choices=_SPLIT),
     ),
 }

@@ -118,7 +118,7 @@ def _gelu_bwd(
     N, row = x.size(-1), pick("bias_gelu_bwd", x, x.size(-1))
     M = x.shape[:-1].numel()
     strips = (N + row.blocks["BLOCK_N"] - 1) // row.blocks["BLOCK_N"]
-    at_once = row.choices["programs_per_sm"] * sm_count(x.device)  # so many strips and row programs, together
+    at_once = row.choices["programs_per_sm" if y is None else "rebuilding_per_sm"] * sm_count(x.device)
     most = torch.sym_max(at_once // torch.sym_max(strips, 1), 1)
     programs: Any = torch.sym_min(most, (M + row.blocks["BLOCK_M"] - 1) // row.blocks["BLOCK_M"])
     partial = torch.empty(programs, N, dtype=torch.float32, device=x.device) if bias_grad else None
@@ -130,9 +130,7 @@ def _gelu_bwd(
 
 
 @register("bias_gelu_bwd(Tensor dy, Tensor x, Tensor? b, str activation, bool bias_grad) -> (Tensor, Tensor)")
-def bias_gelu_bwd(
-    dy: Tensor, x: Tensor, b: Tensor | None, activation: str, bias_grad: bool
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def bias_gelu_bwd(dy: Tensor, x: Tensor, b: Tensor | None, activation: str, bias_grad: bool) -> tuple[Tensor, Tensor]:
     dy, x, b = dy.contiguous(), x.contiguous(), None if b is None else b.contiguous()
     dx = torch.empty_like(x)
     return dx, _gelu_bwd(dy, x, b, dx, None, activation, bias_grad)
