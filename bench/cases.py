@@ -35,7 +35,7 @@ class Shape:
 
 
 SHAPES = {
-    "tiny": Shape(B=2, T=48, C=128, H=2, V=96, N=5000),  # for checks: ragged tiles, D = 64, seconds when interpreted
+    "tiny": Shape(B=2, T=17, C=128, H=2, V=96, N=5000),  # for checks: ragged tiles, D = 64, seconds when interpreted
     "race": Shape(B=8, T=1024, C=768, H=12, V=50304, N=8_000_000),
     "124m": Shape(B=64, T=1024, C=768, H=12, V=50304, N=124_475_904),
     "1558m": Shape(B=16, T=1024, C=1600, H=25, V=50304, N=1_557_686_400),

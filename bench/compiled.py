@@ -11,8 +11,9 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import wait as wait_for
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -116,26 +117,46 @@ class Compilers:
     def __init__(self, workers: int | None = None):
         if os.environ.get("TRITON_INTERPRET") == "1":
             raise RuntimeError("TRITON_INTERPRET=1 is set: nothing can be compiled in such a process")
-        context = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(workers or os.cpu_count() or 1, mp_context=context)
+        self.workers = workers or os.cpu_count() or 1
+        self.start()
 
-    def __enter__(self) -> "Compilers":
-        return self
+    def start(self) -> None:
+        self.pool = ProcessPoolExecutor(self.workers, mp_context=multiprocessing.get_context("spawn"))
 
-    def __exit__(self, *_: Any) -> None:
+    def stop(self) -> None:
         workers = list((self.pool._processes or {}).values())
         self.pool.shutdown(wait=False, cancel_futures=True)
         for worker in workers:
             worker.terminate()
 
+    def __enter__(self) -> "Compilers":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.stop()
+
     def compile(self, tasks: Sequence[Task], until: float) -> Iterator[tuple[int, Resources]]:
-        """(number of the task, its resources) as they come, those that are done by time.monotonic() == until."""
-        pending: dict[Future[Resources], int] = {
-            self.pool.submit(compile_task, task): i for i, task in enumerate(tasks)
-        }
-        while pending and (left := until - time.monotonic()) > 0:
-            done, _ = wait_for(pending, timeout=left, return_when="FIRST_COMPLETED")
-            for future in done:
-                yield pending.pop(future), future.result()
-        for future in pending:
+        """(number of the task, its resources) as they come, those that are done by time.monotonic() == until.
+
+        A task that takes its worker down (compilers abort) breaks the pool: from then on one runs at a time, so that
+        it can be told which.
+        """
+        waiting, running, at_once = list(range(len(tasks))), {}, self.workers
+        while (waiting or running) and (left := until - time.monotonic()) > 0:
+            while waiting and len(running) < at_once:
+                i = waiting.pop(0)
+                running[self.pool.submit(compile_task, tasks[i])] = i
+            done, _ = wait_for(running, timeout=left, return_when="FIRST_COMPLETED")
+            for future in done & running.keys():
+                if not isinstance(future.exception(), BrokenProcessPool):
+                    yield running.pop(future), future.result()
+                    continue
+                if len(running) == 1:
+                    yield running[future], Resources(problem="the compiler crashed")
+                else:
+                    waiting[:0] = sorted(running.values())
+                self.stop()
+                self.start()
+                running, at_once = {}, 1
+        for future in running:
             future.cancel()
