@@ -184,13 +184,13 @@ def test_no_rows():
 
 
 def test_more_elements_than_int32_counts():
-    """Row 1 starts 2^31 + 8 elements after row 0; the memory between is never touched, so never there on a CPU."""
-    V, stride = 40, 2**31 + 8
-    z = torch.empty(stride + V, dtype=torch.float16, device=DEVICE)
-    logits = z.as_strided((2, V), (stride, 1))
-    near = randn(2, V, dtype=torch.float16).detach()
-    logits[0], logits[1] = near[0], near[1]
-    targets = torch.tensor([3, 39], device=DEVICE)
+    """Row 2 starts past 2^31 elements, at a stride below; the gaps are never touched, so take no memory on a CPU."""
+    V, stride = 40, 2**30 + 8
+    logits = torch.empty(2 * stride + V, dtype=torch.float16, device=DEVICE).as_strided((3, V), (stride, 1))
+    near = randn(3, V, dtype=torch.float16).detach()
+    for far, row in zip(logits, near):
+        far.copy_(row)
+    targets = torch.tensor([3, 39, 0], device=DEVICE)
     scale = torch.tensor(1.0, device=DEVICE)
     _, nll, peak, total = cross_entropy_fwd(logits, targets, scale, -1, V)
     assert torch.equal(nll, cross_entropy(near, targets)[1])
