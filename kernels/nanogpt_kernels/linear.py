@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanogpt_kernels.registry import once, register
+from nanogpt_kernels.registry import once, register, without_autocast
 
 
 @register("accumulate_weight_grad_(Tensor(a!) main_grad, Tensor dy, Tensor x) -> ()")
@@ -38,6 +38,7 @@ def weight_grad(dy: Tensor, x: Tensor, main_grad: Tensor | None) -> Tensor | Non
 
 class _Linear(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(ctx, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, w)
         ctx.main_grad = main_grad_of(w)

@@ -16,6 +16,19 @@ from torch import Tensor
 LIBRARY = torch.library.Library("nanogpt_kernels", "DEF")
 
 
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator: torch.autocast changes nothing inside, where dtypes are those of the operands."""
+
+    @functools.wraps(function)
+    def plainly(*args: Any, **kwargs: Any) -> Any:
+        if not (torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")):
+            return function(*args, **kwargs)
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            return function(*args, **kwargs)
+
+    return plainly
+
+
 def register(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: define `schema` ("name(Tensor x, ...) -> Tensor") and implement it by the function below it.
 
@@ -26,7 +39,7 @@ def register(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         name = schema.split("(", 1)[0]
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         for key in ("CPU", "CUDA"):
-            LIBRARY.impl(name, function, key)
+            LIBRARY.impl(name, without_autocast(function), key)
         torch.library.register_fake(f"nanogpt_kernels::{name}", function, lib=LIBRARY)
         return getattr(torch.ops.nanogpt_kernels, name).default
 
@@ -51,6 +64,6 @@ def once(backward: Callable[..., Any]) -> Callable[..., Any]:
                 f"{backward.__qualname__}: the Triton ops have no second derivative (create_graph=True asked for one); "
                 "use nanogpt_kernels.reference"
             )
-        return backward(ctx, *grads)
+        return without_autocast(backward)(ctx, *grads)
 
     return refuse_twice

@@ -13,9 +13,10 @@ from nanogpt_kernels.attention.decode import cached_attention_
 from nanogpt_kernels.attention.forward import attention_fwd
 from nanogpt_kernels.contract import require
 from nanogpt_kernels.linear import main_grad_of, weight_grad
-from nanogpt_kernels.registry import once
+from nanogpt_kernels.registry import once, without_autocast
 
 
+@without_autocast
 def _project(op: str, y: Tensor, w_qkv: Tensor, b_qkv: Tensor | None, n_head: int) -> Tensor:
     """y w_qkv^T + b_qkv as [B, T, 3, H, D], by cuBLAS."""
     require(y.dim() == 3, op, "y must be [B, T, C]", y=y)
