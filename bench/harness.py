@@ -145,7 +145,7 @@ def make_arm(calls: Sequence[Callable[[], Any]], pool: Any, capturable: bool = T
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as problem:
-        if "capture" not in str(problem):
+        if "captur" not in str(problem):  # "operation not permitted when stream is capturing", "... during capture"
             raise
         torch.cuda.synchronize()
         return eager

@@ -104,7 +104,8 @@ def smi(*fields: str) -> dict[str, Any]:
     """nvidia-smi's answer for the current device, numbers as such; {} where there is no such tool."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device()) if torch.cuda.is_available() else None
     at = [f"--id=GPU-{properties.uuid}"] if properties is not None and hasattr(properties, "uuid") else []
-    line = output_of(["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", *at])
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    line = output_of([*query, *at]) or output_of(query)
     values = [value.strip() for value in line.splitlines()[0].split(",")] if line else []
     return {name: _number(value) for name, value in zip(fields, values)}
 
@@ -114,6 +115,13 @@ def _number(text: str) -> Any:
         return float(text)
     except ValueError:
         return text
+
+
+@functools.cache
+def highest_clock() -> float | None:
+    """Of the multiprocessors, Hz."""
+    clock = smi("clocks.max.sm").get("clocks.max.sm")
+    return clock * 1e6 if isinstance(clock, float) else None
 
 
 def gpu_state() -> dict[str, Any]:
@@ -145,10 +153,9 @@ def floor_ms(work: Work, dtype: torch.dtype) -> tuple[float, str] | None:
     limits = {"bytes": work.bytes / (bandwidth * 1e9)}
     if peak is not None:
         limits["flops"] = work.flops / peak[0]
-    clock = smi("clocks.max.sm").get("clocks.max.sm")
-    if work.exps and isinstance(clock, float):
+    if work.exps and (clock := highest_clock()):
         multiprocessors = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
-        limits["exps"] = work.exps / (EXPONENTIALS_A_CLOCK * multiprocessors * clock * 1e6)
+        limits["exps"] = work.exps / (EXPONENTIALS_A_CLOCK * multiprocessors * clock)
     binding = max(limits, key=lambda limit: limits[limit])
     return limits[binding] * 1e3, binding
 

@@ -1,10 +1,10 @@
 """Whole training steps of one model by several sets of ops, in turn: tokens/s and MFU.
 
-    python bench/step.py [--config gpt2_124m] [--arms triton reference reference+compile] [--out DIR]
+    python bench/step.py [--config gpt2_124m] [--arms reference triton reference+compile] [--out DIR]
 
 An arm is what --kernels takes, `+compile` for torch.compile of the model. All start from the same weights and get the
-same batches; the first step's loss and gradient norm are compared before anything is timed. A step is --accumulation
-micro-batches of --batch_size sequences, whatever the preset says.
+same batches; their first loss and gradient norm are held against the first arm's before anything is timed. A step is
+--accumulation micro-batches of --batch_size sequences, whatever the preset says.
 """
 
 import argparse
@@ -107,7 +107,7 @@ def prepare(
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="gpt2_124m")
-    parser.add_argument("--arms", nargs="+", default=["triton", "reference", "reference+compile"])
+    parser.add_argument("--arms", nargs="+", default=["reference", "triton", "reference+compile"])
     parser.add_argument("--batch_size", type=int, default=16, help="sequences a micro-batch")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches a step")
     parser.add_argument("--dropout", type=float)

@@ -130,50 +130,7 @@ def test_torch_s_own_peers_agree():
         assert found and all(isinstance(verdict, float) for verdict in found.values()), found
 
 
-# ---- the clock ----
-
-
-class FakeEvent:
-    now = 0.0
-
-    def __init__(self, enable_timing: bool):
-        assert enable_timing
-
-    def record(self) -> None:
-        self.at = FakeEvent.now
-
-    def elapsed_time(self, end: "FakeEvent") -> float:
-        return end.at - self.at
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> type[FakeEvent]:
-    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
-    return FakeEvent
-
-
-def test_arms_run_in_turn_and_the_first_round_is_dropped(clock: type[FakeEvent]):
-    ran: list[str] = []
-
-    def replay(name: str, ms: float):
-        def run() -> None:
-            ran.append(name)
-            clock.now += ms if len(ran) > 3 else 1000.0
-
-        return run
-
-    arms = {"a": Arm(replay("a", 6.0), calls=2, how="graph", replays=1), "b": Arm(replay("b", 5.0), 1, "graph", 2)}
-    busy: list[int] = []
-    times = harness.interleaved(arms, 3, lambda: busy.append(len(ran)))
-    assert "".join(ran) == "abb" + "bba" + "abb" + "bba" and busy == [len(ran)]
-    assert times == {"a": [3.0] * 3, "b": [5.0] * 3}
-    assert harness.interleaved({}, 3) == {}
-
-
-def test_summary_is_median_and_quartiles():
-    assert harness.summary([1.0, 2.0, 3.0, 4.0, 100.0]) == {"ms": 3.0, "q1": 2.0, "q3": 4.0}
-    assert harness.summary([2.0]) == {"ms": 2.0, "q1": 2.0, "q3": 2.0}
+# ---- what is measured ----
 
 
 @pytest.fixture
@@ -222,7 +179,7 @@ def test_what_mutates_its_arguments_is_timed_forward_only(no_gpu_needed: None, t
 
 def test_floor_is_the_largest_of_the_limits(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr(machine, "smi", lambda *_: {})
+    monkeypatch.setattr(machine, "highest_clock", lambda: None)
     assert machine.floor_ms(machine.Work(flops=989e9, bytes=3.35e6), torch.bfloat16) == (1.0, "flops")
     assert machine.floor_ms(machine.Work(bytes=3.35e9), torch.float32) == (1.0, "bytes")
     assert machine.floor_ms(machine.Work(flops=1.0), torch.float32) is None  # no float32 peak has a source
