@@ -177,6 +177,23 @@ def test_what_mutates_its_arguments_is_timed_forward_only(no_gpu_needed: None, t
     assert {(row[0], row[1], row[-1]) for row in rows} == {("ours", "forward", "graph"), ("eager", "forward", "events")}
 
 
+def test_the_whole_run_resumes(
+    no_gpu_needed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setattr(machine, "require_cuda", lambda what: DEVICE)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    argv = ["grad_norm", "dropout_add", "--sizes", "tiny", "--dtype=float32", "--no_compile", "--resume", "--rounds=3"]
+    assert ops.main([*argv[1:], "--peers", "none", "--out", str(tmp_path)]) == 0
+    assert ops.main([*argv, "--peers", "none", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("measured before") == 1
+    assert ops.main([*argv[:1], *argv[2:], "--peers", "pytorch", "--out", str(tmp_path)]) == 0  # asks for more: run
+    text = capsys.readouterr().out
+    assert "torch._foreach_norm" in text and "measured before" not in text and "50%" in text
+    monkeypatch.setattr(cases, "ours", lambda op: lambda g: g.sum())
+    assert ops.main([*argv[:1], "--sizes", "tiny", "--dtype=float32", "--no_compile", "--peers", "none"]) == 1
+    assert "ours: WRONG" in capsys.readouterr().out
+
+
 def test_floor_is_the_largest_of_the_limits(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(machine, "highest_clock", lambda: None)
