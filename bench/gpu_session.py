@@ -123,7 +123,7 @@ def states(path: Path, tree: str | None) -> dict[str, dict[str, Any]]:
 def to_run(stages: Sequence[Stage], past: dict[str, dict[str, Any]]) -> list[Stage]:
     """Those not done, in order; last the ones that failed or used up their own limit before."""
     status = {stage.name: past.get(stage.name, {}).get("status", "new") for stage in stages}
-    left = [stage for stage in stages if status[stage.name] not in ("done", "missing")]
+    left = [stage for stage in stages if status[stage.name] != "done"]
     return sorted(left, key=lambda stage: status[stage.name] in ("failed", "over its limit"))
 
 
