@@ -208,7 +208,7 @@ def test_compiled_whole():
 
 @triton.jit
 def _query_tile_kernel(head_ptr, tile_ptr, heads, T, D: tl.constexpr, BLOCK_M: tl.constexpr):
-    head, tile = _query_tile(tl.program_id(0), heads, T, D, BLOCK_M, 2)
+    head, tile = _query_tile(tl.program_id(0), heads, T, D, BLOCK_M, 2)  # type: ignore[misc]
     tl.store(head_ptr + tl.program_id(0), head)
     tl.store(tile_ptr + tl.program_id(0), tile)
 
@@ -217,7 +217,7 @@ def _query_tile_kernel(head_ptr, tile_ptr, heads, T, D: tl.constexpr, BLOCK_M: t
 def test_order_of_programs(heads: int, T: int, group: int):
     """Every tile of every head once, in groups of heads of 16 MB of keys and values, a group's longest tiles first."""
     BLOCK_M = max(16, T // 4)
-    programs = heads * triton.cdiv(T, BLOCK_M)
+    programs = heads * -(-T // BLOCK_M)
     head, tile = (torch.full((programs,), -1, dtype=torch.int32, device=DEVICE) for _ in range(2))
     launch.launch("test", _query_tile_kernel, (programs,), head, tile, heads, T, D=128, BLOCK_M=BLOCK_M)
     order = list(zip((head // group).tolist(), (-tile).tolist(), (head % group).tolist()))
