@@ -126,9 +126,11 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     "attention_fwd_masked": (
         Row(80, dict(BLOCK_M=32, BLOCK_N=32), num_warps=4, num_stages=2, up_to=64),
-        Row(80, dict(BLOCK_M=32, BLOCK_N=16), num_warps=8, num_stages=1, up_to=128),
+        Row(80, dict(BLOCK_M=32, BLOCK_N=16), num_warps=8, up_to=128),
         Row(80, dict(BLOCK_M=64, BLOCK_N=64), num_warps=4, num_stages=3, itemsize=2, up_to=64),
         Row(80, dict(BLOCK_M=64, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
+        Row(100, dict(BLOCK_M=64, BLOCK_N=32), num_warps=4, num_stages=3, itemsize=2, up_to=64),
+        Row(100, dict(BLOCK_M=64, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
     ),
     # attention_bwd: up_to is D. The form is a choice of "attention_bwd": atomic has 5 products to the deterministic one's
     # 7, and as much again of its own traffic; deterministic until a GPU has timed both.
@@ -145,6 +147,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(80, dict(BLOCK_M=32, BLOCK_N=16), num_warps=8, up_to=128),
         Row(80, dict(BLOCK_M=128, BLOCK_N=32), num_warps=8, num_stages=2, itemsize=2, up_to=64),
         Row(80, dict(BLOCK_M=64, BLOCK_N=32), num_warps=8, num_stages=2, itemsize=2, up_to=128),
+        Row(120, dict(BLOCK_M=128, BLOCK_N=32), num_warps=8, itemsize=2, up_to=64),
+        Row(120, dict(BLOCK_M=64, BLOCK_N=32), num_warps=8, itemsize=2, up_to=128),
     ),
     "attention_bwd_dkdv": (
         Row(80, dict(BLOCK_M=32, BLOCK_N=32), num_warps=8, up_to=64),
@@ -157,8 +161,9 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "attention_bwd_dkdv_masked": (
         Row(80, dict(BLOCK_M=32, BLOCK_N=32), num_warps=8, up_to=64),
         Row(80, dict(BLOCK_M=16, BLOCK_N=32), num_warps=8, up_to=128),
-        Row(80, dict(BLOCK_M=32, BLOCK_N=128), num_warps=8, num_stages=2, itemsize=2, up_to=64),
+        Row(80, dict(BLOCK_M=32, BLOCK_N=128), num_warps=8, itemsize=2, up_to=64),
         Row(80, dict(BLOCK_M=32, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
+        Row(90, dict(BLOCK_M=32, BLOCK_N=128), num_warps=8, num_stages=2, itemsize=2, up_to=64),
         Row(120, dict(BLOCK_M=32, BLOCK_N=128), num_warps=8, itemsize=2, up_to=64),
         Row(120, dict(BLOCK_M=32, BLOCK_N=32), num_warps=8, num_stages=2, itemsize=2, up_to=128),
     ),
@@ -175,10 +180,14 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(80, dict(BLOCK_M=16, BLOCK_N=32), num_warps=8, up_to=128),
         Row(80, dict(BLOCK_M=32, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=64),
         Row(80, dict(BLOCK_M=32, BLOCK_N=32), num_warps=8, num_stages=2, itemsize=2, up_to=128),
+        Row(90, dict(BLOCK_M=32, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=64),
+        Row(90, dict(BLOCK_M=16, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
+        Row(120, dict(BLOCK_M=32, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=64),
+        Row(120, dict(BLOCK_M=32, BLOCK_N=32), num_warps=8, num_stages=2, itemsize=2, up_to=128),
     ),
     # cached_attention: up_to is T, the new tokens; a program takes keys_a_split of the cached keys
     "cached_attention": (
-        Row(80, dict(BLOCK_M=16, BLOCK_N=16), num_warps=8, num_stages=2, choices=_SPLIT),
+        Row(80, dict(BLOCK_M=16, BLOCK_N=16), num_warps=4, choices=_SPLIT),
         Row(80, dict(BLOCK_M=16, BLOCK_N=32), num_warps=4, num_stages=4, itemsize=2, up_to=16, choices=_SPLIT),
         Row(80, dict(BLOCK_M=64, BLOCK_N=32), num_warps=4, num_stages=2, itemsize=2, choices=_SPLIT),
     ),
