@@ -1,0 +1,187 @@
+"""Compile recorded launches ahead of time, without a GPU, and read off what the compiler made of them.
+
+`launch.recording(arch)` collects launches on meta tensors; `JITFunction.warmup` compiles one as a launch would, with
+Triton's own specialisation of its arguments (divisibility by 16, integers equal to 1, None), as long as a driver names
+the target. Processes are forked per compile slot: Triton's compiler holds one core.
+"""
+
+import concurrent.futures
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+from nanogpt_kernels.launch import Call
+from offset_ranges import wrapping_offsets
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+TRITON_MINOR = ".".join(triton.__version__.split(".")[:2])  # "3.7": what register counts depend on
+
+
+class TargetDriver:
+    """What Triton asks of a driver to compile for sm_`arch`. The architecture is its device number as well, because
+    Triton keeps one set of compiled kernels a device."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One compiled kernel: what it is, and what it takes of an SM."""
+
+    op: str
+    kernel: str
+    types: str  # of its pointers, floats only, in order of appearance
+    constexprs: str
+    num_warps: int
+    num_stages: int
+    registers: int  # a thread
+    spilled: int  # bytes a thread of stack and local memory
+    shared: int  # bytes a block, static and dynamic
+    tensor_memory: int  # columns, sm_100
+    products: dict[str, int]  # instructions in the PTX: {"wgmma": n, "mma": n, "tcgen05": n}
+    load_bytes: int  # widest global load of a thread
+    store_bytes: int
+    dots16: bool  # multiplies 16-bit tiles
+    wraps: tuple[str, ...]  # 32-bit arithmetic of addresses that can overflow at some recorded launch (TTIR lines)
+
+
+# ---- what to compile ----
+
+
+def distinct(calls: list[Call], arch: int) -> list[list[Call]]:
+    """The calls in groups that share one compiled kernel on sm_arch, by Triton's own cache key."""
+    driver.set_active(TargetDriver(arch))  # type: ignore[arg-type]
+    for call in calls:
+        call.kernel.device_caches.pop(arch, None)  # what is compiled already would not ask the hook
+    found: dict[tuple[str, str], list[Call]] = {}
+    keys: list[str] = []
+
+    def note_and_refuse(*, key: str, **_: Any) -> bool:
+        keys.append(key)
+        return True  # compiles nothing
+
+    knobs.runtime.jit_cache_hook = note_and_refuse
+    try:
+        for call in calls:
+            call.kernel.warmup(*call.args, grid=call.grid, **call.options)
+            found.setdefault((call.kernel.__name__, keys.pop()), []).append(call)
+    finally:
+        knobs.runtime.jit_cache_hook = None
+    return list(found.values())
+
+
+def compile_all(groups: list[list[Call]], arch: int, jobs: int | None = None) -> list[Compiled]:
+    """Compile each group's kernel for sm_arch in `jobs` processes (default: one a core)."""
+    global _groups
+    driver.set_active(TargetDriver(arch))  # type: ignore[arg-type]
+    _groups = groups
+    jobs = min(jobs or os.cpu_count() or 1, len(groups))
+    if jobs <= 1:
+        return [_compile(i) for i in range(len(groups))]
+    # forked, because calls hold jit functions and meta tensors, which do not pickle
+    with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
+        return list(pool.map(_compile, range(len(groups))))
+
+
+_groups: list[list[Call]] = []
+
+
+def _compile(i: int) -> Compiled:
+    call = _groups[i][0]
+    return read_off(_groups[i], call.kernel.warmup(*call.args, grid=call.grid, **call.options))
+
+
+# ---- what came out ----
+
+
+def read_off(same: list[Call], compiled: Any) -> Compiled:
+    """The figures of the compiled kernel of some calls, from its TTIR, PTX and cubin."""
+    call, metadata = same[0], compiled.metadata
+    ttir, ptx, used = compiled.asm["ttir"], compiled.asm["ptx"], resource_usage(compiled.asm["cubin"])
+    given = _arguments(call)
+    constexprs = {p.name: given[p.name] for p in call.kernel.params if p.is_constexpr and p.name in given}
+    loads, stores = global_accesses(ptx)
+    return Compiled(
+        op=call.op,
+        kernel=call.kernel.__name__,
+        types=" ".join(dict.fromkeys(re.findall(r"!tt\.(?:ptr|tensordesc)<[^>]*?(bf16|f16|f32)>", _signature(ttir)))),
+        constexprs=" ".join([f"{name}={_short(v)}" for name, v in constexprs.items()] + _absent(call)),
+        num_warps=metadata.num_warps,
+        num_stages=metadata.num_stages,
+        registers=used["REG"],
+        spilled=used["STACK"] + used["LOCAL"],
+        shared=used["SHARED"] + metadata.shared,
+        tensor_memory=getattr(metadata, "tmem_size", 0) or 0,
+        products={
+            "wgmma": len(re.findall(r"\bwgmma\.mma_async", ptx)),
+            "mma": len(re.findall(r"\bmma\.sync", ptx)),
+            "tcgen05": len(re.findall(r"\btcgen05\.mma", ptx)),
+        },
+        load_bytes=max(loads, default=0),
+        store_bytes=max(stores, default=0),
+        dots16=bool(re.search(r"tt\.dot .*: tensor<[0-9x]+x(?:bf16|f16)> \*", ttir)),
+        wraps=tuple(dict.fromkeys(line for c in same for line in wrapping_offsets(ttir, _integers(c), c.grid))),
+    )
+
+
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    """{"REG", "STACK", "LOCAL", "SHARED"}: registers and bytes, from the cuobjdump that Triton's wheel carries."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    line = text.strip().splitlines()[-1]
+    return {name: int(re.findall(rf"\b{name}:(\d+)", line)[0]) for name in ("REG", "STACK", "LOCAL", "SHARED")}
+
+
+def global_accesses(ptx: str) -> tuple[list[int], list[int]]:
+    """Bytes that one thread moves in each global load and store instruction; TMA copies count as 16."""
+    sizes: dict[str, list[int]] = {"ld": [], "st": []}
+    for kind, vector, bits in re.findall(r"\b(ld|st)\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)", ptx):
+        sizes[kind].append(int(vector or 1) * int(bits) // 8)
+    sizes["ld"] += [int(n, 0) for n in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?\], (0x\w+|\d+)", ptx)]
+    if "cp.async.bulk.tensor" in ptx:
+        sizes["ld"] += [16] * bool(re.search(r"cp\.async\.bulk\.tensor\.\dd\.shared", ptx))
+        sizes["st"] += [16] * bool(re.search(r"cp\.async\.bulk\.tensor\.\dd\.global", ptx))
+    return sizes["ld"], sizes["st"]
+
+
+def _arguments(call: Call) -> dict[str, Any]:
+    names = [p.name for p in call.kernel.params]
+    return dict(zip(names, call.args)) | {name: v for name, v in call.options.items() if name in names}
+
+
+def _integers(call: Call) -> dict[str, int]:
+    return {name: v for name, v in _arguments(call).items() if isinstance(v, int)}
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(int(value) if isinstance(value, bool) else value)
+
+
+def _absent(call: Call) -> list[str]:
+    """["no b"]: pointers given as None, by which Triton specialises too."""
+    names = [p.name.removesuffix("_ptr") for p in call.kernel.params if _arguments(call).get(p.name, 0) is None]
+    return ["no " + ", ".join(names)] if names else []
+
+
+def _signature(ttir: str) -> str:
+    return next(line for line in ttir.splitlines() if "tt.func public" in line)

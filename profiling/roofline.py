@@ -1,0 +1,221 @@
+"""The least time that a training step could take on a GPU, op by op: FLOPs, fewest bytes, and the datasheet's peaks.
+
+    python profiling/roofline.py [--gpu h100] [--model 124m] [--batch 64] [--ledger]
+
+It needs the trainer's package: `pip install -e .`, or PYTHONPATH=.:kernels from the repository's root; no GPU, and
+nothing runs. floor = max(compute, memory) of each op, as if nothing else were in its way:
+
+    compute   matrix products at the dense bfloat16 peak. In attention, whole 128 x 128 tiles on the diagonal, and the
+              exponentials after the products: 16 a clock and SM (CUDA C++ Programming Guide, arithmetic throughput),
+              which at head size 64 take as long; only overlapping the two would beat it.
+    memory    every operand read once and every result written once at the data sheet's bandwidth; float32 weight
+              gradients are read and written once a micro-step, the optimizer's buffers once a step.
+
+The forms are those of nanogpt_kernels: residual and LayerNorm in one pass, GELU in its product's epilogue, logits in
+place, packed qkv. --ledger also counts, in Triton's interpreter, the bytes that the memory-bound kernels load and
+store, and compares them with the fewest (profiling/ledger.py).
+"""
+
+import argparse
+import math
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanogpt_fast.config import GPTConfig
+from nanogpt_fast.metrics import PEAK_TFLOPS, flops_per_token
+
+TILE = 128  # edge of attention's tiles: what lies above the diagonal in them is computed too
+HALF, FULL = 2, 4  # bytes of bfloat16, float32
+
+
+@dataclass(frozen=True)
+class GPU:
+    """name: as the driver gives it, a key of metrics.PEAK_TFLOPS. bandwidth: TB/s, NVIDIA's data sheet of that product.
+    flops_an_exp: tensor FLOPs a clock and SM (4096 Hopper, 2048 A100, 1024 L40S, 512 GeForce) / 16 exponentials."""
+
+    name: str
+    bandwidth: float
+    flops_an_exp: int
+
+
+GPUS = {
+    "h100": GPU("NVIDIA H100 80GB HBM3", 3.35, 256),
+    "h100-pcie": GPU("NVIDIA H100 PCIe", 2.0, 256),
+    "h100-nvl": GPU("NVIDIA H100 NVL", 3.9, 256),
+    "h200": GPU("NVIDIA H200", 4.8, 256),
+    "a100": GPU("NVIDIA A100-SXM4-80GB", 2.039, 128),
+    "a100-40gb": GPU("NVIDIA A100-SXM4-40GB", 1.555, 128),
+    "l40s": GPU("NVIDIA L40S", 0.864, 64),
+    "rtx4090": GPU("NVIDIA GeForce RTX 4090", 1.008, 32),
+    "rtx3090": GPU("NVIDIA GeForce RTX 3090", 0.936, 32),
+}
+MODELS = {
+    "124m": GPTConfig(n_layer=12, n_head=12, n_embd=768, bias=False),
+    "350m": GPTConfig(n_layer=24, n_head=16, n_embd=1024, bias=False),
+    "774m": GPTConfig(n_layer=36, n_head=20, n_embd=1280, bias=False),
+    "1558m": GPTConfig(n_layer=48, n_head=25, n_embd=1600, bias=False),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an op must do in one training step."""
+
+    op: str
+    flops: float = 0.0
+    bytes: float = 0.0
+    exps: float = 0.0
+
+    def seconds(self, peak: float, bandwidth: float, exp_rate: float) -> tuple[float, float]:
+        """(compute, memory) at so many FLOP/s, bytes/s and exponentials/s."""
+        return self.flops / peak + self.exps / exp_rate, self.bytes / bandwidth
+
+
+# ---- fewest bytes of the memory-bound ops: operands once, results once ----
+
+
+def norm_bytes(M: int, C: int, *, backward: bool) -> int:
+    """r -> y; or dy, r -> dr."""
+    return (3 if backward else 2) * HALF * M * C
+
+
+def add_norm_bytes(M: int, C: int, *, backward: bool, dropout: bool = False) -> int:
+    """r, delta -> r', y; or dy, dr', r' -> dr, which is ddelta too unless dropout changes it."""
+    return (5 if backward and dropout else 4) * HALF * M * C
+
+
+def cross_entropy_bytes(M: int, V: int, *, passes: int) -> int:
+    """Logits read and overwritten by their gradient: 2 passes through memory, 3 with the second read that hits L2."""
+    return passes * HALF * M * V
+
+
+def embedding_bytes(M: int, C: int, *, backward: bool) -> int:
+    """Rows of wte -> r; or dr."""
+    return (1 if backward else 2) * HALF * M * C
+
+
+def gelu_bytes(M: int, F: int, *, backward: bool) -> int:
+    """pre -> act; or dact, pre -> dpre."""
+    return (3 if backward else 2) * HALF * M * F
+
+
+def adamw_bytes(N: int) -> int:
+    """master, m, v in and out, g in, the bfloat16 parameters out."""
+    return (3 * 2 * FULL + FULL + HALF) * N
+
+
+def grad_norm_bytes(N: int) -> int:
+    return FULL * N
+
+
+# ---- a step ----
+
+
+def product(op: str, M: int, K: int, N: int, rounds: int, extra: int = 0) -> Work:
+    """[M, K] times [K, N], `rounds` times a step; extra: elements that its epilogue reads or writes besides."""
+    return Work(op, 2.0 * M * K * N * rounds, float(HALF * (M * K + K * N + M * N + extra) * rounds))
+
+
+def weight_gradient(op: str, M: int, K: int, N: int, rounds: int) -> Work:
+    """[N, M] times [M, K] added into float32."""
+    return Work(op, 2.0 * M * K * N * rounds, float((HALF * (M * K + M * N) + 2 * FULL * K * N) * rounds))
+
+
+def step_work(config: GPTConfig, batch: int, micro_steps: int, *, deterministic: bool = False) -> list[Work]:
+    """Every op of a training step of micro_steps x batch sequences."""
+    L, H, C, T, V = config.n_layer, config.n_head, config.n_embd, config.block_size, config.vocab_size
+    M, F, D, N = batch * T, 4 * C, C // H, config.num_params(non_embedding=False)
+    layers = L * micro_steps
+    pairs = batch * H * T * T / 2 * layers  # (query, key) below the diagonal
+    tiled = pairs * (1 + TILE / T)
+    products, exps = (7, 2) if deterministic else (5, 1)  # the deterministic form rebuilds the scores for dQ
+    matmul = 2.0 * D * tiled
+    norms = [  # forward, backward; the first norm has nothing to add
+        micro_steps * norm_bytes(M, C, backward=b) + 2 * layers * add_norm_bytes(M, C, backward=b)
+        for b in (False, True)
+    ]
+    return [
+        product("qkv", M, C, 3 * C, layers),
+        product("qkv, dgrad", M, 3 * C, C, layers),
+        weight_gradient("qkv, wgrad", M, C, 3 * C, layers),
+        Work("attention", 2 * matmul, float(4 * HALF * M * C * layers), tiled),
+        Work(
+            f"attention backward, {products} products",
+            products * matmul,
+            float(8 * HALF * M * C * layers),
+            exps * tiled,
+        ),
+        product("attention projection", M, C, C, layers),
+        product("attention projection, dgrad", M, C, C, layers),
+        weight_gradient("attention projection, wgrad", M, C, C, layers),
+        product("fc + GELU", M, C, F, layers, extra=M * F),
+        product("fc, dgrad", M, F, C, layers),
+        weight_gradient("fc, wgrad", M, C, F, layers),
+        product("MLP projection", M, F, C, layers),
+        product("MLP projection, dgrad + dGELU", M, C, F, layers, extra=M * F),
+        weight_gradient("MLP projection, wgrad", M, F, C, layers),
+        product("head", M, C, V, micro_steps),
+        product("head, dgrad", M, V, C, micro_steps),
+        weight_gradient("head, wgrad", M, C, V, micro_steps),
+        Work("cross-entropy in place", bytes=float(cross_entropy_bytes(M, V, passes=2) * micro_steps)),
+        Work("residual + LayerNorm", bytes=float(norms[0])),
+        Work("residual + LayerNorm, backward", bytes=float(norms[1])),
+        Work(
+            "embedding, both ways",
+            bytes=float(sum(embedding_bytes(M, C, backward=b) for b in (False, True)) * micro_steps),
+        ),
+        Work("gradient norm, AdamW, zeroing", bytes=float(grad_norm_bytes(N) + adamw_bytes(N) + FULL * N)),
+    ]
+
+
+def print_step(works: list[Work], peak: float, bandwidth: float, exp_rate: float) -> float:
+    """The table; returns its total in seconds."""
+    times = [work.seconds(peak, bandwidth, exp_rate) for work in works]
+    total = sum(map(max, times))
+    print(f"{'op':<36}{'TFLOP':>9}{'GB':>9}{'compute ms':>12}{'memory ms':>11}{'floor ms':>10}{'share':>8}  bound")
+    for work, (compute, memory) in zip(works, times):
+        bound = "memory" if memory > compute else "exponentials and products" if work.exps else "products"
+        floor = max(compute, memory)
+        print(f"{work.op:<36}{work.flops / 1e12:>9.1f}{work.bytes / 1e9:>9.1f}{compute * 1e3:>12.2f}"
+              f"{memory * 1e3:>11.2f}{floor * 1e3:>10.2f}{floor / total:>8.1%}  {bound}")  # fmt: skip
+    flops, moved = sum(w.flops for w in works) / 1e12, sum(w.bytes for w in works) / 1e9
+    print(f"{'total':<36}{flops:>9.1f}{moved:>9.1f}{'':>23}{total * 1e3:>10.2f}")
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", choices=GPUS, default="h100")
+    parser.add_argument("--model", choices=MODELS, default="124m")
+    parser.add_argument("--batch", type=int, default=64, help="sequences a micro-step (default 64)")
+    parser.add_argument("--tokens", type=int, default=2**19, help="a step (default 524,288, rounded up to micro-steps)")
+    parser.add_argument("--tflops", type=float, help="rate of matrix products to suppose instead of the peak")
+    parser.add_argument("--bandwidth", type=float, help="TB/s to suppose instead of the data sheet's")
+    parser.add_argument(
+        "--deterministic", action="store_true", help="attention backward without atomics: 7 products, not 5"
+    )
+    parser.add_argument("--ledger", action="store_true", help="count bytes in the interpreter as well")
+    args = parser.parse_args()
+    gpu, config = GPUS[args.gpu], MODELS[args.model]
+    datasheet = PEAK_TFLOPS[gpu.name] * 1e12
+    peak, bandwidth = (args.tflops or datasheet / 1e12) * 1e12, (args.bandwidth or gpu.bandwidth) * 1e12
+    micro_steps = math.ceil(args.tokens / (args.batch * config.block_size))
+    tokens = micro_steps * args.batch * config.block_size
+    print(f"{args.model} on {gpu.name}: {peak / 1e12:.0f} TFLOP/s{' (supposed)' if args.tflops else ''}, "
+          f"{bandwidth / 1e12:.3g} TB/s{' (supposed)' if args.bandwidth else ''}, "
+          f"{datasheet / gpu.flops_an_exp / 1e12:.2f}T exponentials/s; "
+          f"{micro_steps} x {args.batch} x {config.block_size} = {tokens:,} tokens a step\n")  # fmt: skip
+    works = step_work(config, args.batch, micro_steps, deterministic=args.deterministic)
+    total = print_step(works, peak, bandwidth, datasheet / gpu.flops_an_exp)
+    flops = flops_per_token(config)
+    mfu = ", ".join(f"{flops[name] * tokens / total / datasheet:.1%} ({name})" for name in flops)
+    print(f"\n{tokens / total / 1e3:,.0f}K tokens/s; MFU {mfu}. A bound, not a measurement.")
+    if args.ledger:
+        print(flush=True)
+        sys.exit(subprocess.run([sys.executable, str(Path(__file__).with_name("ledger.py"))]).returncode)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Kernels that break one rule of profiling/resources.py each, and some that break none; a process of its own compiles
+them for sm_90 (the compiler and the interpreter cannot share one) and prints JSON: {"verdicts": {kernel: its verdict},
+"untaken": rows of launch.TABLE that none of them took}."""
+
+import json
+
+import torch
+import triton
+import triton.language as tl
+from aot_compile import compile_all, distinct
+from nanogpt_kernels.launch import launch, recording
+from resources import budget_key, untaken, verdict
+
+
+@triton.jit
+def spills(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    """One warp keeps 64 KB in registers, across a sum over them: 512 a thread, of 255."""
+    x = tl.load(x_ptr + tl.arange(0, BLOCK))
+    tl.store(y_ptr + tl.arange(0, BLOCK), x * tl.sum(x, axis=0))
+
+
+@triton.jit
+def multiplies(a_ptr, b_ptr, c_ptr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
+    a = tl.load(a_ptr + m[:, None] * K + k[None, :])
+    b = tl.load(b_ptr + k[:, None] * N + n[None, :])
+    tl.store(c_ptr + m[:, None] * N + n[None, :], tl.dot(a, b))
+
+
+@triton.jit
+def wraps(x_ptr, C, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * C + tl.arange(0, BLOCK)
+    tl.store(x_ptr + at, at.to(tl.float32))
+
+
+@triton.jit
+def wraps_before_widening(x_ptr, C, BLOCK: tl.constexpr):
+    tl.store(x_ptr + (tl.program_id(0) * C).to(tl.int64) + tl.arange(0, BLOCK), 0.0)
+
+
+@triton.jit
+def wraps_in_a_loop(x_ptr, rows, C, BLOCK: tl.constexpr):
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        tl.store(x_ptr + row * C + tl.arange(0, BLOCK), 0.0)
+
+
+@triton.jit
+def does_not_wrap(x_ptr, C, BLOCK: tl.constexpr):
+    tl.store(x_ptr + tl.program_id(0).to(tl.int64) * C + tl.arange(0, BLOCK), 0.0)
+
+
+def main() -> None:
+    x, half = torch.empty(1, device="meta"), torch.empty(1, dtype=torch.bfloat16, device="meta")
+    rows, C = 2**21, 1600  # 3.4e9 elements
+    with recording(90) as calls:
+        launch("test", spills, (1,), x, x, BLOCK=16384, num_warps=1)
+        launch("test", multiplies, (1,), half, half, x, M=64, N=64, K=64, num_warps=4)
+        launch("test", multiplies, (1,), half, half, x, M=16, N=64, K=64, num_warps=4)
+        launch("test", multiplies, (1,), half, half, x, M=128, N=128, K=512, num_warps=8)
+        for kernel in (wraps, wraps_before_widening, does_not_wrap):
+            launch("test", kernel, (rows,), x, C, BLOCK=64)
+        launch("test", wraps_in_a_loop, (132,), x, rows, C, BLOCK=64)
+    compiled = compile_all(distinct(calls, 90), 90)
+    verdicts = {f"{c.kernel} {c.constexprs}": verdict(c, 90, None) for c in compiled}
+    fine = next(c for c in compiled if c.kernel == "does_not_wrap")
+    verdicts["over budget"] = verdict(fine, 90, {budget_key(fine): [fine.registers - 1, fine.shared]})
+    verdicts["within budget"] = verdict(fine, 90, {budget_key(fine): [fine.registers, fine.shared]})
+    verdicts["without budget"] = verdict(fine, 90, {})
+    print(json.dumps({"verdicts": verdicts, "untaken": untaken(calls, 90)}))
+
+
+if __name__ == "__main__":
+    main()
