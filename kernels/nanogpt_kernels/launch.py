@@ -63,7 +63,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     # Pieces, not a power of two: at C = 768 on sm_90 the forward takes 398 instructions a row and warp, 884 with 1024
     # lanes, backward 484 and 960; with dropout 887 and 1604, and at 3.35 TB/s an H100 has time for about 1,700.
     "norm_fwd": (
-        Row(80, dict(ROWS=1, BLOCK_C=256), num_warps=1, itemsize=2, up_to=768, choices=dict(programs_per_sm=12)),
+        Row(80, dict(ROWS=1, BLOCK_C=256), num_warps=1, up_to=768, choices=dict(programs_per_sm=12)),
         Row(80, dict(ROWS=1, BLOCK_C=256), num_warps=2, up_to=1280, choices=dict(programs_per_sm=8)),
         Row(80, dict(ROWS=1, BLOCK_C=256), num_warps=2, up_to=2048, choices=dict(programs_per_sm=6)),
         Row(80, dict(ROWS=1, BLOCK_C=2048), num_warps=16, up_to=8192, choices=dict(programs_per_sm=1)),
@@ -132,8 +132,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(100, dict(BLOCK_M=64, BLOCK_N=32), num_warps=4, num_stages=3, itemsize=2, up_to=64),
         Row(100, dict(BLOCK_M=64, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
     ),
-    # attention_bwd: up_to is D. The form is a choice of "attention_bwd": atomic has 5 products to the deterministic one's
-    # 7, and as much again of its own traffic; deterministic until a GPU has timed both.
+    # attention_bwd: up_to is D. Its form is a choice of the first row: atomic has 5 products to the deterministic one's 7,
+    # and a float32 dQ of [B, H, T, D] to clear, add to and read. Deterministic until a GPU has timed both.
     "attention_bwd": (Row(80, {}, num_warps=4, choices=dict(atomic=False)),),
     "attention_bwd_rows": (Row(80, dict(ROWS=64), num_warps=4),),
     "attention_bwd_dq": (

@@ -2,8 +2,8 @@
 
 P = exp2(q k^T log2(e) / sqrt(D) - lse), dP = do v^T, dS = P (dP - delta), delta = rowsum(o do); dV = P^T do,
 dK = dS^T q / sqrt(D), dQ = dS k / sqrt(D). With dropout's Z = mask / (1 - p): dP = Z (do v^T), dV = (Z P)^T do.
-Two decompositions, chosen by launch.py's "attention_bwd". Deterministic: programs own BLOCK_M queries (delta, dQ), then
-others BLOCK_N keys (dK, dV); 7 products, no atomics, equal bits at any B. Atomic: owners of keys add to a float32 dQ too;
+Two forms, chosen by launch.py's "attention_bwd". Deterministic: programs own BLOCK_M queries (delta, dQ), then others
+BLOCK_N keys (dK, dV); 7 products, no atomics, the same bits at any B. Atomic: owners of keys add to a float32 dQ too;
 5 products, and dQ's last bits vary from run to run. P and dS are rounded to the operands' dtype, all else is float32.
 The bias's gradient is summed over tokens from the float32 tiles before they are rounded: a row a tile, in fixed order.
 """
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanogpt_kernels.attention.backward_atomic import delta_and_zeros, write_dq
-from nanogpt_kernels.attention.forward import _query_tile, check_attention, dot_precision, log2_scale
+from nanogpt_kernels.attention.forward import _query_tile, block_d, check_attention, dot_precision, log2_scale
 from nanogpt_kernels.attention.tiles import head_offsets, load_tile, store_tile, tile_at
 from nanogpt_kernels.contract import require, require_same_device
 from nanogpt_kernels.launch import launch, pick
@@ -32,7 +32,7 @@ def _dq_over_keys(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DIAGONAL: tl.constexpr,
     RAGGED: tl.constexpr, DROPOUT: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq [BLOCK_M, BLOCK_D] of queries m... plus the part of keys lo...hi - 1, all below the diagonal unless DIAGONAL."""
+    """dq [BLOCK_M, BLOCK_D] of queries m... plus keys lo...hi - 1, all below the diagonal unless DIAGONAL."""
     i = m + tl.arange(0, BLOCK_M)
     if DOCUMENTS:
         doc_i = tl.load(doc_ids_ptr + i, mask=i < T, other=0)
@@ -67,7 +67,7 @@ def _attention_bwd_dq_kernel(
     dqkv_ptr,  # [B, T, 3, H, D]
     delta_ptr,  # [B, H, T] float32
     sums_ptr,  # [B * tiles, H, D] float32, or [0, 0]
-    B,
+    heads,
     T,
     H,
     scale,
@@ -86,8 +86,8 @@ def _attention_bwd_dq_kernel(
     DOCUMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    head, tile = _query_tile(tl.program_id(0), B * H, T, D, BLOCK_M, ITEMSIZE)
-    qkv_at, o_at, row_at, doc_at = head_offsets(head, T, H, D)
+    head, tile = _query_tile(tl.program_id(0), heads, T, D, BLOCK_M, ITEMSIZE)  # type: ignore[misc]
+    qkv_at, o_at, row_at, doc_at = head_offsets(head, T, H, D)  # type: ignore[misc]
     m, stride = tile * BLOCK_M, 3 * H * D
     i = m + tl.arange(0, BLOCK_M)
     q_ptr = qkv_ptr + qkv_at
@@ -130,7 +130,7 @@ def _dkdv_over_queries(
     RAGGED: tl.constexpr, ATOMIC: tl.constexpr, DROPOUT: tl.constexpr, DOCUMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv [BLOCK_N, BLOCK_D] of keys n... plus the part of queries lo...hi - 1, all below the diagonal unless DIAGONAL.
+    """dk, dv [BLOCK_N, BLOCK_D] of keys n... plus queries lo...hi - 1, all below the diagonal unless DIAGONAL.
 
     Tiles are transposed, [BLOCK_N, BLOCK_M], so that P and dS enter the products for dv and dk from registers: on sm_90
     BLOCK_M=64, BLOCK_N=128, D=64 takes 246 registers so, and spills the other way round.
@@ -161,8 +161,8 @@ def _dkdv_over_queries(
             kept = tl.where(keep, p * inv_keep, 0.0)
         else:
             kept = p
-        dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION)
         ds = (p * (dp - delta[None, :])).to(q.dtype)
+        dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION)
         dk = tl.dot(ds, q, dk, input_precision=PRECISION)
         if ATOMIC:
             dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
@@ -182,7 +182,7 @@ def _attention_bwd_dkdv_kernel(
     dqkv_ptr,  # [B, T, 3, H, D]
     dq_ptr,  # [B, H, T, D] float32, or None
     sums_ptr,  # [B * tiles, 2, H, D] float32, or [0, 0]
-    B,
+    heads,
     T,
     H,
     scale,
@@ -202,9 +202,9 @@ def _attention_bwd_dkdv_kernel(
     DOCUMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    head, from_last = _query_tile(tl.program_id(0), B * H, T, D, BLOCK_N, ITEMSIZE)
+    head, from_last = _query_tile(tl.program_id(0), heads, T, D, BLOCK_N, ITEMSIZE)  # type: ignore[misc]
     tile = tl.cdiv(T, BLOCK_N) - 1 - from_last  # of keys the first tile is the longest
-    qkv_at, o_at, row_at, doc_at = head_offsets(head, T, H, D)
+    qkv_at, o_at, row_at, doc_at = head_offsets(head, T, H, D)  # type: ignore[misc]
     n, stride = tile * BLOCK_N, 3 * H * D
     q_ptr, do_ptr, lse_ptr, delta_ptr = qkv_ptr + qkv_at, do_ptr + o_at, lse_ptr + row_at, delta_ptr + row_at
     k = load_tile(q_ptr + H * D, n, stride, T, BLOCK_N, D, BLOCK_D, RAGGED)
@@ -264,9 +264,9 @@ def attention_bwd(
     do, qkv, o, lse = do.contiguous(), qkv.contiguous(), o.contiguous(), lse.contiguous()
     # launch.py: up_to is D; dropout and documents need registers, hence rows of their own
     masked = "" if p == 0.0 and doc_ids is None else "_masked"
-    BLOCK_D = max(16, triton.next_power_of_2(D))
+    BLOCK_D = block_d(D)
     masks = (None if doc_ids is None else doc_ids.contiguous(), seed if p > 0.0 else None)
-    numbers = (B, T, H, D**-0.5, log2_scale(D), site, int(p * 2**32), 1.0 / (1.0 - p))
+    numbers = (B * H, T, H, D**-0.5, log2_scale(D), site, int(p * 2**32), 1.0 / (1.0 - p))
     shape = dict(D=D, BLOCK_D=BLOCK_D, ITEMSIZE=qkv.element_size(), SUMS=bias_grad)
     shape |= dict(DROPOUT=p > 0.0, DOCUMENTS=doc_ids is not None, PRECISION=dot_precision(qkv))
 
@@ -283,7 +283,7 @@ def attention_bwd(
     else:
         delta, dq = torch.empty_like(lse), None
         row = pick(f"attention_bwd_dq{masked}", qkv, D)
-        tiles = triton.cdiv(T, row.blocks["BLOCK_M"])
+        tiles = -(-T // row.blocks["BLOCK_M"])
         dq_sums = sums(tiles, 1)
         launch(
             f"attention_bwd_dq{masked}", _attention_bwd_dq_kernel, (tiles * B * H,),
@@ -291,7 +291,7 @@ def attention_bwd(
         )  # fmt: skip
     name = f"attention_bwd_atomic{masked}" if atomic else f"attention_bwd_dkdv{masked}"
     row = pick(name, qkv, D)
-    tiles = triton.cdiv(T, row.blocks["BLOCK_N"])
+    tiles = -(-T // row.blocks["BLOCK_N"])
     dkdv_sums = sums(tiles, 2)
     launch(
         name, _attention_bwd_dkdv_kernel, (tiles * B * H,),

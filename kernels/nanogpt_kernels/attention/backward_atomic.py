@@ -25,7 +25,7 @@ def _before_atomic_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    _, o_at, row_at, _ = head_offsets(tl.program_id(0), T, H, D)
+    _, o_at, row_at, _ = head_offsets(tl.program_id(0), T, H, D)  # type: ignore[misc]
     start = tl.program_id(1) * ROWS
     o = load_tile(o_ptr + o_at, start, H * D, T, ROWS, D, BLOCK_D, True).to(tl.float32)
     do = load_tile(do_ptr + o_at, start, H * D, T, ROWS, D, BLOCK_D, True).to(tl.float32)
@@ -49,7 +49,7 @@ def _after_atomic_kernel(
     SUMS: tl.constexpr,
 ):
     head, tile, tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    qkv_at, _, row_at, _ = head_offsets(head, T, H, D)
+    qkv_at, _, row_at, _ = head_offsets(head, T, H, D)  # type: ignore[misc]
     dq = load_tile(dq_ptr + row_at * D, tile * ROWS, D, T, ROWS, D, BLOCK_D, True) * scale
     sums_ptr += (((head // H).to(tl.int64) * tiles + tile) * H + head % H) * D
     store_tile(dqkv_ptr + qkv_at, sums_ptr, dq, tile * ROWS, 3 * H * D, T, ROWS, D, BLOCK_D, SUMS)
@@ -62,7 +62,7 @@ def delta_and_zeros(do: Tensor, o: Tensor, BLOCK_D: int) -> tuple[Tensor, Tensor
     dq = torch.empty(B, H, T, D, dtype=torch.float32, device=o.device)
     row = pick("attention_bwd_rows", o, D)
     launch(
-        "attention_bwd_rows", _before_atomic_kernel, (B * H, triton.cdiv(T, row.blocks["ROWS"])),
+        "attention_bwd_rows", _before_atomic_kernel, (B * H, -(-T // row.blocks["ROWS"])),
         o, do, delta, dq, T, H, row=row, D=D, BLOCK_D=BLOCK_D,
     )  # fmt: skip
     return delta, dq
@@ -72,7 +72,7 @@ def write_dq(dq: Tensor, dqkv: Tensor, BLOCK_D: int, bias_grad: bool) -> Tensor:
     """dQ's sums [B, H, T, D] into dqkv [B, T, 3, H, D]; returns partial sums over tokens [n, H*D], or [0, 0]."""
     B, H, T, D = dq.shape
     row = pick("attention_bwd_rows", dqkv, D)
-    tiles = triton.cdiv(T, row.blocks["ROWS"])
+    tiles = -(-T // row.blocks["ROWS"])
     sums = torch.empty((B * tiles, H * D) if bias_grad else (0, 0), dtype=torch.float32, device=dq.device)
     launch(
         "attention_bwd_rows", _after_atomic_kernel, (B * H, tiles),
