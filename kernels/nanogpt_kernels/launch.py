@@ -132,8 +132,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(100, dict(BLOCK_M=64, BLOCK_N=32), num_warps=4, num_stages=3, itemsize=2, up_to=64),
         Row(100, dict(BLOCK_M=64, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
     ),
-    # attention_bwd: up_to is D. Its form is a choice of the first row: atomic has 5 products, not 7, but clears, adds to
-    # and reads a float32 dQ [B, H, T, D]. Deterministic until a GPU has timed both.
+    # attention_bwd: up_to is D. Its form is a choice of the first row: atomic has 5 products, not 7, but clears, adds
+    # to and reads a float32 dQ [B, H, T, D]. Deterministic until a GPU has timed both.
     "attention_bwd": (Row(80, {}, num_warps=4, choices=dict(atomic=False)),),
     "attention_bwd_rows": (Row(80, dict(ROWS=64), num_warps=4),),
     "attention_bwd_dq": (
