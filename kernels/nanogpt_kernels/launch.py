@@ -64,6 +64,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     # lanes, backward 484 and 960; with dropout 887 and 1604, and at 3.35 TB/s an H100 has time for about 1,700.
     "norm_fwd": (
         Row(80, dict(ROWS=1, BLOCK_C=256), num_warps=1, up_to=768, choices=dict(programs_per_sm=12)),
+        Row(80, dict(ROWS=1, BLOCK_C=512), num_warps=2, itemsize=2, up_to=1024, choices=dict(programs_per_sm=10)),
         Row(80, dict(ROWS=1, BLOCK_C=256), num_warps=2, up_to=1280, choices=dict(programs_per_sm=8)),
         Row(80, dict(ROWS=1, BLOCK_C=256), num_warps=2, up_to=2048, choices=dict(programs_per_sm=6)),
         Row(80, dict(ROWS=1, BLOCK_C=2048), num_warps=16, up_to=8192, choices=dict(programs_per_sm=1)),
@@ -141,6 +142,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(80, dict(BLOCK_M=16, BLOCK_N=16), num_warps=8, up_to=128),
         Row(80, dict(BLOCK_M=128, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=64),
         Row(80, dict(BLOCK_M=64, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
+        Row(90, dict(BLOCK_M=64, BLOCK_N=64), num_warps=4, num_stages=2, itemsize=2, up_to=64),  # three an SM, not one
+        Row(100, dict(BLOCK_M=128, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=64),
     ),
     "attention_bwd_dq_masked": (
         Row(80, dict(BLOCK_M=32, BLOCK_N=32), num_warps=8, up_to=64),
