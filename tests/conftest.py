@@ -9,6 +9,8 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -22,3 +24,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if hasattr(getattr(item, "module", None), "kernel_case"):
                 item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture(autouse=True)
+def few_multiprocessors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """On a GPU, op tests see eight multiprocessors, as in the interpreter: else no small shape makes a persistent
+    program take a second tile."""
+    if torch.cuda.is_available() and hasattr(request.module, "kernel_case"):
+        from nanogpt_kernels import launch
+
+        major, minor = torch.cuda.get_device_capability()
+        monkeypatch.setattr(launch, "_cuda_properties", lambda index: (10 * major + minor, launch.INTERPRETER_SMS))
+    yield

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
 @pytest.fixture(autouse=True)
 def small_tiles():
-    with launch.override("bias_gelu_fwd", blocks=SMALL), launch.override("bias_gelu_bwd", blocks=SMALL):
+    with launch.override("bias_gelu_fwd", blocks=SMALL), launch.override("bias_gelu_bwd", blocks=SMALL, num_warps=1):
         yield
 
 

@@ -306,7 +306,9 @@ def test_captured():
         r.backward(dr)
         return r
 
-    with torch.cuda.stream(torch.cuda.Stream()):
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
         step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -70,8 +70,9 @@ def test_an_unlisted_gpu_is_said_once(table: None):
 def test_override_replaces_single_entries_and_ends(table: None):
     with launch.recording(80):
         with launch.override("fill", blocks=dict(BLOCK=128), choices=dict(b=3), num_warps=2):
-            with launch.override("fill", num_warps=1):
-                assert launch.pick("fill", meta(torch.float32), 1).num_warps == 1
+            with launch.override("fill", num_warps=1, choices=dict(a=7)):
+                inner = launch.pick("fill", meta(torch.float32), 1)
+                assert (inner.num_warps, inner.blocks, inner.choices) == (1, dict(BLOCK=128), dict(a=7, b=3))
             row = launch.pick("fill", meta(torch.float32), 1)
         assert (row.blocks, row.choices, row.num_warps) == (dict(BLOCK=128), dict(a=1, b=3), 2)
         assert launch.pick("fill", meta(torch.float32), 1) == ROWS[2]

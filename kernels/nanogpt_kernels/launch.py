@@ -47,7 +47,7 @@ class Row:
 _GEMM_128 = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8)
 _GEMM_256 = dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8)
 _STRIP = dict(BLOCK_M=8, BLOCK_N=256)
-_FUSED, _CUBLAS = dict(fused=True, programs_per_sm=1), dict(fused=False, programs_per_sm=1)
+_CUBLAS = dict(fused=False, programs_per_sm=1, least_rows=2048)
 _SPLIT = dict(keys_a_split=128)  # one token of GPT-2 124M at position 1023 has 12 heads: 96 programs
 
 TABLE: dict[str, tuple[Row, ...]] = {
@@ -84,20 +84,20 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(80, _STRIP, num_warps=4, itemsize=2, choices=dict(programs_per_sm=7, rebuilding_per_sm=5)),
         Row(80, _STRIP, num_warps=4, itemsize=4, choices=dict(programs_per_sm=5, rebuilding_per_sm=4)),
     ),
-    # mlp: up_to is C. fused: the GEMM with GELU in its epilogue, not cuBLAS and an elementwise pass. It saves one pass
-    # over [M, F] forward and two backward: by 3.0 TB/s and the H100 GEMM rates of 640 to 740 TFLOP/s expected at C =
-    # 768 to 1600, it pays from 78 to 87% of cuBLAS's rate on, backward from 64 to 76%. So, unmeasured: on sm_90
-    # backward, and forward up to C = 1024; elsewhere cuBLAS.
+    # mlp: up_to is C. fused: the GEMM with GELU in its epilogue, from least_rows rows on, not cuBLAS and an elementwise
+    # pass. It saves one pass over [M, F] forward and two backward: by 3.0 TB/s and the H100 GEMM rates of 640 to 740
+    # TFLOP/s expected at C = 768 to 1600, it pays from 78 to 87% of cuBLAS's rate on, backward from 64 to 76%. Counting
+    # sm_90's instructions, 128x256 tiles by 8 warps reach at best 55 to 72% of the peak forward and 47 to 65% backward,
+    # as nothing covers their epilogue; of 128x128 by 4 warps two programs share an SM. So cuBLAS, until it is timed.
     "mlp_fwd": (
         Row(80, _GEMM_128, num_warps=8, num_stages=3, itemsize=2, choices=_CUBLAS),
-        Row(90, _GEMM_256, num_warps=8, num_stages=4, itemsize=2, up_to=1024, choices=_FUSED),
-        Row(90, _GEMM_256, num_warps=8, num_stages=4, itemsize=2, choices=_CUBLAS),
+        Row(90, _GEMM_128, num_warps=4, num_stages=3, itemsize=2, choices=_CUBLAS | dict(programs_per_sm=2)),
         Row(100, _GEMM_256, num_warps=8, num_stages=3, itemsize=2, choices=_CUBLAS),
         Row(120, _GEMM_128, num_warps=8, num_stages=2, itemsize=2, choices=_CUBLAS),
     ),
     "mlp_bwd": (
         Row(80, _GEMM_128, num_warps=8, num_stages=3, itemsize=2, choices=_CUBLAS),
-        Row(90, _GEMM_256, num_warps=8, num_stages=3, itemsize=2, choices=_FUSED),
+        Row(90, _GEMM_128, num_warps=4, num_stages=3, itemsize=2, choices=_CUBLAS | dict(programs_per_sm=2)),
         Row(100, _GEMM_256, num_warps=8, num_stages=3, itemsize=2, choices=_CUBLAS),
         Row(120, _GEMM_128, num_warps=8, num_stages=2, itemsize=2, choices=_CUBLAS),
     ),
@@ -190,7 +190,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     # cached_attention: up_to is T, the new tokens; a program takes keys_a_split of the cached keys
     "cached_attention": (
-        Row(80, dict(BLOCK_M=16, BLOCK_N=16), num_warps=4, choices=_SPLIT),
+        Row(80, dict(BLOCK_M=16, BLOCK_N=16), num_warps=8, choices=_SPLIT),
         Row(80, dict(BLOCK_M=16, BLOCK_N=32), num_warps=4, num_stages=4, itemsize=2, up_to=16, choices=_SPLIT),
         Row(80, dict(BLOCK_M=64, BLOCK_N=32), num_warps=4, num_stages=2, itemsize=2, choices=_SPLIT),
     ),
@@ -301,10 +301,12 @@ def launch(op: str, kernel: Any, grid: tuple[Any, ...], *args: Any, row: Row | N
 def override(op: str, **fields: Any) -> Iterator[None]:
     """Within it, `op` takes its row with these fields replaced: for tuning and for tests.
 
-    `blocks` and `choices` replace single entries of the row's.
+    `blocks` and `choices` replace single entries of the row's; an inner override adds to an outer one.
     """
     before = _overrides.get(op)
-    _overrides[op] = fields
+    outer = before or {}
+    merged = {name: outer[name] | fields[name] for name in ("blocks", "choices") if name in outer and name in fields}
+    _overrides[op] = outer | fields | merged
     try:
         yield
     finally:

@@ -7,6 +7,7 @@ gradient added there, in one product with float32 output, and autograd gets None
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from nanogpt_kernels.registry import once, register, without_autocast
 
@@ -14,6 +15,8 @@ from nanogpt_kernels.registry import once, register, without_autocast
 @register("accumulate_weight_grad_(Tensor(a!) main_grad, Tensor dy, Tensor x) -> ()")
 def accumulate_weight_grad_(main_grad: Tensor, dy: Tensor, x: Tensor) -> None:
     """main_grad [N, K] float32 += dy^T x; dy [M, N], x [M, K] of one dtype."""
+    if isinstance(dy, FakeTensor):  # no output to describe; before pytorch/pytorch#179634 addmm's out_dtype refuses it
+        return
     if dy.dtype == torch.float32:
         main_grad.addmm_(dy.t(), x)
     elif dy.is_cuda:

@@ -6,7 +6,8 @@ backward  dact = ddelta w_proj; dpre = dact gelu'(pre); db_fc = column sums of d
 launch.py says who makes act and dpre: a persistent GEMM with GELU in its epilogue (gemm_gelu.py), or cuBLAS and one
 elementwise pass, in tiles of rows and columns; backward in place, by persistent programs that each stride over the
 rows of one block of columns and keep its column sums. db is summed in two stages of fixed order: no atomics.
-pre is rounded once to its dtype; gelu and gelu' are those of the rounded pre. All else is float32 until its store.
+pre is rounded once to its dtype, after cuBLAS's bias, which is rounded first; gelu and gelu' are those of the rounded
+pre. All else is float32 until its store.
 """
 
 from typing import Any
@@ -117,6 +118,9 @@ def _gelu_bwd(
     """Writes dx (which may be dy) and, where given, y = gelu(x + b); returns db [N] float32, [0] unless asked for."""
     N, row = x.size(-1), pick("bias_gelu_bwd", x, x.size(-1))
     M = x.shape[:-1].numel()
+    # a smaller tile lies in several warps at once, and in place one may load what another has stored
+    whole = dx is not dy or row.blocks["BLOCK_M"] * row.blocks["BLOCK_N"] >= 32 * row.num_warps
+    require(whole, "mlp", "in place, a tile must have an element a thread", row=row)
     strips = (N + row.blocks["BLOCK_N"] - 1) // row.blocks["BLOCK_N"]
     at_once = row.choices["programs_per_sm" if y is None else "rebuilding_per_sm"] * sm_count(x.device)
     most = torch.sym_max(at_once // torch.sym_max(strips, 1), 1)
@@ -139,10 +143,13 @@ def bias_gelu_bwd(dy: Tensor, x: Tensor, b: Tensor | None, activation: str, bias
 def _fused(op: str, C: int, x: Tensor, *others: Tensor) -> Row | None:
     """The shape of the GEMM with GELU in its epilogue, or None where cuBLAS is to do it.
 
-    Always so in float32, and where an operand cannot be described: without TMA the tiles for sm_90 spill registers.
+    Always so in float32, for few rows, whose tiles would leave most of the GPU idle, and where an operand cannot be
+    described: without TMA the tiles for sm_90 spill registers.
     """
     row = pick(op, x, C) if x.element_size() == 2 else None
-    return row if row is not None and row.choices["fused"] and all(map(describable, (x, *others))) else None
+    if row is None or not row.choices["fused"] or x.size(0) < row.choices["least_rows"]:
+        return None
+    return row if all(map(describable, (x, *others))) else None
 
 
 @register(
@@ -220,7 +227,7 @@ def bias_gelu(x: Tensor, b: Tensor | None, activation: str = "gelu") -> Tensor:
 class _MLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, w_fc, b_fc, w_proj, activation: str, recompute: bool, differentiate: bool) -> Tensor:
-        keep_act = differentiate and not recompute
+        keep_act = differentiate and not recompute and w_proj.requires_grad
         delta, pre, act = mlp_fwd(y, w_fc, b_fc, w_proj, activation, differentiate, keep_act)
         ctx.save_for_backward(y, w_fc, w_proj, pre, act)
         ctx.main_grads = main_grad_of(w_fc), main_grad_of(w_proj)
