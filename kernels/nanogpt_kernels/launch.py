@@ -171,6 +171,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(120, dict(BLOCK_M=32, BLOCK_N=32), num_warps=8, num_stages=2, itemsize=2, up_to=128),
     ),
     "attention_bwd_atomic": (
+        Row(80, dict(BLOCK_M=32, BLOCK_N=32), num_warps=4, up_to=32),
         Row(80, dict(BLOCK_M=32, BLOCK_N=32), num_warps=8, up_to=64),
         Row(80, dict(BLOCK_M=16, BLOCK_N=32), num_warps=8, up_to=128),
         Row(80, dict(BLOCK_M=32, BLOCK_N=128), num_warps=8, num_stages=2, itemsize=2, up_to=64),
