@@ -115,6 +115,7 @@ def _norm_bwd_kernel(
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     TILES: tl.constexpr,
+    DRES_LATE: tl.constexpr,
 ):
     w = vector_pieces(w_ptr, C, BLOCK_C, TILES)
     zeros = zero_pieces(ROWS, BLOCK_C, TILES)
@@ -123,7 +124,8 @@ def _norm_bwd_kernel(
         seed = tl.load(seed_ptr)
     for start in range(tl.program_id(0).to(tl.int64) * ROWS, M, tl.num_programs(0) * ROWS):
         m = start + tl.arange(0, ROWS).to(tl.int64)
-        drs = row_pieces(dres_ptr, m, M, C, BLOCK_C, TILES)
+        if not DRES_LATE:
+            drs = row_pieces(dres_ptr, m, M, C, BLOCK_C, TILES)
         if dy_ptr is not None:
             dys, rs = row_pieces(dy_ptr, m, M, C, BLOCK_C, TILES), row_pieces(r_ptr, m, M, C, BLOCK_C, TILES)
             mean = tl.load(mean_ptr + m[:, None], mask=(m < M)[:, None], other=0.0)
@@ -140,6 +142,8 @@ def _norm_bwd_kernel(
                 next_dw, next_db = next_dw + (dw[i] + dy * n,), next_db + (db[i] + dy,)
             dw, db = next_dw, next_db
             mean_g, mean_gn = tl.sum(sum_g, axis=1, keep_dims=True) / C, tl.sum(sum_gn, axis=1, keep_dims=True) / C
+        if DRES_LATE:
+            drs = row_pieces(dres_ptr, m, M, C, BLOCK_C, TILES)
         next_d_delta_bias = ()
         for i in tl.static_range(TILES):
             at, inside = piece(m, M, i, C, BLOCK_C)
@@ -256,11 +260,12 @@ def norm_bwd(
     ddelta = torch.empty(0 if ddelta_dtype is None else r.shape, dtype=ddelta_dtype or r.dtype, device=r.device)
     partials = torch.empty(sum(wanted[1:]), programs, C, dtype=torch.float32, device=r.device)
     slots = iter(partials)
+    late = C > 4096 and dy is not None and dy.element_size() == 4  # such rows spilled 40 bytes a thread at C = 8192
     launch(
         "norm_bwd", _norm_bwd_kernel, (programs,),
         dy, dres, r, mean, rstd, w, seed if p > 0.0 else None, dr if wanted[0] else None,
         None if ddelta_dtype is None else ddelta, *(next(slots) if sum_wanted else None for sum_wanted in wanted[1:]),
-        M, 1.0 / (1.0 - p), int(p * 2**32), site, row=row, **tiles,
+        M, 1.0 / (1.0 - p), int(p * 2**32), site, row=row, **tiles, DRES_LATE=late,
     )  # fmt: skip
     return dr, ddelta, partials.sum(1)
 
