@@ -128,8 +128,9 @@ def _norm_bwd_kernel(
             drs = row_pieces(dres_ptr, m, M, C, BLOCK_C, TILES)
         if dy_ptr is not None:
             dys, rs = row_pieces(dy_ptr, m, M, C, BLOCK_C, TILES), row_pieces(r_ptr, m, M, C, BLOCK_C, TILES)
-            mean = tl.load(mean_ptr + m[:, None], mask=(m < M)[:, None], other=0.0)
-            rstd = tl.load(rstd_ptr + m[:, None], mask=(m < M)[:, None], other=0.0)
+            # a row's layout, then a column: loaded as a column, each thread reads every row's eight times over
+            mean = tl.load(mean_ptr + m, mask=m < M, other=0.0)[:, None]
+            rstd = tl.load(rstd_ptr + m, mask=m < M, other=0.0)[:, None]
             sum_g, sum_gn = tl.zeros([ROWS, BLOCK_C], tl.float32), tl.zeros([ROWS, BLOCK_C], tl.float32)
             gs, ns, next_dw, next_db = (), (), (), ()
             for i in tl.static_range(TILES):
@@ -305,6 +306,8 @@ class _AddNorm(torch.autograd.Function):
     @once
     def backward(ctx, *grads: Tensor | None):
         dres, dy = grads
+        if dres is None and dy is None:
+            return (None,) * 9
         r, w, b, delta_bias, mean, rstd, seed = ctx.saved_tensors
         wants_r, wants_delta, wants_delta_bias, wants_w, wants_b = ctx.needs_input_grad[:5]
         differ = ctx.p > 0.0 or ctx.delta_dtype != r.dtype  # else dr and ddelta are one tensor
