@@ -60,8 +60,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "embedding_bwd_pieces": (Row(80, dict(PIECES=16, BLOCK_C=128), num_warps=4),),
     "embedding_bwd_positions": (Row(80, dict(SEQUENCES=8, BLOCK_C=256), num_warps=4),),
     # norm and add_norm: up_to is C; a row in pieces of BLOCK_C columns, ROWS rows a tile (more where C < BLOCK_C).
-    # Pieces, not a power of two: at C = 768 on sm_90 the forward takes 398 instructions a row and warp, 884 with 1024
-    # lanes, backward 484 and 960; with dropout 887 and 1604, and at 3.35 TB/s an H100 has time for about 1,700.
+    # Pieces, not a power of two: at C = 768 on sm_90 add_norm takes 398 warp instructions a row (884 with 1024 lanes),
+    # backward 484 (960); with dropout 887 (1604) and 1008 (1696). At 3.35 TB/s an H100 has time for about 1,700.
     "norm_fwd": (
         Row(80, dict(ROWS=1, BLOCK_C=256), num_warps=1, up_to=768, choices=dict(programs_per_sm=12)),
         Row(80, dict(ROWS=1, BLOCK_C=512), num_warps=2, itemsize=2, up_to=1024, choices=dict(programs_per_sm=10)),
