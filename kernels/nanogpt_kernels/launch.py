@@ -168,6 +168,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(80, dict(BLOCK_M=32, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
         Row(90, dict(BLOCK_M=32, BLOCK_N=128), num_warps=8, num_stages=2, itemsize=2, up_to=64),
         Row(90, dict(BLOCK_M=16, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
+        Row(100, dict(BLOCK_M=32, BLOCK_N=128), num_warps=8, num_stages=2, itemsize=2, up_to=64),
         Row(100, dict(BLOCK_M=32, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
         Row(120, dict(BLOCK_M=32, BLOCK_N=128), num_warps=8, itemsize=2, up_to=64),
         Row(120, dict(BLOCK_M=32, BLOCK_N=32), num_warps=8, num_stages=2, itemsize=2, up_to=128),
