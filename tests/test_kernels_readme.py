@@ -1,0 +1,28 @@
+"""kernels/README.md's example runs as it stands there."""
+
+import re
+from pathlib import Path
+
+from kernel_case import DEVICE
+
+README = Path(__file__).resolve().parent.parent / "kernels" / "README.md"
+
+
+def test_the_example_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert 'device, dtype = "cuda"' in code
+    names: dict = {}
+    exec(code.replace('device, dtype = "cuda"', f'device, dtype = "{DEVICE.type}"'), names)
+    loss, V = names["loss"], names["V"]
+    assert loss.isfinite() and loss > 0
+    for name in ("qkv", "w", "head"):
+        assert names[name].grad.isfinite().all() and names[name].grad.any()
+    assert names["head"].size(0) == V
+
+
+def test_every_op_file_is_in_the_table():
+    table = README.read_text()
+    package = README.parent / "nanogpt_kernels"
+    shared = {"__init__", "contract", "launch", "primitives", "reference", "registry"}
+    for path in package.glob("*.py"):
+        assert path.stem in shared or f"{path.name}" in table, path.name
