@@ -63,6 +63,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     # Pieces, not a power of two: at C = 768 on sm_90 add_norm takes 398 warp instructions a row (884 with 1024 lanes),
     # backward 484 (960); with dropout 887 (1604) and 1008 (1696). At 3.35 TB/s an H100 has time for about 1,700.
     "norm_fwd": (
+        Row(80, dict(ROWS=1, BLOCK_C=256), num_warps=1, itemsize=2, up_to=768, choices=dict(programs_per_sm=12)),
         Row(80, dict(ROWS=1, BLOCK_C=256), num_warps=1, up_to=768, choices=dict(programs_per_sm=12)),
         Row(80, dict(ROWS=1, BLOCK_C=512), num_warps=2, itemsize=2, up_to=1024, choices=dict(programs_per_sm=10)),
         Row(80, dict(ROWS=1, BLOCK_C=256), num_warps=2, up_to=1280, choices=dict(programs_per_sm=8)),
@@ -142,7 +143,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(80, dict(BLOCK_M=16, BLOCK_N=16), num_warps=8, up_to=128),
         Row(80, dict(BLOCK_M=128, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=64),
         Row(80, dict(BLOCK_M=64, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
-        Row(90, dict(BLOCK_M=64, BLOCK_N=64), num_warps=4, num_stages=2, itemsize=2, up_to=64),  # three an SM, not one
+        Row(90, dict(BLOCK_M=64, BLOCK_N=64), num_warps=4, num_stages=3, itemsize=2, up_to=64),  # three an SM, not one
         Row(100, dict(BLOCK_M=128, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=64),
     ),
     "attention_bwd_dq_masked": (
@@ -150,6 +151,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(80, dict(BLOCK_M=16, BLOCK_N=16), num_warps=8, up_to=128),
         Row(80, dict(BLOCK_M=128, BLOCK_N=32), num_warps=8, num_stages=2, itemsize=2, up_to=64),
         Row(80, dict(BLOCK_M=64, BLOCK_N=32), num_warps=8, num_stages=2, itemsize=2, up_to=128),
+        Row(90, dict(BLOCK_M=128, BLOCK_N=32), num_warps=8, num_stages=3, itemsize=2, up_to=64),
+        Row(100, dict(BLOCK_M=128, BLOCK_N=32), num_warps=8, num_stages=2, itemsize=2, up_to=128),
         Row(120, dict(BLOCK_M=128, BLOCK_N=32), num_warps=8, itemsize=2, up_to=64),
         Row(120, dict(BLOCK_M=64, BLOCK_N=32), num_warps=8, itemsize=2, up_to=128),
     ),
@@ -158,7 +161,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(80, dict(BLOCK_M=16, BLOCK_N=32), num_warps=8, up_to=128),
         Row(80, dict(BLOCK_M=32, BLOCK_N=128), num_warps=8, num_stages=2, itemsize=2, up_to=64),
         Row(80, dict(BLOCK_M=32, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
-        Row(90, dict(BLOCK_M=64, BLOCK_N=128), num_warps=8, num_stages=2, itemsize=2, up_to=64),
+        Row(90, dict(BLOCK_M=64, BLOCK_N=128), num_warps=8, num_stages=3, itemsize=2, up_to=64),
         Row(120, dict(BLOCK_M=32, BLOCK_N=128), num_warps=8, num_stages=2, itemsize=2, up_to=64),
     ),
     "attention_bwd_dkdv_masked": (
@@ -166,10 +169,11 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(80, dict(BLOCK_M=16, BLOCK_N=32), num_warps=8, up_to=128),
         Row(80, dict(BLOCK_M=32, BLOCK_N=128), num_warps=8, itemsize=2, up_to=64),
         Row(80, dict(BLOCK_M=32, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
-        Row(90, dict(BLOCK_M=32, BLOCK_N=128), num_warps=8, num_stages=2, itemsize=2, up_to=64),
+        Row(90, dict(BLOCK_M=32, BLOCK_N=128), num_warps=8, num_stages=3, itemsize=2, up_to=64),
         Row(90, dict(BLOCK_M=16, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
         Row(100, dict(BLOCK_M=32, BLOCK_N=128), num_warps=8, num_stages=2, itemsize=2, up_to=64),
         Row(100, dict(BLOCK_M=32, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
+        Row(90, dict(BLOCK_M=16, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
         Row(120, dict(BLOCK_M=32, BLOCK_N=128), num_warps=8, itemsize=2, up_to=64),
         Row(120, dict(BLOCK_M=32, BLOCK_N=32), num_warps=8, num_stages=2, itemsize=2, up_to=128),
     ),
@@ -179,7 +183,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(80, dict(BLOCK_M=16, BLOCK_N=32), num_warps=8, up_to=128),
         Row(80, dict(BLOCK_M=32, BLOCK_N=128), num_warps=8, num_stages=2, itemsize=2, up_to=64),
         Row(80, dict(BLOCK_M=32, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
-        Row(90, dict(BLOCK_M=64, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=64),
+        # 128 keys: in tiles of 64 by 8 warps, every product would be made twice
+        Row(90, dict(BLOCK_M=64, BLOCK_N=128), num_warps=8, num_stages=2, itemsize=2, up_to=64),
         Row(120, dict(BLOCK_M=32, BLOCK_N=128), num_warps=8, num_stages=2, itemsize=2, up_to=64),
     ),
     "attention_bwd_atomic_masked": (

@@ -56,7 +56,7 @@ def _dq_over_keys(
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["site", "threshold"])
 def _attention_bwd_dq_kernel(
     qkv_ptr,  # [B, T, 3, H, D]
     o_ptr,  # [B, T, H, D]
@@ -158,7 +158,7 @@ def _dkdv_over_queries(
         if DROPOUT:
             keep = tl.trans(keep_mask(seed, site, threshold, first_row + i, n, tl.cdiv(T, 4), BLOCK_M, BLOCK_N))
             dp = tl.where(keep, dp * inv_keep, 0.0)
-            kept = tl.where(keep, p * inv_keep, 0.0)
+            kept = tl.where(keep, p, 0.0)
         else:
             kept = p
         ds = (p * (dp - delta[None, :])).to(q.dtype)
@@ -171,7 +171,7 @@ def _dkdv_over_queries(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["site", "threshold"])
 def _attention_bwd_dkdv_kernel(
     qkv_ptr,  # [B, T, 3, H, D]
     do_ptr,  # [B, T, H, D]
@@ -230,7 +230,7 @@ def _attention_bwd_dkdv_kernel(
     sums_ptr += (((head // H).to(tl.int64) * tl.cdiv(T, BLOCK_N) + tile) * 2 * H + head % H) * D
     dk_ptr = dqkv_ptr + qkv_at + H * D
     store_tile(dk_ptr, sums_ptr, dk * scale, n, stride, T, BLOCK_N, D, BLOCK_D, SUMS)
-    store_tile(dk_ptr + H * D, sums_ptr + H * D, dv, n, stride, T, BLOCK_N, D, BLOCK_D, SUMS)
+    store_tile(dk_ptr + H * D, sums_ptr + H * D, dv * inv_keep, n, stride, T, BLOCK_N, D, BLOCK_D, SUMS)
 
 
 @register(

@@ -83,7 +83,7 @@ def attend(
     return acc, l, m_next
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["site", "threshold"])
 def _attention_fwd_kernel(
     qkv_ptr,  # [B, T, 3, H, D]
     doc_ids_ptr,  # [B, T] int32 or int64, or None
@@ -128,20 +128,19 @@ def _attention_fwd_kernel(
     l = tl.zeros([BLOCK_M], tl.float32)
     m = tl.full([BLOCK_M], -3.4028234663852886e38, tl.float32)  # lowest: below every score but -inf
     diagonal = first // BLOCK_N * BLOCK_N
+    # not pointers carried from tile to tile: with three stages those made ptxas serialise every wgmma (its C7515)
     for j in range(0, diagonal, BLOCK_N):
+        to = tl.cast(j, tl.int64) * (3 * H * D)
         acc, l, m = attend(
-            acc, l, m, q, k_ptr, v_ptr, at, first, j, T, scale, doc_i, doc_ids_ptr, seed, site, threshold, first_row, T,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, False, False, DROPOUT, DOCUMENTS, PRECISION,
+            acc, l, m, q, k_ptr + to, v_ptr + to, at, first, j, T, scale, doc_i, doc_ids_ptr, seed, site, threshold,
+            first_row, T, D, BLOCK_D, BLOCK_M, BLOCK_N, False, False, DROPOUT, DOCUMENTS, PRECISION,
         )  # fmt: skip
-        k_ptr += BLOCK_N * (3 * H * D)
-        v_ptr += BLOCK_N * (3 * H * D)
     for j in range(diagonal, tl.minimum(first + BLOCK_M, T), BLOCK_N):
+        to = tl.cast(j, tl.int64) * (3 * H * D)
         acc, l, m = attend(
-            acc, l, m, q, k_ptr, v_ptr, at, first, j, T, scale, doc_i, doc_ids_ptr, seed, site, threshold, first_row, T,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, True, True, DROPOUT, DOCUMENTS, PRECISION,
+            acc, l, m, q, k_ptr + to, v_ptr + to, at, first, j, T, scale, doc_i, doc_ids_ptr, seed, site, threshold,
+            first_row, T, D, BLOCK_D, BLOCK_M, BLOCK_N, True, True, DROPOUT, DOCUMENTS, PRECISION,
         )  # fmt: skip
-        k_ptr += BLOCK_N * (3 * H * D)
-        v_ptr += BLOCK_N * (3 * H * D)
 
     o = acc * (keep_scale / l)[:, None]
     o_ptr += (b * T + first) * (H * D) + h * D
@@ -151,7 +150,8 @@ def _attention_fwd_kernel(
 
 def dot_precision(x: Tensor) -> str:
     """input_precision of products of x's dtype: exact float32 unless TF32 is allowed, as torch.matmul decides."""
-    return "tf32" if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # not allow_tf32: reading that raises once the newer setting has been used
+    return "tf32" if x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def block_d(D: int) -> int:
