@@ -41,6 +41,9 @@ class TargetDriver:
         return 0
 
 
+SYSTEM_SHARED = 1024  # bytes of shared memory a block; cuobjdump counts them as static from sm_90 on
+
+
 @dataclass(frozen=True)
 class Compiled:
     """One compiled kernel: what it is, and what it takes of an SM."""
@@ -53,12 +56,13 @@ class Compiled:
     num_stages: int
     registers: int  # a thread
     spilled: int  # bytes a thread of stack and local memory
-    shared: int  # bytes a block, static and dynamic
+    shared: int  # bytes a block, static and dynamic, without the system's
     tensor_memory: int  # columns, sm_100
     products: dict[str, int]  # instructions in the PTX: {"wgmma": n, "mma": n, "tcgen05": n}
     load_bytes: int  # widest global load of a thread
     store_bytes: int
     dots16: bool  # multiplies 16-bit tiles
+    serialised: bool  # ptxas made each wgmma wait for the one before
     wraps: tuple[str, ...]  # 32-bit arithmetic of addresses that can overflow at some recorded launch (TTIR lines)
 
 
@@ -127,7 +131,7 @@ def read_off(same: list[Call], compiled: Any) -> Compiled:
         num_stages=metadata.num_stages,
         registers=used["REG"],
         spilled=used["STACK"] + used["LOCAL"],
-        shared=used["SHARED"] + metadata.shared,
+        shared=max(0, used["SHARED"] - SYSTEM_SHARED) + metadata.shared,
         tensor_memory=getattr(metadata, "tmem_size", 0) or 0,
         products={
             "wgmma": len(re.findall(r"\bwgmma\.mma_async", ptx)),
@@ -137,6 +141,7 @@ def read_off(same: list[Call], compiled: Any) -> Compiled:
         load_bytes=max(loads, default=0),
         store_bytes=max(stores, default=0),
         dots16=bool(re.search(r"tt\.dot .*: tensor<[0-9x]+x(?:bf16|f16)> \*", ttir)),
+        serialised="wgmma" in ptx and serialises_wgmma(ptx),
         wraps=tuple(dict.fromkeys(line for c in same for line in wrapping_offsets(ttir, _integers(c), c.grid))),
     )
 
@@ -150,6 +155,16 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     line = text.strip().splitlines()[-1]
     return {name: int(re.findall(rf"\b{name}:(\d+)", line)[0]) for name in ("REG", "STACK", "LOCAL", "SHARED")}
+
+
+def serialises_wgmma(ptx: str) -> bool:
+    """Whether ptxas says so (C7510 to C7519) of a kernel for sm_90."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", file.name, "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return re.search(r"\(C751\d\)", said) is not None
 
 
 def global_accesses(ptx: str) -> tuple[list[int], list[int]]:

@@ -108,6 +108,8 @@ def verdict(c: Compiled, arch: int, budget: dict[str, list[int]] | None) -> str:
         broken.append(f"TMEM {c.tensor_memory} columns")
     if arch == 90 and c.dots16 and not c.products["wgmma"] and c.kernel not in WITHOUT_WGMMA:
         broken.append("NO WGMMA")
+    if c.serialised:
+        broken.append("SERIAL WGMMA")
     if c.wraps:
         broken.append("WRAPS " + "; ".join(c.wraps))
     if budget is not None:

@@ -28,6 +28,28 @@ def multiplies(a_ptr, b_ptr, c_ptr, M: tl.constexpr, N: tl.constexpr, K: tl.cons
 
 
 @triton.jit
+def attends(q_ptr, k_ptr, v_ptr, o_ptr, first, T, C, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
+    """Pointers carried from tile to tile, in three stages: ptxas serialises every wgmma; in two it does not."""
+    rows, keys, d = tl.arange(0, M), tl.arange(0, N), tl.arange(0, D)
+    q, at = tl.load(q_ptr + rows[:, None] * C + d[None, :]), keys[:, None] * C + d[None, :]
+    acc, l = tl.zeros([M, D], tl.float32), tl.zeros([M], tl.float32)
+    for _ in range(0, first, N):
+        p = tl.math.exp2(tl.dot(q, tl.trans(tl.load(k_ptr + at))))
+        l = l * 0.5 + tl.sum(p, 1)
+        acc = tl.dot(p.to(tl.bfloat16), tl.load(v_ptr + at), acc * 0.5)
+        k_ptr += N * C
+        v_ptr += N * C
+    for j in range(first, T, N):
+        s = tl.dot(q, tl.trans(tl.load(k_ptr + at)))
+        p = tl.math.exp2(tl.where(rows[:, None] >= (keys + (j - first))[None, :], s, float("-inf")))
+        l = l * 0.5 + tl.sum(p, 1)
+        acc = tl.dot(p.to(tl.bfloat16), tl.load(v_ptr + at), acc * 0.5)
+        k_ptr += N * C
+        v_ptr += N * C
+    tl.store(o_ptr + rows[:, None] * C + d[None, :], acc / l[:, None])
+
+
+@triton.jit
 def wraps(x_ptr, C, BLOCK: tl.constexpr):
     at = tl.program_id(0) * C + tl.arange(0, BLOCK)
     tl.store(x_ptr + at, at.to(tl.float32))
@@ -57,11 +79,15 @@ def main() -> None:
         launch("test", multiplies, (1,), half, half, x, M=64, N=64, K=64, num_warps=4)
         launch("test", multiplies, (1,), half, half, x, M=16, N=64, K=64, num_warps=4)
         launch("test", multiplies, (1,), half, half, x, M=128, N=128, K=512, num_warps=8)
+        for stages in (2, 3):
+            launch("test", attends, (1,), half, half, half, x, 1024, 2048, 2304, M=128, N=64, D=64, num_warps=8,
+                   num_stages=stages)  # fmt: skip
         for kernel in (wraps, wraps_before_widening, does_not_wrap):
             launch("test", kernel, (rows,), x, C, BLOCK=64)
         launch("test", wraps_in_a_loop, (132,), x, rows, C, BLOCK=64)
     compiled = compile_all(distinct(calls, 90), 90)
-    verdicts = {f"{c.kernel} {c.constexprs}": verdict(c, 90, None) for c in compiled}
+    verdicts = {f"{c.kernel} {c.constexprs}": verdict(c, 90, None) for c in compiled if c.kernel != "attends"}
+    verdicts |= {f"attends in {c.num_stages}": verdict(c, 90, None) for c in compiled if c.kernel == "attends"}
     fine = next(c for c in compiled if c.kernel == "does_not_wrap")
     verdicts["over budget"] = verdict(fine, 90, {budget_key(fine): [fine.registers - 1, fine.shared]})
     verdicts["within budget"] = verdict(fine, 90, {budget_key(fine): [fine.registers, fine.shared]})

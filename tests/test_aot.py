@@ -85,6 +85,7 @@ def test_the_rules_see_what_breaks_them():
     assert verdicts.pop("spills BLOCK=16384").startswith("SPILL ")
     assert verdicts.pop("multiplies M=16 N=64 K=64") == "NO WGMMA"
     assert verdicts.pop("multiplies M=128 N=128 K=512") == "SMEM over 227 KB"
+    assert verdicts.pop("attends in 3") == "SERIAL WGMMA" and verdicts.pop("attends in 2") == "ok"
     for name in ("wraps", "wraps_before_widening", "wraps_in_a_loop"):
         wraps = verdicts.pop(f"{name} BLOCK=64")
         assert wraps.startswith("WRAPS %") and "arith.muli" in wraps, (name, wraps)
