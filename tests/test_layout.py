@@ -63,6 +63,20 @@ def test_kernels_import_torch_and_triton_only():
         assert {name.split(".")[0] for name in imports(path)} <= allowed, path
 
 
+SHARED_KERNEL_FILES = {"contract", "launch", "primitives", "registry", "linear", "reference"}
+FAMILIES = {"mlp": {"gemm_gelu"}, "linear_cross_entropy": {"cross_entropy"}, "attention": {"attention"}}
+
+
+def test_op_files_import_one_another_only_within_a_family():
+    package = ROOT / "kernels/nanogpt_kernels"
+    for path in python_files("kernels"):
+        own = path.relative_to(package).parts[0].removesuffix(".py")
+        used = {name.split(".")[1] for name in imports(path) if name.startswith("nanogpt_kernels.")}
+        assert used - SHARED_KERNEL_FILES - FAMILIES.get(own, set()) <= set(), path
+        if own in SHARED_KERNEL_FILES:
+            assert used <= SHARED_KERNEL_FILES, path
+
+
 def test_nobody_imports_bench_or_profiling():
     for path in python_files("nanogpt_fast", "kernels", "bench", "profiling"):
         assert not {name.split(".")[0] for name in imports(path)} & {"bench", "profiling"}, path
