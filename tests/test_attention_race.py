@@ -1,7 +1,7 @@
 """Attention at the tiles it ships with, a thousand times over.
 
-wgmma with operands in registers is where ptxas before 13 can go wrong on Hopper (triton-lang/triton#11781), and no small
-tile uses it.
+wgmma with operands in registers is where ptxas before 13 can go wrong on Hopper (triton-lang/triton#11781); small tiles
+do not use it.
 """
 
 import kernel_case
