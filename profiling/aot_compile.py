@@ -2,7 +2,7 @@
 
 `launch.recording(arch)` collects launches on meta tensors; `JITFunction.warmup` compiles one as a launch would, with
 Triton's own specialisation of its arguments (divisibility by 16, integers equal to 1, None), as long as a driver names
-the target. Processes are forked per compile slot: Triton's compiler holds one core.
+the target. A compile keeps one core busy, so several processes share the work.
 """
 
 import concurrent.futures

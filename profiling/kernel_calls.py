@@ -45,6 +45,7 @@ GPT2 = Shape("124m", 768, 12)
 WIDTHS = [GPT2, Shape("350m", 1024, 16), Shape("774m", 1280, 20), Shape("1558m", 1600, 25)]
 CHAR = Shape("char", 384, 6, B=64, T=256, V=65, valid=65)
 ODD_HEAD = Shape("D=80", 1280, 16)
+HEADS = [ODD_HEAD, Shape("D=32", 128, 4), Shape("D=128", 1024, 8)]
 SMALL = Shape("quickstart", 128, 4, B=12, T=128)  # D=32
 HUGE = Shape("huge", 768, 12, B=4096)  # 3.2e9 elements in one [B, T, C]
 
@@ -235,9 +236,11 @@ def _every_option() -> Iterator[Case]:
 
 def _edges() -> Iterator[Case]:
     """Rows that no GPT-2 takes, odd head sizes, several sizes of the optimizer, addresses beyond 2^31."""
-    for dtype in (BF16, FP16, FP32):
+    for s, dtype in itertools.product(HEADS, (BF16, FP16, FP32)):
         for (docs, p), atomic in itertools.product(((None, 0.0), (torch.int32, 0.1)), (False, True)):
-            yield case("attention", call_attention, ODD_HEAD, dtype, p, docs, atomic, core=dtype is not FP16)
+            core = s is ODD_HEAD and dtype is not FP16
+            yield case("attention", call_attention, s, dtype, p, docs, atomic, core=core)
+    for dtype in (BF16, FP16, FP32):
         yield case("norm", call_norm, Shape("C=2048", 2048, 32), dtype, True)
         yield case("norm", call_norm, Shape("C=8192", 8192, 64), dtype, True, core=dtype is FP32)
         few = Shape("V=4096", 768, 12, V=4096)

@@ -6,12 +6,13 @@ It needs both packages: `pip install -e .`, or PYTHONPATH=.:kernels from the rep
 is called forward and backward on tensors without data at the shapes the product uses (kernel_calls.py), and every
 distinct kernel is compiled once, as a launch would compile it. The exit code is 1 if any line breaks a rule:
 
-    SPILL      registers spill to memory
-    SMEM       more shared memory a block than the architecture has (such a kernel compiles, and fails when launched)
-    TMEM       more than the 512 columns of tensor memory that sm_100 has
-    NO WGMMA   a product of 16-bit tiles on sm_90 without wgmma: half the rate at best
-    WRAPS      a 32-bit integer on the way to an address can overflow in a tensor of more than 2^31 elements
-    BUDGET     more registers or shared memory than profiling/budgets.toml says; lower it or --update-budgets
+    SPILL         registers spill to memory
+    SMEM          more shared memory a block than the architecture has (such a kernel compiles, and fails when launched)
+    TMEM          more than the 512 columns of tensor memory that sm_100 has
+    NO WGMMA      a product of 16-bit tiles on sm_90 without wgmma: half the rate at best
+    SERIAL WGMMA  ptxas makes every wgmma wait for the one before it
+    WRAPS         a 32-bit integer on the way to an address can overflow in a tensor of more than 2^31 elements
+    BUDGET        more registers or shared memory than profiling/budgets.toml says; lower it or --update-budgets
 
 and if a row of nanogpt_kernels/launch.py was taken by no call. Columns: regs a thread; spill in bytes a thread; smem in
 bytes a block; blocks an SM holds at once, and their share of its warps; product instructions in the PTX; widest global
@@ -91,14 +92,14 @@ def untaken(recording: Recording, arch: int) -> list[str]:
     taken = {id(row) for _, row in recording.rows}
     missing = [(op, row) for op, rows in TABLE.items() for row in rows if reachable(op, row, arch)]
     return [
-        f"{op}: no call takes the row of sm_{row.arch} for {row.itemsize} bytes, up to {row.up_to} ({row.blocks})"
+        f"{op}: no call takes the row of sm_{row.arch}, itemsize={row.itemsize}, up_to={row.up_to}, {row.blocks}"
         for op, row in missing
         if id(row) not in taken
     ]
 
 
 def verdict(c: Compiled, arch: int, budget: dict[str, list[int]] | None) -> str:
-    """ "ok", or the rules the kernel breaks."""
+    """The rules that the kernel breaks, or "ok"."""
     limit, broken = LIMITS[arch], []
     if c.spilled:
         broken.append(f"SPILL {c.spilled} bytes")
