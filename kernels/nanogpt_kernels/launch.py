@@ -183,7 +183,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(80, dict(BLOCK_M=32, BLOCK_N=128), num_warps=8, num_stages=2, itemsize=2, up_to=64),
         Row(80, dict(BLOCK_M=32, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
         # 128 keys: in tiles of 64 by 8 warps, every product would be made twice
-        Row(90, dict(BLOCK_M=64, BLOCK_N=128), num_warps=8, num_stages=2, itemsize=2, up_to=64),
+        Row(90, dict(BLOCK_M=32, BLOCK_N=128), num_warps=8, num_stages=3, itemsize=2, up_to=64),
         Row(120, dict(BLOCK_M=32, BLOCK_N=128), num_warps=8, num_stages=2, itemsize=2, up_to=64),
     ),
     "attention_bwd_atomic_masked": (
