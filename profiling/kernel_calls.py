@@ -1,8 +1,9 @@
 """Every way the product calls an op, on meta tensors: nothing is computed, and launch.recording keeps the launches.
 
 Widths are GPT-2's four, in bfloat16, and the 124M in float32 and float16 too, each at B=8 T=1024 (as registers do not
-depend on B or T); then the small models of configs/, heads whose size is no power of two, rows of launch.TABLE that no
-GPT-2 reaches, and tensors of more than 2^31 elements, whose addresses must not be computed in 32 bits.
+depend on B or T); then the small models of configs/, heads of other sizes, times that no tile divides, rows of
+launch.TABLE that no GPT-2 reaches, and tensors of more than 2^31 elements, whose addresses must not be computed in 32
+bits.
 """
 
 import itertools
@@ -45,7 +46,9 @@ GPT2 = Shape("124m", 768, 12)
 WIDTHS = [GPT2, Shape("350m", 1024, 16), Shape("774m", 1280, 20), Shape("1558m", 1600, 25)]
 CHAR = Shape("char", 384, 6, B=64, T=256, V=65, valid=65)
 ODD_HEAD = Shape("D=80", 1280, 16)
-HEADS = [ODD_HEAD, Shape("D=32", 128, 4), Shape("D=128", 1024, 8)]
+RAGGED = Shape("T=1000", 768, 12, T=1000)
+NARROW = Shape("D=32", 128, 4)
+ATTENTIONS = [ODD_HEAD, RAGGED, NARROW, Shape("D=128", 1024, 8)]
 SMALL = Shape("quickstart", 128, 4, B=12, T=128)  # D=32
 HUGE = Shape("huge", 768, 12, B=4096)  # 3.2e9 elements in one [B, T, C]
 
@@ -236,9 +239,9 @@ def _every_option() -> Iterator[Case]:
 
 def _edges() -> Iterator[Case]:
     """Rows that no GPT-2 takes, odd head sizes, several sizes of the optimizer, addresses beyond 2^31."""
-    for s, dtype in itertools.product(HEADS, (BF16, FP16, FP32)):
+    for s, dtype in itertools.product(ATTENTIONS, (BF16, FP16, FP32)):
         for (docs, p), atomic in itertools.product(((None, 0.0), (torch.int32, 0.1)), (False, True)):
-            core = s is ODD_HEAD and dtype is not FP16
+            core = {ODD_HEAD: dtype is not FP16, RAGGED: dtype is BF16, NARROW: dtype is FP32}.get(s, False)
             yield case("attention", call_attention, s, dtype, p, docs, atomic, core=core)
     for dtype in (BF16, FP16, FP32):
         yield case("norm", call_norm, Shape("C=2048", 2048, 32), dtype, True)
