@@ -89,8 +89,8 @@ def main() -> None:
     verdicts = {f"{c.kernel} {c.constexprs}": verdict(c, 90, None) for c in compiled if c.kernel != "attends"}
     verdicts |= {f"attends in {c.num_stages}": verdict(c, 90, None) for c in compiled if c.kernel == "attends"}
     fine = next(c for c in compiled if c.kernel == "does_not_wrap")
-    verdicts["over budget"] = verdict(fine, 90, {budget_key(fine): [fine.registers - 1, fine.shared]})
-    verdicts["within budget"] = verdict(fine, 90, {budget_key(fine): [fine.registers, fine.shared]})
+    verdicts["over budget"] = verdict(fine, 90, {budget_key(fine): [fine.registers - 1, fine.shared, 0]})
+    verdicts["within budget"] = verdict(fine, 90, {budget_key(fine): [fine.registers, fine.shared, 0]})
     verdicts["without budget"] = verdict(fine, 90, {})
     print(json.dumps({"verdicts": verdicts, "untaken": untaken(calls, 90)}))
 
