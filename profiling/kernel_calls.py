@@ -1,8 +1,8 @@
 """Every way the product calls an op, on meta tensors: nothing is computed, and launch.recording keeps the launches.
 
 Widths are GPT-2's four, in bfloat16, and the 124M in float32 and float16 too, each at B=8 T=1024 (as registers do not
-depend on B or T); then the small models of configs/, heads of other sizes, a T that no tile divides, launch rows that no
-GPT-2 takes, and tensors of more than 2^31 elements, whose addresses must not be computed in 32 bits.
+depend on B or T); then the small models of configs/, heads of other sizes, a T that no tile divides, launch rows that
+no GPT-2 takes, and tensors of more than 2^31 elements, whose addresses must not be computed in 32 bits.
 """
 
 import itertools
