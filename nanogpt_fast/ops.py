@@ -7,7 +7,7 @@ import dataclasses
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -89,18 +89,17 @@ def select_ops(spec: str, device_type: str) -> Ops:
         "reference": lambda: REFERENCE,
         "triton": lambda: _triton(spec, device_type),
     }
-    _known(base, sets, spec)
+    pairs = [(name, source) for name, _, source in (part.partition("=") for part in single)]
+    for name, known in [(base, sets), *((n, [*OP_FILES, *OP_NAMES]) for n, _ in pairs), *((s, sets) for _, s in pairs)]:
+        _known(name, known, spec)  # before any set is made: a typo is reported where there is no GPU too
     chosen = sets[base]()
-    for part in single:
-        name, _, source = part.partition("=")
-        _known(name, {**OP_FILES, **dict.fromkeys(OP_NAMES, ())}, spec)
-        _known(source, sets, spec)
+    for name, source in pairs:
         ops = sets[source]()
         chosen = dataclasses.replace(chosen, **{op: getattr(ops, op) for op in OP_FILES.get(name, (name,))})
     return chosen
 
 
-def _known(name: str, known: dict[str, Any], spec: str) -> None:
+def _known(name: str, known: Iterable[str], spec: str) -> None:
     if name not in known:
         raise ConfigError(
             f"unknown kernels {name!r}{did_you_mean(name, known)}",
@@ -118,7 +117,7 @@ def _triton(spec: str, device_type: str) -> Ops:
             where=f"--kernels={spec}",
             expected="cuda",
             found=device_type,
-            hint="--kernels=reference (TRITON_INTERPRET=1 interprets them on the CPU, a thousand times slower)",
+            hint="--kernels=reference (TRITON_INTERPRET=1 interprets them on the CPU, about a hundred times slower)",
         )
     try:
         return sys.modules[__name__].TRITON
