@@ -36,8 +36,8 @@ PLOT = ["matplotlib>=3.8"]
 BENCH = ["matplotlib>=3.8", "nvidia-ml-py>=12", "nvtx>=0.2", "pytest-benchmark>=5"]
 DEV = [
     *OFFLINE, *PLOT,
-    "pytest>=8", "pytest-xdist>=3", "pytest-timeout>=2.3", "pytest-benchmark>=5", "hypothesis>=6.100", "expecttest>=0.3",
-    "ruff==0.17.6", "pyright==1.1.414", "pre-commit>=4",
+    "pytest>=8", "pytest-xdist>=3", "pytest-timeout>=2.3", "pytest-benchmark>=5", "hypothesis>=6.100",
+    "expecttest>=0.3", "ruff==0.17.6", "pyright==1.1.414", "pre-commit>=4",
     "transformers>=4.57", "tensorboard>=2.16", "pyarrow>=15", "datasets>=3.0", "huggingface_hub>=0.30",
 ]  # fmt: skip
 
