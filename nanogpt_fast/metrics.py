@@ -75,17 +75,27 @@ def resolve_peak(device: torch.device, dtype: torch.dtype) -> tuple[float | None
     return known if known else (None, f"unknown for {gpu} in {name}: MFU is n/a, --dtype or metrics.PEAK_TFLOPS")
 
 
-def memory_estimate(config: GPTConfig, batch_size: int, bytes_per_element: int) -> dict[str, float]:
-    """Bytes a training step needs, roughly: state exactly, activations as the ops keep them (logits once).
+def memory_estimate(
+    config: GPTConfig,
+    batch_size: int,
+    bytes_per_element: int,
+    residual_bytes: int | None = None,
+    recompute_gelu: bool = False,
+    logits_rows: int | None = None,
+) -> dict[str, float]:
+    """Bytes a training step needs, roughly: state exactly, activations as the ops keep them.
 
-    Per token and layer the ops keep 2 norm inputs, 2 norm outputs, packed qkv (3), o, and the MLP's pre and act (4
-    each): 16 C; the logits are V a token in the compute dtype and float32.
+    A token and layer keeps 2 C of the residual stream (residual_bytes an element, by default as the others) and 14 C in
+    the compute dtype: 2 norm outputs, packed qkv (3), o, the MLP's pre and act (4 each); 10 C with recompute_gelu.
+    Logits: V a token in the compute dtype and float32, or logits_rows rows of them in the compute dtype (Triton ops).
     """
     n, tokens = config.num_params(non_embedding=False), batch_size * config.block_size
+    a_token = 2 * (residual_bytes or bytes_per_element) + (10 if recompute_gelu else 14) * bytes_per_element
+    logits = min(tokens, logits_rows) * bytes_per_element if logits_rows else tokens * (4.0 + bytes_per_element)
     return {
         "parameters": n * (4.0 + (bytes_per_element if bytes_per_element < 4 else 0)),
         "gradients": n * 4.0,
         "optimizer": n * 8.0,
-        "activations": tokens * config.n_embd * 16.0 * config.n_layer * bytes_per_element,
-        "logits": tokens * config.vocab_size * (4.0 + bytes_per_element),
+        "activations": float(tokens * config.n_embd * config.n_layer * a_token),
+        "logits": logits * float(config.vocab_size),
     }

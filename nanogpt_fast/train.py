@@ -20,7 +20,7 @@ from nanogpt_fast.log import RunLog
 from nanogpt_fast.meta import read_meta
 from nanogpt_fast.metrics import flops_per_token, memory_estimate, resolve_peak
 from nanogpt_fast.model import GPT
-from nanogpt_fast.ops import REFERENCE, Ops, select_ops
+from nanogpt_fast.ops import LOGITS_ROWS, REFERENCE, Ops, select_ops
 from nanogpt_fast.optim import AdamW, FlatParameters
 from nanogpt_fast.orders import NanogptOrder, ShuffleOrder
 from nanogpt_fast.restore import Restored, restore
@@ -281,10 +281,17 @@ def describe(config: Config) -> str:
         restored = restore(config.run.init_from, config.run.out_dir, config.data.data_dir)
         shape, source = shape_of(config, restored, None, lambda _: None), restored.source
     device = distributed.resolve_device(config.system.device)
-    select_ops(config.system.kernels, device.type)
+    ops = select_ops(config.system.kernels, device.type)
     dtype = distributed.resolve_dtype(config.system.dtype, device, comparable=config.data.data_order == "nanogpt")
     flops = flops_per_token(shape)["nanogpt"]
-    memory = memory_estimate(shape, config.data.batch_size, dtype.itemsize)
+    memory = memory_estimate(
+        shape,
+        config.data.batch_size,
+        dtype.itemsize,
+        residual_bytes=4 if config.system.residual_dtype == "float32" else None,
+        recompute_gelu=config.system.recompute_gelu and ops.mlp is not REFERENCE.mlp,
+        logits_rows=None if ops.linear_cross_entropy is REFERENCE.linear_cross_entropy else LOGITS_ROWS,
+    )
     peak, peak_source = resolve_peak(device, dtype)
     rows = [
         f"model           {source}: {shape.num_params() / 1e6:,.2f}M parameters, vocab_size {shape.vocab_size:,}",

@@ -106,3 +106,8 @@ def test_estimated_logits_and_activations():
     tokens = 16 * 1024
     assert estimate["logits"] == tokens * 50304 * 6
     assert estimate["activations"] == tokens * 768 * 12 * 16 * 2
+    less = memory_estimate(
+        GPT2_124M, batch_size=16, bytes_per_element=2, residual_bytes=4, recompute_gelu=True, logits_rows=8192
+    )
+    assert less["logits"] == 8192 * 50304 * 2
+    assert less["activations"] == tokens * 768 * 12 * (2 * 4 + 10 * 2)
