@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_case import DEVICE, DTYPES, between_margins, guarded, randn
 from nanogpt_kernels import launch
-from nanogpt_kernels.attention.backward import attention_bwd
+from nanogpt_kernels.attention import backward
 from nanogpt_kernels.attention.tiles import head_offsets, tile_at
 from nanogpt_kernels.contract import ContractError
 from parity import assert_parity
@@ -60,6 +60,12 @@ def inputs(
     do = randn(B, T, H, D, dtype=dtype, seed=seed + 1).detach()
     seed_or_none = seed_tensor() if p > 0.0 else None
     return do, qkv, *forward(qkv, p, seed_or_none, doc_ids), p, seed_or_none, SITE, doc_ids
+
+
+def attention_bwd(*args: Any) -> tuple[Tensor, Tensor]:
+    """(dqkv, its sum over tokens [3*H*D]): backward.attention_bwd with its partial sums added up."""
+    dqkv, dq_sums, dkdv_sums = backward.attention_bwd(*args)
+    return dqkv, torch.cat((dq_sums.sum(0), dkdv_sums.sum(0)))
 
 
 def gradients(qkv: Tensor, do: Tensor, p: float, seed: Tensor | None, doc_ids: Tensor | None) -> Tensor:

@@ -63,7 +63,7 @@ def test_kernels_import_torch_and_triton_only():
         assert {name.split(".")[0] for name in imports(path)} <= allowed, path
 
 
-SHARED_KERNEL_FILES = {"contract", "launch", "primitives", "registry", "linear", "reference"}
+SHARED_KERNEL_FILES = {"contract", "launch", "primitives", "registry", "linear", "column_sums", "reference"}
 FAMILIES = {"mlp": {"gemm_gelu"}, "linear_cross_entropy": {"cross_entropy"}, "attention": {"attention"}}
 
 

@@ -116,17 +116,16 @@ def test_each_gradient_alone(wanted: tuple[int, ...], recompute: bool, fused: bo
 @PATHS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_main_grad(dtype: torch.dtype, fused: bool):
-    """The weights' gradients are added to main_grad, and autograd gets none; the others are as ever."""
+    """The parameters' gradients are added to main_grad, and autograd gets none; y's is as ever."""
     inputs = operands(10, 8, dtype)
     y, w_fc, b_fc, w_proj = inputs
     with path(fused):
         want = gradients(mlp, inputs, None)[1:]
-        for w in (w_fc, w_proj):
-            w.main_grad = torch.ones(w.shape, device=DEVICE)
+        for t in (w_fc, b_fc, w_proj):
+            t.main_grad = torch.ones(t.shape, device=DEVICE)
         mlp(*inputs).sum().backward()
-    assert b_fc is not None and w_fc.grad is None and w_proj.grad is None
-    assert y.grad is not None and torch.equal(y.grad, want[0])
-    assert b_fc.grad is not None and torch.equal(b_fc.grad, want[2])
+    assert w_fc.grad is None and b_fc.grad is None and w_proj.grad is None
+    assert y.grad is not None and torch.equal(y.grad, want[0]) and torch.equal(b_fc.main_grad, 1.0 + want[2])
     for w, dw in ((w_fc, want[1]), (w_proj, want[3])):
         close = 1e-6 if DEVICE.type == "cpu" else 2e-2  # on CUDA the sum is not rounded to dw's dtype on its way
         torch.testing.assert_close(w.main_grad, 1.0 + dw.float(), rtol=close, atol=close)
@@ -218,7 +217,9 @@ def test_registration(fused: bool):
         _, pre, _ = mlp_fwd(y, w_fc, b_fc, w_proj, "gelu", True, True)
         plain = [t.detach() for t in (y, w_fc, b_fc, w_proj)]
         torch.library.opcheck(torch.ops.nanogpt_kernels.mlp_fwd, (*plain, "gelu", True, False))
-        torch.library.opcheck(torch.ops.nanogpt_kernels.mlp_bwd, (y.detach(), w_proj.detach(), pre, "gelu", True, True))
+        for db, add in ((None, False), (torch.zeros(b_fc.shape, device=DEVICE), True)):
+            arguments = (y.detach(), w_proj.detach(), pre, "gelu", db, add, True)
+            torch.library.opcheck(torch.ops.nanogpt_kernels.mlp_bwd, arguments)
 
 
 @PATHS
@@ -240,7 +241,7 @@ def test_beside_cublas_whatever_the_table_says(dtype: torch.dtype, C: int, F: in
     inputs: Any = [t.detach().to("meta").requires_grad_() for t in operands(5, C, dtype, F=F)]
     with path(True), launch.recording(90) as calls:
         mlp(*inputs).sum().backward()
-    assert [call.op for call in calls] == ["bias_gelu_fwd", "bias_gelu_bwd"]
+    assert [call.op for call in calls] == ["bias_gelu_fwd", "bias_gelu_bwd", "column_sums"]
 
 
 @pytest.mark.parametrize(

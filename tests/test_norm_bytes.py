@@ -1,5 +1,5 @@
 """Bytes that norm and add_norm move, counted in the interpreter, against the fewest possible: each input and output
-once, the vectors and statistics included."""
+once, the vectors and statistics included. Adding up the programs' partial sums counts too."""
 
 import kernel_case
 import pytest
@@ -30,11 +30,6 @@ def operands(dtype: torch.dtype) -> tuple[Tensor, ...]:
     return randn(M, C, dtype=dtype), randn(M, C, dtype=dtype, seed=1), *(randn(C, seed=i) for i in (2, 3, 4))
 
 
-def second_stage(sums: int) -> int:
-    """torch adds the programs' float32 rows: reads them, writes one."""
-    return sums * (PROGRAMS + 1) * C * 4
-
-
 ROW, VECTOR, STATISTICS = M * C * 2, C * 4, 2 * M * 4  # a 16-bit [M, C], a float32 [C], mean and rstd
 
 
@@ -46,8 +41,8 @@ def test_norm():
         y.backward(torch.ones_like(y))
     fewest_fwd, fewest_bwd = 2 * ROW + 2 * VECTOR + STATISTICS, 3 * ROW + 3 * VECTOR + STATISTICS  # dw, db written
     assert fewest_fwd <= sum(fwd.values()) <= 1.05 * fewest_fwd
-    assert fewest_bwd <= sum(bwd.values()) + second_stage(2) <= 1.15 * fewest_bwd
-    assert fwd["store"] == ROW + STATISTICS and bwd["store"] == ROW + 2 * PROGRAMS * VECTOR
+    assert fewest_bwd <= sum(bwd.values()) <= 1.15 * fewest_bwd
+    assert fwd["store"] == ROW + STATISTICS and bwd["store"] == ROW + 2 * (PROGRAMS + 1) * VECTOR
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -61,7 +56,7 @@ def test_add_norm(p: float):
     fewest_fwd = 4 * ROW + 3 * VECTOR + STATISTICS
     fewest_bwd = (3 + gradients) * ROW + 4 * VECTOR + STATISTICS
     assert fewest_fwd <= sum(fwd.values()) <= 1.05 * fewest_fwd
-    assert fewest_bwd <= sum(bwd.values()) + second_stage(3) <= 1.15 * fewest_bwd
+    assert fewest_bwd <= sum(bwd.values()) <= 1.15 * fewest_bwd
 
 
 def test_nothing_is_written_for_a_backward_that_cannot_come():
@@ -78,4 +73,4 @@ def test_few_rows_write_few_partial_sums():
     y = norm(r.detach()[:100].requires_grad_(), w, b)
     with counting_bytes() as bwd:
         y.backward(torch.ones_like(y))
-    assert bwd["store"] == 100 * C * 2 + 2 * VECTOR
+    assert bwd["store"] == 100 * C * 2 + 4 * VECTOR  # two of partial sums, two of the gradients

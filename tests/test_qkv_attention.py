@@ -45,10 +45,11 @@ def test_main_grad_accumulates(dtype: torch.dtype):
     y, w, b, H = operands(1, 5, 2, 16, dtype)
     do = randn(1, 5, 32, dtype=dtype, seed=3).detach()
     plain = torch.autograd.grad(qkv_attention(y, w, b, H, 0.0, None, 0), (y, w, b), do)
-    w.main_grad = torch.ones(w.shape, device=DEVICE)
+    w.main_grad, b.main_grad = torch.ones(w.shape, device=DEVICE), torch.ones(b.shape, device=DEVICE)
     for _ in range(2):
         qkv_attention(y, w, b, H, 0.0, None, 0).backward(do)
-    assert w.grad is None and torch.equal(y.grad, 2 * plain[0]) and torch.equal(b.grad, 2 * plain[2])
+    assert w.grad is None and b.grad is None and torch.equal(y.grad, 2 * plain[0])
+    assert torch.equal(b.main_grad, 1 + plain[2] + plain[2])
     atol = 8 * torch.finfo(dtype).eps * plain[1].abs().max().item()
     torch.testing.assert_close(w.main_grad, 1 + 2 * plain[1].float(), rtol=0, atol=atol)
 
@@ -58,24 +59,25 @@ def test_only_what_is_asked_for(wanted: int):
     y, w, b, H = operands(1, 5, 2, 16)
     full = torch.autograd.grad(qkv_attention(y, w, b, H, 0.0, None, 0).square().sum(), (y, w, b))
     only: Any = [t.detach().requires_grad_(i == wanted) for i, t in enumerate((y, w, b))]
-    only[1].main_grad = torch.zeros(w.shape, device=DEVICE)
+    for t in only[1:]:
+        t.main_grad = torch.zeros(t.shape, device=DEVICE)
     o = qkv_attention(only[0], only[1], only[2], H, 0.0, None, 0)
     o.square().sum().backward()
-    got = [only[0].grad, only[1].main_grad if wanted == 1 else None, only[2].grad]
-    assert [g is not None for g in got] == [i == wanted for i in range(3)]
-    torch.testing.assert_close(got[wanted], full[wanted], rtol=1e-6, atol=1e-6)
-    assert wanted == 1 or not only[1].main_grad.any()
+    got = only[0].grad if wanted == 0 else only[wanted].main_grad
+    torch.testing.assert_close(got, full[wanted], rtol=1e-6, atol=1e-6)
+    assert (only[0].grad is not None) == (wanted == 0) and only[1].grad is None and only[2].grad is None
+    assert [bool(t.main_grad.any()) for t in only[1:]] == [wanted == 1, wanted == 2]
 
 
 def test_bias_gradient_needs_no_pass_over_dqkv():
-    """A bias adds no launch: the same ones leave its sums behind."""
+    """A bias adds one launch: the same ones as without it leave its sums behind, which that one adds up."""
     launched = []
     for bias in (True, False):
         y, w, b, H = each_tensor(lambda t: t.detach().to("meta").requires_grad_(), operands(2, 8, 1, 16, bias=bias))
         with launch.recording(90) as calls:
             qkv_attention(y, w, b, H, 0.0, None, 0).sum().backward()
         launched.append([call.op for call in calls])
-    assert launched[0] == launched[1] and len(launched[0]) > 1
+    assert launched[0] == [*launched[1], "column_sums"] and len(launched[1]) > 1
 
 
 def test_non_contiguous_y_and_incoming_gradient():
@@ -127,11 +129,11 @@ def test_compiled_whole(use_main_grad: bool):
     for f in (qkv_attention, compiled):
         y, w, b, H = operands(1, 6, 2, 16)
         if use_main_grad:
-            w.main_grad = torch.zeros(w.shape, device=DEVICE)
+            w.main_grad, b.main_grad = torch.zeros(w.shape, device=DEVICE), torch.zeros(b.shape, device=DEVICE)
         o = f(y, w, b, H, 0.2, seed_tensor(), 1)
         o.backward(do)
-        results.append((o, y.grad, w.main_grad if use_main_grad else w.grad, b.grad))
-        assert not use_main_grad or w.grad is None
+        results.append((o, y.grad, *(t.main_grad if use_main_grad else t.grad for t in (w, b))))
+        assert not use_main_grad or (w.grad is None and b.grad is None)
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 

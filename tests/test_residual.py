@@ -84,7 +84,8 @@ def test_gradients_only_where_asked():
 
 @pytest.mark.skipif(kernel_case.DEVICE.type != "cpu", reason="the interpreter counts")
 def test_bytes():
-    """r, delta and r' once, delta_bias once a program over rows; backward reads dr once and writes ddelta."""
+    """r, delta and r' once, delta_bias once a program over rows; backward reads dr once and writes ddelta, a row of
+    sums a program, which are read again, and d_delta_bias."""
     M, C, programs = 1024, 64, 16
     inputs = operands(M, C, torch.bfloat16, torch.bfloat16)
     tile = dict(blocks=dict(ROWS=32, BLOCK_C=64), choices=dict(programs_per_sm=2))
@@ -95,7 +96,7 @@ def test_bytes():
             r_out.backward(torch.ones_like(r_out))
     row, vectors, seeds = M * C * 2, programs * C * 4, programs * 8
     assert fwd == {"load": 2 * row + vectors + seeds, "store": row}
-    assert bwd == {"load": row + seeds, "store": row + vectors}
+    assert bwd == {"load": row + seeds + vectors, "store": row + vectors + C * 4}
 
 
 def test_layouts_and_repeats():

@@ -214,22 +214,23 @@ def gemm_gelu_fwd(
 
 def gemm_gelu_bwd(
     row: Row, ddelta: Tensor, w: Tensor, pre: Tensor, tanh: bool, bias_grad: bool, rebuild_act: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(dpre [M, N], db [N] float32 or None, act [M, N] or None) of ddelta [M, K], w [K, N] and pre [M, N]."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(dpre [M, N], partial sums of db [P, N] float32, act [M, N] or None) of ddelta [M, K], w [K, N] and pre [M, N].
+
+    P is 0 unless bias_grad."""
     ddelta, w = ddelta.contiguous(), w.contiguous()
     (M, K), N = ddelta.shape, w.size(1)
     dpre, act = torch.empty_like(pre), torch.empty_like(pre) if rebuild_act else None
     block_m, block_n, block_k = (row.blocks[f"BLOCK_{letter}"] for letter in "MNK")
-    partial = None
-    if bias_grad:
-        partial = torch.empty((M + block_m - 1) // block_m, N, dtype=torch.float32, device=pre.device)
+    tiles_m = (M + block_m - 1) // block_m
+    partials = torch.empty(tiles_m if bias_grad else 0, N, dtype=torch.float32, device=pre.device)
     quarter = [block_m, block_n // 4]
     tma, (ddelta_, w_, pre_, dpre_, act_) = _operands(
         [(ddelta, [block_m, block_k]), (w, [block_k, block_n]), (pre, quarter), (dpre, quarter), (act, quarter)]
     )
     launch(
         "mlp_bwd", _gemm_gelu_bwd_kernel, _persistent_grid(row, M, N, pre.device),
-        ddelta_, w_, pre_, dpre_, act_, partial, M, N, K,
+        ddelta_, w_, pre_, dpre_, act_, partials if bias_grad else None, M, N, K,
         row=row, TANH=tanh, BIAS_GRAD=bias_grad, WRITE_ACT=rebuild_act, TMA=tma,
     )  # fmt: skip
-    return dpre, None if partial is None else partial.sum(0), act
+    return dpre, partials, act

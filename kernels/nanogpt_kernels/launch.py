@@ -76,6 +76,12 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(80, dict(ROWS=1, BLOCK_C=512), num_warps=4, up_to=2048, choices=dict(programs_per_sm=3)),
         Row(80, dict(ROWS=1, BLOCK_C=2048), num_warps=8, up_to=8192, choices=dict(programs_per_sm=1)),
     ),
+    # column_sums: up_to is the longest vector's C. About a program an SM (144 for the norm's three of GPT-2 124M), its
+    # first 384 or 192 rows in flight at once: latency bounds such a launch, not its 2.4 MB from L2
+    "column_sums": (
+        Row(80, dict(ROWS=128, BLOCK_C=16), num_warps=8, num_stages=4, up_to=2048),
+        Row(80, dict(ROWS=64, BLOCK_C=32), num_warps=4, num_stages=4),
+    ),
     # dropout_add: up_to is C
     "dropout_add": (Row(80, dict(ROWS=8, BLOCK_C=256), num_warps=4, choices=dict(programs_per_sm=8)),),
     # bias_gelu: up_to is N

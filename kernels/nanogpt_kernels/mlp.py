@@ -5,7 +5,7 @@ backward  dact = ddelta w_proj; dpre = dact gelu'(pre); db_fc = column sums of d
           dw_fc = dpre^T y; dy = dpre w_fc
 launch.py says who makes act and dpre: a persistent GEMM with GELU in its epilogue (gemm_gelu.py), or cuBLAS and one
 elementwise pass, in tiles of rows and columns; backward in place, by persistent programs that each stride over the
-rows of one block of columns and keep its column sums. db is summed in two stages of fixed order: no atomics.
+rows of one block of columns and keep its column sums, which column_sums.py adds up: no atomics.
 pre is rounded once to its dtype, after cuBLAS's bias, which is rounded first; gelu and gelu' are those of the rounded
 pre. All else is float32 until its store.
 """
@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanogpt_kernels.column_sums import column_sums_, destination, vector_grad_of, vector_grads
 from nanogpt_kernels.contract import require, require_float, require_same_device
 from nanogpt_kernels.gemm_gelu import describable, gemm_gelu_bwd, gemm_gelu_fwd
 from nanogpt_kernels.launch import Row, launch, pick, sm_count
@@ -115,7 +116,9 @@ def bias_gelu_fwd(x: Tensor, b: Tensor | None, activation: str) -> Tensor:
 def _gelu_bwd(
     dy: Tensor, x: Tensor, b: Tensor | None, dx: Tensor, y: Tensor | None, activation: str, bias_grad: bool
 ) -> Tensor:
-    """Writes dx (which may be dy) and, where given, y = gelu(x + b); returns db [N] float32, [0] unless asked for."""
+    """Writes dx (which may be dy) and, where given, y = gelu(x + b).
+
+    Returns partial sums of db, [P, N] float32, [0, N] unless asked for."""
     N, row = x.size(-1), pick("bias_gelu_bwd", x, x.size(-1))
     M = x.shape[:-1].numel()
     # a smaller tile lies in several warps at once, and in place one may load what another has stored
@@ -125,12 +128,12 @@ def _gelu_bwd(
     at_once = row.choices["programs_per_sm" if y is None else "rebuilding_per_sm"] * sm_count(x.device)
     most = torch.sym_max(at_once // torch.sym_max(strips, 1), 1)
     programs: Any = torch.sym_min(most, (M + row.blocks["BLOCK_M"] - 1) // row.blocks["BLOCK_M"])
-    partial = torch.empty(programs, N, dtype=torch.float32, device=x.device) if bias_grad else None
+    partials = torch.empty(programs if bias_grad else 0, N, dtype=torch.float32, device=x.device)
     launch(
         "bias_gelu_bwd", _bias_gelu_bwd_kernel, (programs, strips),
-        dy, x, b, dx, y, partial, M, N, row=row, TANH=activation == "gelu_tanh",
+        dy, x, b, dx, y, partials if bias_grad else None, M, N, row=row, TANH=activation == "gelu_tanh",
     )  # fmt: skip
-    return dy.new_empty(0, dtype=torch.float32) if partial is None else partial.sum(0)
+    return partials
 
 
 @register("bias_gelu_bwd(Tensor dy, Tensor x, Tensor? b, str activation, bool bias_grad) -> (Tensor, Tensor)")
@@ -182,32 +185,40 @@ def mlp_fwd(
 
 
 @register(
-    "mlp_bwd(Tensor ddelta, Tensor w_proj, Tensor pre, str activation, bool bias_grad, bool rebuild_act)"
-    " -> (Tensor, Tensor, Tensor)"
+    "mlp_bwd(Tensor ddelta, Tensor w_proj, Tensor pre, str activation, Tensor(a!)? db, bool accumulate, "
+    "bool rebuild_act) -> (Tensor, Tensor)"
 )
 def mlp_bwd(
-    ddelta: Tensor, w_proj: Tensor, pre: Tensor, activation: str, bias_grad: bool, rebuild_act: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dpre [M, F], db_fc [F] float32, act [M, F]) of ddelta [M, C]; what is not asked for is [0]."""
+    ddelta: Tensor,
+    w_proj: Tensor,
+    pre: Tensor,
+    activation: str,
+    db: Tensor | None,
+    accumulate: bool,
+    rebuild_act: bool,
+) -> tuple[Tensor, Tensor]:
+    """(dpre [M, F], act [M, F] or [0]) of ddelta [M, C]; db [F] receives b_fc's gradient, or is increased by it.
+
+    Here, not after, as partial sums of it are as many as the path taken leaves, which fake tensors do not know.
+    """
     ddelta = ddelta.contiguous()
     row = _fused("mlp_bwd", w_proj.size(0), ddelta, w_proj, pre)
     if row is not None:
-        dpre, db, act = gemm_gelu_bwd(row, ddelta, w_proj, pre, activation == "gelu_tanh", bias_grad, rebuild_act)
+        tanh = activation == "gelu_tanh"
+        dpre, partials, act = gemm_gelu_bwd(row, ddelta, w_proj, pre, tanh, db is not None, rebuild_act)
     else:
         dpre, act = ddelta @ w_proj, torch.empty_like(pre) if rebuild_act else None
-        db = _gelu_bwd(dpre, pre, None, dpre, act, activation, bias_grad)
-    return (
-        dpre,
-        pre.new_empty(0, dtype=torch.float32) if db is None else db,
-        pre.new_empty(0) if act is None else act,
-    )
+        partials = _gelu_bwd(dpre, pre, None, dpre, act, activation, db is not None)
+    if db is not None:
+        column_sums_(db, [partials], None, [], None, [], accumulate)
+    return dpre, pre.new_empty(0) if act is None else act
 
 
 class _BiasGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, b: Tensor | None, activation: str) -> Tensor:
         ctx.save_for_backward(x, b)
-        ctx.activation = activation
+        ctx.activation, ctx.b = activation, vector_grad_of(b)
         return bias_gelu_fwd(x, b, activation)
 
     @staticmethod
@@ -215,8 +226,10 @@ class _BiasGelu(torch.autograd.Function):
     def backward(ctx, *grads: Tensor):
         (dy,) = grads
         x, b = ctx.saved_tensors
-        dx, db = bias_gelu_bwd(dy, x, b, ctx.activation, ctx.needs_input_grad[1])
-        return dx, db.to(b.dtype) if ctx.needs_input_grad[1] else None, None
+        needs_b = ctx.needs_input_grad[1]
+        dx, partials = bias_gelu_bwd(dy, x, b, ctx.activation, needs_b)
+        (db,) = vector_grads([partials], [needs_b], [ctx.b])
+        return dx, db, None
 
 
 def bias_gelu(x: Tensor, b: Tensor | None, activation: str = "gelu") -> Tensor:
@@ -230,8 +243,8 @@ class _MLP(torch.autograd.Function):
         keep_act = differentiate and not recompute and w_proj.requires_grad
         delta, pre, act = mlp_fwd(y, w_fc, b_fc, w_proj, activation, differentiate, keep_act)
         ctx.save_for_backward(y, w_fc, w_proj, pre, act)
-        ctx.main_grads = main_grad_of(w_fc), main_grad_of(w_proj)
-        ctx.activation, ctx.recompute, ctx.bias_dtype = activation, recompute, None if b_fc is None else b_fc.dtype
+        ctx.main_grads, ctx.b_fc = (main_grad_of(w_fc), main_grad_of(w_proj)), vector_grad_of(b_fc)
+        ctx.activation, ctx.recompute = activation, recompute
         return delta
 
     @staticmethod
@@ -243,11 +256,11 @@ class _MLP(torch.autograd.Function):
         rebuild = ctx.recompute and needs_w_proj
         dy = dw_fc = db_fc = dw_proj = None
         if needs_y or needs_w_fc or needs_b:
-            dpre, db, rebuilt = mlp_bwd(ddelta, w_proj, pre, ctx.activation, needs_b, rebuild)
+            into, db_fc, add = destination(ctx.b_fc, pre.device) if needs_b else (None, None, False)
+            dpre, rebuilt = mlp_bwd(ddelta, w_proj, pre, ctx.activation, into, add, rebuild)
             act = rebuilt if rebuild else act
             dy = (dpre @ w_fc).view(y.shape) if needs_y else None
             dw_fc = weight_grad(dpre, y.reshape(-1, y.size(-1)), ctx.main_grads[0]) if needs_w_fc else None
-            db_fc = db.to(ctx.bias_dtype) if needs_b else None
         elif rebuild:
             act = bias_gelu_fwd(pre, None, ctx.activation)
         if needs_w_proj:

@@ -5,7 +5,7 @@ add_norm:  r' = r + dropout(delta + delta_bias), y = norm(r')
 Backward:  dr = rstd (g - mean(g) - n mean(g n)) + dr', with g = dy w, n = (r' - mean) rstd; ddelta = dropout'(dr)
 A fixed number of programs stride over tiles of ROWS rows, w and b in registers. A row lies in TILES pieces of BLOCK_C
 columns, read once: its mean, then its centred variance, come from registers. The gradients of w, b and delta_bias are
-float32 sums in each program's registers, written once a program; a sum in fixed order adds the programs' rows.
+float32 sums in each program's registers, written once a program; column_sums.py adds the programs' rows.
 Numerics: float32, rounded once at each store; y's statistics are those of r' as stored. Every row's result depends on
 that row and the launch row alone; nothing is atomic, so repeated runs agree bit for bit.
 """
@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanogpt_kernels.column_sums import vector_grad_of, vector_grads
 from nanogpt_kernels.contract import (
     FLOATS,
     require,
@@ -248,8 +249,8 @@ def norm_bwd(
     ddelta_dtype: torch.dtype | None,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dr, ddelta, sums [SUMS, C] float32), empty what is not wanted: ddelta where ddelta_dtype is None, and by
-    `wanted` dr, dw, db and d_delta_bias, of which sums holds the last three."""
+    """(dr, ddelta, partials [SUMS, programs, C] float32), empty what is not wanted: ddelta where ddelta_dtype is None,
+    and by `wanted` dr, dw, db and d_delta_bias, of which partials holds the last three."""
     C = w.numel()
     M = r.numel() // C
     r, w = r.contiguous(), w.contiguous()
@@ -268,36 +269,33 @@ def norm_bwd(
         None if ddelta_dtype is None else ddelta, *(next(slots) if sum_wanted else None for sum_wanted in wanted[1:]),
         M, 1.0 / (1.0 - p), int(p * 2**32), site, row=row, **tiles, DRES_LATE=late,
     )  # fmt: skip
-    return dr, ddelta, partials.sum(1)
-
-
-def _vector_grads(sums: Tensor, wanted: list[bool], vectors: list[Tensor | None]) -> list[Tensor | None]:
-    """norm_bwd's sums in their order, each in its vector's dtype; None for those not wanted."""
-    rows = iter(sums)
-    return [next(rows).to(v.dtype) if v is not None and want else None for want, v in zip(wanted, vectors)]
+    return dr, ddelta, partials
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, r: Tensor, w: Tensor, b: Tensor | None, eps: float, out_dtype: torch.dtype):
         _, y, mean, rstd = norm_fwd(r, None, None, w, b, eps, 0.0, None, 0, out_dtype, True)
-        ctx.save_for_backward(r, w, b, mean, rstd)
+        ctx.save_for_backward(r, w, mean, rstd)
+        ctx.vectors = [vector_grad_of(v) for v in (w, b, None)]
         return y
 
     @staticmethod
     @once
     def backward(ctx, *grads: Tensor):
-        r, w, b, mean, rstd = ctx.saved_tensors
+        r, w, mean, rstd = ctx.saved_tensors
         wanted = [*ctx.needs_input_grad[:3], False]
-        dr, _, sums = norm_bwd(grads[0], None, r, mean, rstd, w, None, 0.0, 0, None, wanted)
-        return dr if wanted[0] else None, *_vector_grads(sums, wanted[1:], [w, b, None])[:2], None, None
+        dr, _, partials = norm_bwd(grads[0], None, r, mean, rstd, w, None, 0.0, 0, None, wanted)
+        dw, db, _ = vector_grads(partials, wanted[1:], ctx.vectors)
+        return dr if wanted[0] else None, dw, db, None, None
 
 
 class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, r, delta, delta_bias, w, b, eps, p, seed, site):
         r_out, y, mean, rstd = norm_fwd(r, delta, delta_bias, w, b, eps, p, seed, site, delta.dtype, True)
-        ctx.save_for_backward(r_out, w, b, delta_bias, mean, rstd, seed)
+        ctx.save_for_backward(r_out, w, mean, rstd, seed)
+        ctx.vectors = [vector_grad_of(v) for v in (w, b, delta_bias)]
         ctx.set_materialize_grads(False)
         ctx.p, ctx.site, ctx.delta_dtype = p, site, delta.dtype
         return r_out, y
@@ -308,14 +306,14 @@ class _AddNorm(torch.autograd.Function):
         dres, dy = grads
         if dres is None and dy is None:
             return (None,) * 9
-        r, w, b, delta_bias, mean, rstd, seed = ctx.saved_tensors
+        r, w, mean, rstd, seed = ctx.saved_tensors
         wants_r, wants_delta, wants_delta_bias, wants_w, wants_b = ctx.needs_input_grad[:5]
         differ = ctx.p > 0.0 or ctx.delta_dtype != r.dtype  # else dr and ddelta are one tensor
         wanted = [wants_r or (wants_delta and not differ), wants_w and dy is not None, wants_b and dy is not None,
                   wants_delta_bias]  # fmt: skip
         ddelta_dtype = ctx.delta_dtype if wants_delta and differ else None
-        dr, ddelta, sums = norm_bwd(dy, dres, r, mean, rstd, w, seed, ctx.p, ctx.site, ddelta_dtype, wanted)
-        dw, db, d_delta_bias = _vector_grads(sums, wanted[1:], [w, b, delta_bias])
+        dr, ddelta, partials = norm_bwd(dy, dres, r, mean, rstd, w, seed, ctx.p, ctx.site, ddelta_dtype, wanted)
+        dw, db, d_delta_bias = vector_grads(partials, wanted[1:], ctx.vectors)
         ddelta = ddelta if differ else dr
         return (dr if wants_r else None, ddelta if wants_delta else None, d_delta_bias, dw, db, *[None] * 4)
 

@@ -2,8 +2,9 @@
 
 Backward: dr = dr', ddelta = dropout'(dr') in delta's dtype (dr' itself where that changes nothing), and d_delta_bias
 is its sum over rows. A program owns BLOCK_C columns and strides over tiles of ROWS rows; its piece of delta_bias, or of
-that sum, stays in registers, and sums are written once a program and added in fixed order. Only the seed is saved: the
-mask is made again. Numerics: float32, rounded once at the store; nothing is atomic, so repeated runs agree bit for bit.
+that sum, stays in registers, and sums are written once a program and added by column_sums.py. Only the seed is saved:
+the mask is made again. Numerics: float32, rounded once at the store; nothing is atomic, so repeated runs agree bit for
+bit.
 """
 
 import torch
@@ -11,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanogpt_kernels.column_sums import vector_grad_of, vector_grads
 from nanogpt_kernels.contract import require_addends, require_dropout, require_same_device
 from nanogpt_kernels.launch import Row, launch, pick, sm_count
 from nanogpt_kernels.primitives import keep_mask, piece
@@ -117,26 +119,27 @@ def dropout_add_fwd(
 def dropout_add_bwd(
     dr: Tensor, p: float, seed: Tensor | None, site: int, ddelta_dtype: torch.dtype | None, wants_bias: bool
 ) -> tuple[Tensor, Tensor]:
-    """(ddelta, d_delta_bias [C] float32), empty what is not wanted: ddelta where ddelta_dtype is None."""
+    """(ddelta, d_delta_bias's partial sums [P, C] float32), empty what is not wanted; ddelta has ddelta_dtype."""
     dr = dr.contiguous()
     C = dr.size(-1)
     M = dr.numel() // max(C, 1)
     ddelta = torch.empty(0 if ddelta_dtype is None else dr.shape, dtype=ddelta_dtype or dr.dtype, device=dr.device)
     row = pick("dropout_add", dr, C)
     grid = _grid(row, M, C, dr.device)
-    partials = torch.empty(grid[0], C if wants_bias else 0, dtype=torch.float32, device=dr.device)
+    partials = torch.empty(grid[0] if wants_bias else 0, C, dtype=torch.float32, device=dr.device)
     launch(
         "dropout_add_bwd", _dropout_add_bwd_kernel, grid,
         dr, seed if p > 0.0 else None, None if ddelta_dtype is None else ddelta, partials if wants_bias else None,
         M, 1.0 / (1.0 - p), int(p * 2**32), site, row=row, C=C,
     )  # fmt: skip
-    return ddelta, partials.sum(0)
+    return ddelta, partials
 
 
 class _DropoutAdd(torch.autograd.Function):
     @staticmethod
     def forward(ctx, r, delta, delta_bias, p, seed, site):
-        ctx.save_for_backward(delta_bias, seed)
+        ctx.save_for_backward(seed)
+        ctx.delta_bias = vector_grad_of(delta_bias)
         ctx.p, ctx.site, ctx.delta_dtype = p, site, delta.dtype
         return dropout_add_fwd(r, delta, delta_bias, p, seed, site)
 
@@ -144,15 +147,15 @@ class _DropoutAdd(torch.autograd.Function):
     @once
     def backward(ctx, *grads: Tensor):
         (dr,) = grads
-        delta_bias, seed = ctx.saved_tensors
+        (seed,) = ctx.saved_tensors
         wants_r, wants_delta, wants_bias = ctx.needs_input_grad[:3]
         differ = ctx.p > 0.0 or ctx.delta_dtype != dr.dtype  # else ddelta is dr
         ddelta, d_delta_bias = dr, None
         if wants_bias or (wants_delta and differ):
             dtype = ctx.delta_dtype if wants_delta and differ else None
-            made, sums = dropout_add_bwd(dr, ctx.p, seed, ctx.site, dtype, wants_bias)
+            made, partials = dropout_add_bwd(dr, ctx.p, seed, ctx.site, dtype, wants_bias)
             ddelta = made if differ else dr
-            d_delta_bias = sums.to(delta_bias.dtype) if wants_bias else None
+            (d_delta_bias,) = vector_grads([partials], [wants_bias], [ctx.delta_bias])
         return dr if wants_r else None, ddelta if wants_delta else None, d_delta_bias, None, None, None
 
 

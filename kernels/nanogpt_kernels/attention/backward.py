@@ -235,7 +235,7 @@ def _attention_bwd_dkdv_kernel(
 
 @register(
     "attention_bwd(Tensor do, Tensor qkv, Tensor o, Tensor lse, float p, Tensor? seed, int site, Tensor? doc_ids, "
-    "bool bias_grad) -> (Tensor, Tensor)"
+    "bool bias_grad) -> (Tensor, Tensor, Tensor)"
 )
 def attention_bwd(
     do: Tensor,
@@ -247,8 +247,10 @@ def attention_bwd(
     site: int,
     doc_ids: Tensor | None,
     bias_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """(dqkv [B, T, 3, H, D], its sum over tokens [3*H*D] float32, or [0] without bias_grad).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dqkv [B, T, 3, H, D], partial sums over tokens, float32, of dq [n, H*D] and of dk, dv [n', 2*H*D]).
+
+    Without bias_grad the sums are [0, 0].
 
     do, o [B, T, H, D] in qkv's dtype; lse [B, H, T] float32: log2 of the sum of the rows' exponentials.
     """
@@ -300,6 +302,4 @@ def attention_bwd(
     )  # fmt: skip
     if dq is not None:
         dq_sums = write_dq(dq, dqkv, BLOCK_D, bias_grad)
-    if not bias_grad:
-        return dqkv, torch.empty(0, dtype=torch.float32, device=qkv.device)
-    return dqkv, torch.cat((dq_sums.sum(0), dkdv_sums.sum(0)))
+    return dqkv, dq_sums, dkdv_sums

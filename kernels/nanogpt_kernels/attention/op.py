@@ -1,7 +1,7 @@
 """The attention ops: attention on packed qkv, qkv_attention with the projection before it, cached_attention.
 
 qkv_attention is one autograd node. It keeps y, the projection's output qkv, o and lse; the bias's gradient comes from
-sums that the backward launches leave behind, with no pass over dqkv of its own.
+sums that the backward launches leave behind, which column_sums.py adds up, with no pass over dqkv of its own.
 """
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from nanogpt_kernels.attention.backward import attention_bwd
 from nanogpt_kernels.attention.decode import cached_attention_
 from nanogpt_kernels.attention.forward import attention_fwd
+from nanogpt_kernels.column_sums import vector_grad_of, vector_grads
 from nanogpt_kernels.contract import require
 from nanogpt_kernels.linear import main_grad_of, weight_grad
 from nanogpt_kernels.registry import once, without_autocast
@@ -42,7 +43,7 @@ class _Attention(torch.autograd.Function):
     @once
     def backward(ctx, *grads: Tensor):
         qkv, o, lse, seed, doc_ids = ctx.saved_tensors
-        dqkv, _ = attention_bwd(grads[0], qkv, o, lse, ctx.p, seed, ctx.site, doc_ids, False)
+        dqkv, _, _ = attention_bwd(grads[0], qkv, o, lse, ctx.p, seed, ctx.site, doc_ids, False)
         return dqkv, None, None, None, None
 
 
@@ -61,7 +62,7 @@ class _QKVAttention(torch.autograd.Function):
         qkv = _project("qkv_attention", y, w_qkv, b_qkv, n_head)
         o, lse = attention_fwd(qkv, p, seed, site, doc_ids)
         ctx.save_for_backward(y, w_qkv, qkv, o, lse, seed, doc_ids)
-        ctx.main_grad, ctx.bias_dtype = main_grad_of(w_qkv), None if b_qkv is None else b_qkv.dtype
+        ctx.main_grad, ctx.b_qkv = main_grad_of(w_qkv), vector_grad_of(b_qkv)
         ctx.p, ctx.site = p, site
         return o.view(y.shape)
 
@@ -71,11 +72,12 @@ class _QKVAttention(torch.autograd.Function):
         y, w_qkv, qkv, o, lse, seed, doc_ids = ctx.saved_tensors
         needs_y, needs_w, needs_b = ctx.needs_input_grad[:3]
         do = grads[0].reshape(o.shape)
-        dqkv, db = attention_bwd(do, qkv, o, lse, ctx.p, seed, ctx.site, doc_ids, needs_b)
+        dqkv, *partials = attention_bwd(do, qkv, o, lse, ctx.p, seed, ctx.site, doc_ids, needs_b)
         dqkv = dqkv.view(*y.shape[:2], w_qkv.size(0))
         dw = weight_grad(dqkv, y, ctx.main_grad) if needs_w else None
         dy = dqkv @ w_qkv if needs_y else None
-        return dy, dw, db.to(ctx.bias_dtype) if needs_b else None, None, None, None, None, None
+        (db,) = vector_grads([partials], [needs_b], [ctx.b_qkv])
+        return dy, dw, db, None, None, None, None, None
 
 
 def qkv_attention(

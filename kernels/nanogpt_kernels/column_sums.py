@@ -1,0 +1,168 @@
+"""The second stage of a vector's gradient: partial sums [P, C] that an op's programs left behind, added up.
+
+into[c] = sum of partials[:, c], or into[c] + that sum
+
+One launch serves up to three vectors of an op: programs own BLOCK_C columns of one of them, and add up its partials in
+tiles of ROWS rows. Latency is what such a launch waits for, so the next STAGES - 1 tiles are copied to shared memory
+ahead (said explicitly, as the compiler pipelines no loop without a product unasked; loads to registers it makes one or
+two at a time), and into is read before them. Numerics: float32, rounded once at the store, in an order that depends on
+P and the launch row alone; nothing is atomic, so repeated runs agree bit for bit.
+
+Where a vector carries `main_grad` (a view of the flat gradient buffer), its gradient is added there and autograd gets
+None, as linear.weight_grad does for matrices; otherwise autograd gets it, in the vector's dtype.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanogpt_kernels.contract import require, require_float, require_same_device
+from nanogpt_kernels.launch import launch, pick
+from nanogpt_kernels.linear import main_grad_of
+from nanogpt_kernels.registry import register
+
+
+@triton.jit
+def _add_up(
+    into_ptr,  # [C]
+    partials_ptr,  # [P, C] float32
+    P,
+    C,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    if ACCUMULATE:
+        before = tl.load(into_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    sums = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    for start in tl.range(0, P, ROWS, num_stages=STAGES):
+        p = start + tl.arange(0, ROWS)
+        at = p.to(tl.int64)[:, None] * C + c[None, :]
+        sums += tl.load(partials_ptr + at, mask=(p < P)[:, None] & (c < C)[None, :], other=0.0)
+    total = tl.sum(sums, axis=0)
+    if ACCUMULATE:
+        total += before
+    tl.store(into_ptr + c, total.to(into_ptr.dtype.element_ty), mask=c < C)
+
+
+@triton.jit(do_not_specialize=["P0", "P1", "P2"])
+def _column_sums_kernel(
+    into0_ptr,  # [C0]
+    partials0_ptr,  # [P0, C0] float32
+    into1_ptr,  # [C1], or None with partials1
+    partials1_ptr,  # [P1, C1] float32
+    into2_ptr,  # [C2], or None with partials2
+    partials2_ptr,  # [P2, C2] float32
+    P0,
+    P1,
+    P2,
+    C0,
+    C1,
+    C2,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):
+    slot = tl.program_id(1)
+    if slot == 0:
+        _add_up(into0_ptr, partials0_ptr, P0, C0, ROWS, BLOCK_C, STAGES, ACCUMULATE)
+    if into1_ptr is not None and slot == 1:
+        _add_up(into1_ptr, partials1_ptr, P1, C1, ROWS, BLOCK_C, STAGES, ACCUMULATE)
+    if into2_ptr is not None and slot == 2:
+        _add_up(into2_ptr, partials2_ptr, P2, C2, ROWS, BLOCK_C, STAGES, ACCUMULATE)
+
+
+@register("column_sums_(Tensor(a!) into0, Tensor[] partials0, Tensor(b!)? into1, Tensor[] partials1, "
+          "Tensor(c!)? into2, Tensor[] partials2, bool accumulate) -> ()")  # fmt: skip
+def column_sums_(
+    into0: Tensor,
+    partials0: list[Tensor],
+    into1: Tensor | None,
+    partials1: list[Tensor],
+    into2: Tensor | None,
+    partials2: list[Tensor],
+    accumulate: bool,
+) -> None:
+    """Each into [C] receives (or is increased by) the column sums of its partials, [P, C] float32, or several such
+    whose columns lie side by side in it; three in all at most. What has no into has no partials.
+
+    Side by side, and not as so many views of into: functionalizing a mutated view of a view, torch.compile loses the
+    inner one's offset (2.13: the slice came out empty).
+    """
+    op = "column_sums"
+    slots: list[tuple[Tensor, Tensor]] = []
+    for into, partials in ((into0, partials0), (into1, partials1), (into2, partials2)):
+        if into is None:
+            require(not partials, op, "partials need a vector to be added up into", partials=partials)
+            continue
+        for part in partials:
+            ok = part.dim() == 2 and part.dtype == torch.float32
+            require(ok, op, "partials must be [P, C] float32", partials=part)
+            require_same_device(op, into=into, partials=part, into0=into0)
+        require_float(op, into=into)
+        columns = [part.size(1) for part in partials]
+        ok = into.dim() == 1 and into.numel() == sum(columns) and into.is_contiguous()
+        require(ok, op, "into (a vector's main_grad) must be a contiguous [C]", into=into, columns=columns)
+        slots += zip(into.split(columns), (part.contiguous() for part in partials))
+    require(0 < len(slots) <= 3, op, "one to three matrices are added up in one launch", given=len(slots))
+    widest = max(part.size(1) for _, part in slots)
+    row, absent = pick(op, slots[0][1], widest), 3 - len(slots)
+    P, C = ([part.size(i) for _, part in slots] + [0] * absent for i in (0, 1))
+    launch(
+        op, _column_sums_kernel, (triton.cdiv(widest, row.blocks["BLOCK_C"]), len(slots)),
+        *(t for slot in slots for t in slot), *[None] * (2 * absent), *P, *C,
+        row=row, STAGES=row.num_stages, ACCUMULATE=accumulate,
+    )  # fmt: skip
+
+
+class VectorGrad(NamedTuple):
+    """Where a vector's gradient goes: into main_grad [C], or, where that is None, to autograd as a new [C]."""
+
+    main_grad: Tensor | None
+    C: int
+    dtype: torch.dtype
+
+
+def vector_grad_of(vector: Tensor | None) -> VectorGrad | None:
+    """To be asked in forward, as torch.compile sees attributes of parameters there only."""
+    return None if vector is None else VectorGrad(main_grad_of(vector), vector.numel(), vector.dtype)
+
+
+def destination(vector: VectorGrad, device: torch.device) -> tuple[Tensor, Tensor | None, bool]:
+    """(the tensor to write a vector's gradient to, what autograd gets, whether to add)."""
+    if vector.main_grad is not None:
+        return vector.main_grad, None, True
+    grad = torch.empty(vector.C, dtype=vector.dtype, device=device)
+    return grad, grad, False
+
+
+def vector_grads(
+    partials: Iterable[Tensor | Sequence[Tensor]], wanted: Sequence[bool], vectors: Sequence[VectorGrad | None]
+) -> list[Tensor | None]:
+    """What autograd gets for each vector: its gradient, or None after adding that into main_grad; None if not wanted.
+
+    partials: for each wanted vector in turn [P, C] float32, or several such whose columns lie side by side in it.
+    """
+    grads: list[Tensor | None] = []
+    operands: dict[bool, list[Any]] = {True: [], False: []}  # of those to add to, and those to write
+    given = iter(partials)
+    for vector, want in zip(vectors, wanted):
+        if vector is None or not want:
+            grads.append(None)
+            continue
+        parts = next(given)
+        parts = [parts] if isinstance(parts, Tensor) else list(parts)
+        into, grad, add = destination(vector, parts[0].device)
+        operands[add] += [into, parts]
+        grads.append(grad)
+    for add, pairs in operands.items():
+        if pairs:
+            column_sums_(*pairs, *[None, []] * (3 - len(pairs) // 2), add)
+    return grads
