@@ -5,6 +5,7 @@ the fused attention that torch takes by default rounds probabilities too, and th
 about.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -34,6 +35,14 @@ def attention_same_dtype(
     scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)
     probs = scores.masked_fill(~mask, float("-inf")).softmax(-1)
     return (reference.dropout(probs, p, seed, site) @ v).transpose(1, 2)  # type: ignore[arg-type]
+
+
+def log_sums(qkv: Tensor, doc_ids: Tensor | None) -> Tensor:
+    """lse: log2 of the sum of the exponentials of each row of scores, [B, H, T], in qkv's dtype."""
+    q, k, _ = qkv.permute(2, 0, 3, 1, 4)
+    scores = q @ k.transpose(-2, -1) * q.size(-1) ** -0.5
+    scores = scores.masked_fill(~allowed_keys(qkv.size(1), doc_ids), -math.inf)
+    return scores.logsumexp(-1) / math.log(2)
 
 
 def qkv_attention_same_dtype(

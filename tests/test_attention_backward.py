@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from attention_case import allowed_keys, attention_same_dtype, documents, seed_tensor
+from attention_case import attention_same_dtype, documents, log_sums, seed_tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_case import DEVICE, DTYPES, between_margins, guarded, randn
@@ -38,18 +38,10 @@ def form(atomic: bool, BLOCK_M: int = 16, BLOCK_N: int = 32) -> Iterator[None]:
         yield
 
 
-def exact_lse(qkv: Tensor, doc_ids: Tensor | None) -> Tensor:
-    """log2 of the sum of each row's exponentials [B, H, T], in float64, rounded once to float32."""
-    q, k, _ = qkv.double().permute(2, 0, 3, 1, 4)
-    scores = q @ k.transpose(-2, -1) * q.size(-1) ** -0.5
-    scores = scores.masked_fill(~allowed_keys(qkv.size(1), doc_ids), -math.inf)
-    return (scores.logsumexp(-1) / math.log(2)).float()
-
-
 def forward(qkv: Tensor, p: float, seed: Tensor | None, doc_ids: Tensor | None) -> tuple[Tensor, Tensor]:
     """(o, lse) as attention_fwd gives them."""
     o = attention_same_dtype(qkv.double(), p, seed, SITE, doc_ids).to(qkv.dtype)
-    return o.contiguous(), exact_lse(qkv, doc_ids)
+    return o.contiguous(), log_sums(qkv.double(), doc_ids).float()
 
 
 def inputs(
@@ -255,8 +247,8 @@ def test_without_bias_grad_no_sums(atomic: bool):
     ("o must be", 2, lambda o: o.flatten(2)),
     ("lse must be", 3, lambda lse: lse.half()),
     ("lse must be", 3, lambda lse: lse.transpose(1, 2)),
-    ("p must be", 4, lambda p: 1.0),
-    ("dropout needs seed", 5, lambda seed: None),
+    ("probability must be", 4, lambda p: 1.0),
+    ("dropout needs a seed", 5, lambda seed: None),
     ("doc_ids must be", 7, lambda doc_ids: torch.zeros(1, 5, device=DEVICE)),
 ])  # fmt: skip
 def test_contract(rule: str, index: int, change: Callable[[Any], Any]):

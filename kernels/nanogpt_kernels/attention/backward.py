@@ -14,8 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from nanogpt_kernels.attention.backward_atomic import delta_and_zeros, write_dq
-from nanogpt_kernels.attention.forward import _query_tile, block_d, check_attention, dot_precision, log2_scale
-from nanogpt_kernels.attention.tiles import head_offsets, load_tile, store_tile, tile_at
+from nanogpt_kernels.attention.documents import document_spans
+from nanogpt_kernels.attention.forward import block_d, check_attention, dot_precision, log2_scale
+from nanogpt_kernels.attention.tiles import head_offsets, load_tile, query_tile, store_tile, tile_at
 from nanogpt_kernels.contract import require, require_same_device
 from nanogpt_kernels.launch import launch, pick
 from nanogpt_kernels.primitives import keep_mask
@@ -63,6 +64,7 @@ def _attention_bwd_dq_kernel(
     do_ptr,  # [B, T, H, D]
     lse_ptr,  # [B, H, T] float32
     doc_ids_ptr,  # [B, T] int32 or int64, or None
+    first_ptr,  # [B, tiles] int32, the first key of each query tile's documents, or None
     seed_ptr,  # [1] int64, or None
     dqkv_ptr,  # [B, T, 3, H, D]
     delta_ptr,  # [B, H, T] float32
@@ -86,7 +88,7 @@ def _attention_bwd_dq_kernel(
     DOCUMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    head, tile = _query_tile(tl.program_id(0), heads, T, D, BLOCK_M, ITEMSIZE)  # type: ignore[misc]
+    head, tile = query_tile(tl.program_id(0), heads, T, D, BLOCK_M, ITEMSIZE)  # type: ignore[misc]
     qkv_at, o_at, row_at, doc_at = head_offsets(head, T, H, D)  # type: ignore[misc]
     m, stride = tile * BLOCK_M, 3 * H * D
     i = m + tl.arange(0, BLOCK_M)
@@ -99,12 +101,14 @@ def _attention_bwd_dq_kernel(
     tl.store(delta_ptr + row_at + i, delta, mask=i < T)
     lse = tl.load(lse_ptr + row_at + i, mask=i < T, other=float("inf"))  # P = 0 beyond T
     seed = tl.load(seed_ptr) if DROPOUT else 0
+    start = 0
     if DOCUMENTS:
+        start = tl.load(first_ptr + (head // H).to(tl.int64) * tl.cdiv(T, BLOCK_M) + tile) // BLOCK_N * BLOCK_N
         doc_ids_ptr += doc_at
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     below = m // BLOCK_N * BLOCK_N
     dq = _dq_over_keys(
-        dq, q, do, lse, delta, m, 0, below, k_ptr, v_ptr, doc_ids_ptr, seed, site, threshold, inv_keep, row_at,
+        dq, q, do, lse, delta, m, start, below, k_ptr, v_ptr, doc_ids_ptr, seed, site, threshold, inv_keep, row_at,
         log2_scale, stride, T, BLOCK_M, BLOCK_N, D, BLOCK_D, False, RAGGED, DROPOUT, DOCUMENTS, PRECISION,
     )  # fmt: skip
     dq = _dq_over_keys(
@@ -178,6 +182,7 @@ def _attention_bwd_dkdv_kernel(
     lse_ptr,  # [B, H, T] float32
     delta_ptr,  # [B, H, T] float32
     doc_ids_ptr,  # [B, T] int32 or int64, or None
+    end_ptr,  # [B, tiles] int32, one past the last query of each key tile's documents, or None
     seed_ptr,  # [1] int64, or None
     dqkv_ptr,  # [B, T, 3, H, D]
     dq_ptr,  # [B, H, T, D] float32, or None
@@ -202,7 +207,7 @@ def _attention_bwd_dkdv_kernel(
     DOCUMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    head, from_last = _query_tile(tl.program_id(0), heads, T, D, BLOCK_N, ITEMSIZE)  # type: ignore[misc]
+    head, from_last = query_tile(tl.program_id(0), heads, T, D, BLOCK_N, ITEMSIZE)  # type: ignore[misc]
     tile = tl.cdiv(T, BLOCK_N) - 1 - from_last  # of keys the first tile is the longest
     qkv_at, o_at, row_at, doc_at = head_offsets(head, T, H, D)  # type: ignore[misc]
     n, stride = tile * BLOCK_N, 3 * H * D
@@ -210,7 +215,9 @@ def _attention_bwd_dkdv_kernel(
     k = load_tile(q_ptr + H * D, n, stride, T, BLOCK_N, D, BLOCK_D, RAGGED)
     v = load_tile(q_ptr + 2 * H * D, n, stride, T, BLOCK_N, D, BLOCK_D, RAGGED)
     seed = tl.load(seed_ptr) if DROPOUT else 0
+    end = T
     if DOCUMENTS:
+        end = tl.minimum(T, tl.load(end_ptr + (head // H).to(tl.int64) * tl.cdiv(T, BLOCK_N) + tile))
         doc_ids_ptr += doc_at
     if ATOMIC:
         dq_ptr += row_at * D
@@ -223,7 +230,7 @@ def _attention_bwd_dkdv_kernel(
         BLOCK_M, BLOCK_N, D, BLOCK_D, True, RAGGED, ATOMIC, DROPOUT, DOCUMENTS, PRECISION,
     )  # fmt: skip
     dk, dv = _dkdv_over_queries(
-        dk, dv, k, v, n, below, T, q_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, doc_ids_ptr,
+        dk, dv, k, v, n, below, end, q_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, doc_ids_ptr,
         seed, site, threshold, inv_keep, row_at, log2_scale, stride, H * D, T,
         BLOCK_M, BLOCK_N, D, BLOCK_D, False, RAGGED, ATOMIC, DROPOUT, DOCUMENTS, PRECISION,
     )  # fmt: skip
@@ -267,7 +274,7 @@ def attention_bwd(
     # launch.py: up_to is D; dropout and documents need registers, hence rows of their own
     masked = "" if p == 0.0 and doc_ids is None else "_masked"
     BLOCK_D = block_d(D)
-    masks = (None if doc_ids is None else doc_ids.contiguous(), seed if p > 0.0 else None)
+    doc_ids, seed = None if doc_ids is None else doc_ids.contiguous(), seed if p > 0.0 else None
     numbers = (B * H, T, H, D**-0.5, log2_scale(D), site, int(p * 2**32), 1.0 / (1.0 - p))
     shape = dict(D=D, BLOCK_D=BLOCK_D, ITEMSIZE=qkv.element_size(), SUMS=bias_grad)
     shape |= dict(DROPOUT=p > 0.0, DOCUMENTS=doc_ids is not None, PRECISION=dot_precision(qkv))
@@ -276,7 +283,8 @@ def attention_bwd(
         return torch.empty((B * tiles, parts * H * D) if bias_grad else (0, 0), dtype=torch.float32, device=qkv.device)
 
     def ragged(blocks: dict[str, int]) -> bool:
-        return bool(T % blocks["BLOCK_M"] != 0 or T % blocks["BLOCK_N"] != 0)
+        # a symbolic T (a fake run, which launches nothing) is not asked: torch.compile would compile anew by the answer
+        return isinstance(T, torch.SymInt) or T % blocks["BLOCK_M"] != 0 or T % blocks["BLOCK_N"] != 0
 
     dqkv = torch.empty_like(qkv)
     atomic = pick(op, qkv, D).choices["atomic"]
@@ -287,17 +295,20 @@ def attention_bwd(
         row = pick(f"attention_bwd_dq{masked}", qkv, D)
         tiles = -(-T // row.blocks["BLOCK_M"])
         dq_sums = sums(tiles, 1)
+        first, _ = document_spans(doc_ids, row.blocks["BLOCK_M"])
         launch(
             f"attention_bwd_dq{masked}", _attention_bwd_dq_kernel, (tiles * B * H,),
-            qkv, o, do, lse, *masks, dqkv, delta, dq_sums, *numbers, row=row, RAGGED=ragged(row.blocks), **shape,
+            qkv, o, do, lse, doc_ids, first, seed, dqkv, delta, dq_sums, *numbers,
+            row=row, RAGGED=ragged(row.blocks), **shape,
         )  # fmt: skip
     name = f"attention_bwd_atomic{masked}" if atomic else f"attention_bwd_dkdv{masked}"
     row = pick(name, qkv, D)
     tiles = -(-T // row.blocks["BLOCK_N"])
     dkdv_sums = sums(tiles, 2)
+    _, end = document_spans(doc_ids, row.blocks["BLOCK_N"])
     launch(
         name, _attention_bwd_dkdv_kernel, (tiles * B * H,),
-        qkv, do, lse, delta, *masks, dqkv, dq, dkdv_sums, *numbers,
+        qkv, do, lse, delta, doc_ids, end, seed, dqkv, dq, dkdv_sums, *numbers,
         row=row, RAGGED=ragged(row.blocks), ATOMIC=atomic, **shape,
     )  # fmt: skip
     if dq is not None:

@@ -14,28 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanogpt_kernels.contract import require, require_float, require_same_device
+from nanogpt_kernels.attention.documents import document_spans
+from nanogpt_kernels.attention.tiles import load_where, query_tile
+from nanogpt_kernels.contract import require, require_dropout, require_float, require_same_device
 from nanogpt_kernels.launch import launch, pick
 from nanogpt_kernels.primitives import keep_mask
 from nanogpt_kernels.registry import register
 
 INTEGERS = (torch.int32, torch.int64)
 MAX_D = 128
-
-
-@triton.jit
-def _query_tile(pid, heads, T, D: tl.constexpr, BLOCK_M: tl.constexpr, ITEMSIZE: tl.constexpr):
-    """(head, query tile) of a program: the longest tiles first, so that short ones fill the last wave.
-
-    Heads come in groups whose keys and values take 16 MB together, about a third of an H100's L2 (50 MB) and less than
-    half of an A100's (40 MB): every query tile of a head reads them again.
-    """
-    tiles = tl.cdiv(T, BLOCK_M)
-    group_size = tl.minimum(tl.maximum(16777216 // (2 * T * D * ITEMSIZE), 1), heads)
-    first = pid // (group_size * tiles) * group_size
-    size = tl.minimum(heads - first, group_size)
-    within = pid - first * tiles
-    return first + within % size, tiles - 1 - within // size
 
 
 @triton.jit
@@ -51,14 +38,10 @@ def attend(
     """
     rows, keys, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     left = end - j
+    inside = (d < D)[None, :]
     if RAGGED:
         inside = (keys < left)[:, None] & (d < D)[None, :] if D < BLOCK_D else (keys < left)[:, None]
-        k = tl.load(k_ptr + at, mask=inside, other=0.0)
-    elif D < BLOCK_D:
-        inside = (d < D)[None, :]
-        k = tl.load(k_ptr + at, mask=inside, other=0.0)
-    else:
-        k = tl.load(k_ptr + at)
+    k = load_where(k_ptr + at, inside, RAGGED or D < BLOCK_D)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if CAUSAL:
         s = tl.where(rows[:, None] >= (keys + (j - first))[None, :], s, float("-inf"))
@@ -75,10 +58,7 @@ def attend(
     if DROPOUT:
         keep = keep_mask(seed, site, threshold, first_row + rows, j, tl.cdiv(T, 4), BLOCK_M, BLOCK_N)
         p = tl.where(keep, p, 0.0)
-    if RAGGED or D < BLOCK_D:
-        v = tl.load(v_ptr + at, mask=inside, other=0.0)
-    else:
-        v = tl.load(v_ptr + at)
+    v = load_where(v_ptr + at, inside, RAGGED or D < BLOCK_D)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
     return acc, l, m_next
 
@@ -87,6 +67,7 @@ def attend(
 def _attention_fwd_kernel(
     qkv_ptr,  # [B, T, 3, H, D]
     doc_ids_ptr,  # [B, T] int32 or int64, or None
+    first_ptr,  # [B, tiles] int32, the first key of each query tile's documents, or None
     seed_ptr,  # [1] int64, or None
     o_ptr,  # [B, T, H, D]
     lse_ptr,  # [B, H, T] float32
@@ -106,7 +87,7 @@ def _attention_fwd_kernel(
     DOCUMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    head, tile = _query_tile(tl.program_id(0), heads, T, D, BLOCK_M, ITEMSIZE)  # type: ignore[misc]
+    head, tile = query_tile(tl.program_id(0), heads, T, D, BLOCK_M, ITEMSIZE)  # type: ignore[misc]
     # 64-bit offsets are scalars, added to pointers; a tile's own offsets stay 32-bit. Both for want of registers.
     b, h, first = (head // H).to(tl.int64), head % H, tile * BLOCK_M
     rows, d, left = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), T - first
@@ -117,8 +98,9 @@ def _attention_fwd_kernel(
     k_ptr = qkv_ptr + H * D
     v_ptr = k_ptr + H * D
     at = tl.arange(0, BLOCK_N)[:, None] * (3 * H * D) + d[None, :]
-    doc_i = rows
+    doc_i, start = rows, 0
     if DOCUMENTS:
+        start = tl.load(first_ptr + b * tl.cdiv(T, BLOCK_M) + tile) // BLOCK_N * BLOCK_N
         doc_ids_ptr += b * T
         doc_i = tl.load(doc_ids_ptr + first + rows, mask=rows < left, other=0)
     seed = tl.load(seed_ptr) if DROPOUT else 0
@@ -129,7 +111,7 @@ def _attention_fwd_kernel(
     m = tl.full([BLOCK_M], -3.4028234663852886e38, tl.float32)  # lowest: below every score but -inf
     diagonal = first // BLOCK_N * BLOCK_N
     # not pointers carried from tile to tile: with three stages those made ptxas serialise every wgmma (its C7515)
-    for j in range(0, diagonal, BLOCK_N):
+    for j in range(start, diagonal, BLOCK_N):
         to = tl.cast(j, tl.int64) * (3 * H * D)
         acc, l, m = attend(
             acc, l, m, q, k_ptr + to, v_ptr + to, at, first, j, T, scale, doc_i, doc_ids_ptr, seed, site, threshold,
@@ -171,11 +153,8 @@ def check_attention(
     require(qkv.dim() == 5 and qkv.size(2) == 3, op, "qkv must be [B, T, 3, H, D]", qkv=qkv)
     require(1 <= qkv.size(4) <= MAX_D, op, f"head size D must be in 1...{MAX_D}", qkv=qkv)
     require_float(op, qkv=qkv)
-    require(0.0 <= p < 1.0, op, "p must be in [0, 1)", p=p)
+    require_dropout(op, p, seed)
     require_same_device(op, qkv=qkv, seed=seed, doc_ids=doc_ids)
-    if p > 0.0:
-        ok = seed is not None and seed.dtype == torch.int64 and seed.numel() == 1
-        require(ok, op, "dropout needs seed, one int64", seed=seed, p=p)
     if doc_ids is not None:
         ok = doc_ids.shape == qkv.shape[:2] and doc_ids.dtype in INTEGERS
         require(ok, op, "doc_ids must be int32 or int64 [B, T]", doc_ids=doc_ids, qkv=qkv)
@@ -194,9 +173,11 @@ def attention_fwd(
     lse = torch.empty(B, H, T, dtype=torch.float32, device=qkv.device)
     op = "attention_fwd" if p == 0.0 and doc_ids is None else "attention_fwd_masked"
     row = pick(op, qkv, D)
+    doc_ids = None if doc_ids is None else doc_ids.contiguous()
+    first, _ = document_spans(doc_ids, row.blocks["BLOCK_M"])
     launch(
         op, _attention_fwd_kernel, (triton.cdiv(T, row.blocks["BLOCK_M"]) * B * H,),
-        qkv, None if doc_ids is None else doc_ids.contiguous(), seed if p > 0.0 else None, o, lse,
+        qkv, doc_ids, first, seed if p > 0.0 else None, o, lse,
         B * H, T, H, log2_scale(D), site, int(p * 2**32), 1.0 / (1.0 - p),
         row=row, D=D, BLOCK_D=block_d(D), ITEMSIZE=qkv.element_size(),
         DROPOUT=p > 0.0, DOCUMENTS=doc_ids is not None, PRECISION=dot_precision(qkv),

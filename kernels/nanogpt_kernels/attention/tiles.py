@@ -1,7 +1,22 @@
-"""Device functions on tiles of packed tensors, for the backward of attention."""
+"""Device functions on tiles of packed tensors: which tile a program takes, where it lies, loads and stores."""
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def query_tile(pid, heads, T, D: tl.constexpr, BLOCK_M: tl.constexpr, ITEMSIZE: tl.constexpr):
+    """(head, query tile) of a program: the longest tiles first, so that short ones fill the last wave.
+
+    Heads come in groups whose keys and values take 16 MB together, about a third of an H100's L2 (50 MB) and less than
+    half of an A100's (40 MB): every query tile of a head reads them again.
+    """
+    tiles = tl.cdiv(T, BLOCK_M)
+    group_size = tl.minimum(tl.maximum(16777216 // (2 * T * D * ITEMSIZE), 1), heads)
+    first = pid // (group_size * tiles) * group_size
+    size = tl.minimum(heads - first, group_size)
+    within = pid - first * tiles
+    return first + within % size, tiles - 1 - within // size
 
 
 @triton.jit
@@ -23,6 +38,15 @@ def tile_at(x_ptr, start, stride, T, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_
 
 
 @triton.jit
+def load_where(at, inside, MASKED: tl.constexpr):
+    """A load at pointers, with zeros where not `inside` if there may be such: a mask costs registers."""
+    if MASKED:
+        return tl.load(at, mask=inside, other=0.0)
+    else:
+        return tl.load(at)
+
+
+@triton.jit
 def load_tile(
     x_ptr,  # [T, D]
     start,
@@ -35,10 +59,7 @@ def load_tile(
 ):
     """Rows start..., [ROWS, BLOCK_D], zeros beyond D, and beyond T where RAGGED says that there may be such rows."""
     at, inside = tile_at(x_ptr, start, stride, T, ROWS, D, BLOCK_D)  # type: ignore[misc]
-    if RAGGED or D < BLOCK_D:
-        return tl.load(at, mask=inside, other=0.0)
-    else:
-        return tl.load(at)
+    return load_where(at, inside, RAGGED or D < BLOCK_D)
 
 
 @triton.jit
