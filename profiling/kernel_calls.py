@@ -69,6 +69,10 @@ def meta(*shape: int, dtype: torch.dtype = FP32, grad: bool = True, main_grad: b
     return t
 
 
+def bias_of(n: int, bias: bool, main_grad: bool) -> Tensor | None:
+    return meta(n, main_grad=main_grad) if bias else None
+
+
 def meta_ids(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
     return meta(*shape, dtype=dtype)
 
@@ -98,19 +102,24 @@ def call_embedding(s: Shape, dtype: torch.dtype, p: float, main_grad: bool, out:
     backward(embedding(meta_ids(s.B, s.T), wte, wpe, p, seed_for(p), SITE, out_dtype=out))
 
 
-def call_norm(s: Shape, dtype: torch.dtype, bias: bool, out: torch.dtype | None = None) -> None:
-    backward(norm(meta(s.B, s.T, s.C, dtype=dtype), meta(s.C), meta(s.C) if bias else None, EPS, out))
+def call_norm(s: Shape, dtype: torch.dtype, bias: bool, main_grad: bool, out: torch.dtype | None = None) -> None:
+    w, b = meta(s.C, main_grad=main_grad), bias_of(s.C, bias, main_grad)
+    backward(norm(meta(s.B, s.T, s.C, dtype=dtype), w, b, EPS, out))
 
 
-def call_add_norm(s: Shape, dtype: torch.dtype, bias: bool, p: float, stream: torch.dtype | None = None) -> None:
+def call_add_norm(
+    s: Shape, dtype: torch.dtype, bias: bool, main_grad: bool, p: float, stream: torch.dtype | None = None
+) -> None:
     r, delta = meta(s.B, s.T, s.C, dtype=stream or dtype), meta(s.B, s.T, s.C, dtype=dtype)
-    delta_bias, w, b = meta(s.C) if bias else None, meta(s.C), meta(s.C) if bias else None
+    w, (delta_bias, b) = meta(s.C, main_grad=main_grad), (bias_of(s.C, bias, main_grad) for _ in range(2))
     backward(add_norm(r, delta, delta_bias, w, b, EPS, p, seed_for(p), SITE))
 
 
-def call_dropout_add(s: Shape, dtype: torch.dtype, bias: bool, p: float, stream: torch.dtype | None = None) -> None:
+def call_dropout_add(
+    s: Shape, dtype: torch.dtype, bias: bool, main_grad: bool, p: float, stream: torch.dtype | None = None
+) -> None:
     r, delta = meta(s.B, s.T, s.C, dtype=stream or dtype), meta(s.B, s.T, s.C, dtype=dtype)
-    backward(dropout_add(r, delta, meta(s.C) if bias else None, p, seed_for(p), SITE))
+    backward(dropout_add(r, delta, bias_of(s.C, bias, main_grad), p, seed_for(p), SITE))
 
 
 def call_attention(s: Shape, dtype: torch.dtype, p: float, docs: torch.dtype | None, atomic: bool) -> None:
@@ -123,7 +132,7 @@ def call_qkv_attention(s: Shape, dtype: torch.dtype, bias: bool, main_grad: bool
     w = meta(3 * s.C, s.C, dtype=dtype, main_grad=main_grad)
     doc_ids = meta_ids(s.B, s.T) if docs else None
     with choosing(attention_bwd=dict(atomic=atomic)):
-        y, b = meta(s.B, s.T, s.C, dtype=dtype), meta(3 * s.C) if bias else None
+        y, b = meta(s.B, s.T, s.C, dtype=dtype), bias_of(3 * s.C, bias, main_grad)
         backward(qkv_attention(y, w, b, s.H, p, seed_for(p), SITE, doc_ids))
 
 
@@ -143,7 +152,7 @@ def call_mlp(
     s: Shape, dtype: torch.dtype, bias: bool, activation: str, fused: bool, recompute: bool, main_grad: bool
 ) -> None:
     w_fc, w_proj = (meta(*shape, dtype=dtype, main_grad=main_grad) for shape in ((4 * s.C, s.C), (s.C, 4 * s.C)))
-    y, b_fc = meta(s.B, s.T, s.C, dtype=dtype), meta(4 * s.C) if bias else None
+    y, b_fc = meta(s.B, s.T, s.C, dtype=dtype), bias_of(4 * s.C, bias, main_grad)
     with choosing(mlp_fwd=dict(fused=fused)), choosing(mlp_bwd=dict(fused=fused)):
         backward(mlp(y, w_fc, b_fc, w_proj, activation, recompute))
 
@@ -194,10 +203,10 @@ def _plain_and_loaded() -> Iterator[Case]:
         single = s is GPT2 and dtype is FP32
         for on, p in ((False, 0.0), (True, 0.1)):
             yield case("embedding", call_embedding, s, dtype, p, on, core=main)
-            yield case("norm", call_norm, s, dtype, on)
+            yield case("norm", call_norm, s, dtype, on, on)
             core = main or (not on and s in WIDTHS) or (single and on)
-            yield case("add_norm", call_add_norm, s, dtype, on, p, core=core)
-            yield case("dropout_add", call_dropout_add, s, dtype, on, p, core=main)
+            yield case("add_norm", call_add_norm, s, dtype, on, on, p, core=core)
+            yield case("dropout_add", call_dropout_add, s, dtype, on, on, p, core=main)
             for atomic in (False, True):
                 core = main or single
                 yield case("qkv_attention", call_qkv_attention, s, dtype, on, on, p, on, atomic, core=core)
@@ -220,8 +229,9 @@ def _every_option() -> Iterator[Case]:
     yes_no = (False, True)
     for p, on in itertools.product((0.0, 0.1), yes_no):
         yield case("embedding", call_embedding, GPT2, BF16, p, on)
-        yield case("add_norm", call_add_norm, GPT2, BF16, on, p)
-        yield case("dropout_add", call_dropout_add, GPT2, BF16, on, p)
+        for main_grad in yes_no:
+            yield case("add_norm", call_add_norm, GPT2, BF16, on, main_grad, p)
+            yield case("dropout_add", call_dropout_add, GPT2, BF16, on, main_grad, p)
         for docs, atomic in itertools.product(yes_no, yes_no):
             yield case("qkv_attention", call_qkv_attention, GPT2, BF16, on, on, p, docs, atomic)
     for on, activation, fused, recompute in itertools.product(yes_no, ("gelu", "gelu_tanh"), yes_no, yes_no):
@@ -230,10 +240,10 @@ def _every_option() -> Iterator[Case]:
         yield case("bias_gelu", call_bias_gelu, GPT2, BF16, on, activation)
     for dtype in (BF16, FP16):
         yield case("embedding", call_embedding, GPT2, dtype, 0.1, True, FP32)
-        yield case("norm", call_norm, GPT2, FP32, True, dtype)
+        yield case("norm", call_norm, GPT2, FP32, True, True, dtype)
         for p in (0.0, 0.1):
-            yield case("add_norm", call_add_norm, GPT2, dtype, True, p, FP32)
-            yield case("dropout_add", call_dropout_add, GPT2, dtype, True, p, FP32)
+            yield case("add_norm", call_add_norm, GPT2, dtype, True, True, p, FP32)
+            yield case("dropout_add", call_dropout_add, GPT2, dtype, True, True, p, FP32)
 
 
 def _edges() -> Iterator[Case]:
@@ -243,8 +253,8 @@ def _edges() -> Iterator[Case]:
             core = {ODD_HEAD: dtype is not FP16, RAGGED: dtype is BF16, NARROW: dtype is FP32}.get(s, False)
             yield case("attention", call_attention, s, dtype, p, docs, atomic, core=core)
     for dtype in (BF16, FP16, FP32):
-        yield case("norm", call_norm, Shape("C=2048", 2048, 32), dtype, True)
-        yield case("norm", call_norm, Shape("C=8192", 8192, 64), dtype, True, core=dtype is FP32)
+        yield case("norm", call_norm, Shape("C=2048", 2048, 32), dtype, True, False)
+        yield case("norm", call_norm, Shape("C=8192", 8192, 64), dtype, True, False, core=dtype is FP32)
         few = Shape("V=4096", 768, 12, V=4096)
         yield case("cross_entropy", call_cross_entropy, few, dtype, 4096, core=dtype is not FP16)
     for N in (124_475_904, 2**32 + 16):
@@ -252,9 +262,9 @@ def _edges() -> Iterator[Case]:
             yield case("adamw", call_optimizer, N, dtype, core=N < 2**31 and dtype is BF16)
     yield case("adamw", call_optimizer, 1001, BF16)
     yield case("embedding", call_embedding, HUGE, BF16, 0.1, True, core=True)
-    yield case("norm", call_norm, HUGE, BF16, True, core=True)
-    yield case("add_norm", call_add_norm, HUGE, BF16, True, 0.1, core=True)
-    yield case("dropout_add", call_dropout_add, HUGE, BF16, True, 0.1, core=True)
+    yield case("norm", call_norm, HUGE, BF16, True, True, core=True)
+    yield case("add_norm", call_add_norm, HUGE, BF16, True, True, 0.1, core=True)
+    yield case("dropout_add", call_dropout_add, HUGE, BF16, True, True, 0.1, core=True)
     for on, atomic in itertools.product((False, True), (False, True)):
         yield case("qkv_attention", call_qkv_attention, HUGE, BF16, on, on, 0.1 * on, on, atomic, core=True)
     for fused in (False, True):

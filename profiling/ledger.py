@@ -5,9 +5,9 @@
 No GPU is needed, and TRITON_INTERPRET is set here. Widths are GPT-2 124M's in bfloat16; persistent kernels run as 16
 programs. The fewest are each operand read and each result written once (profiling/roofline.py); for cross-entropy, its
 plan: two reads, the second of which finds its row in L2, and one write. A count over its limit makes the exit code 1.
-What torch does beside the kernels (adding up partial sums) is not counted. No limit is held where many programs read a
-small operand again, from L2 (bias_gelu's bias, embedding's positions); embedding's backward is left out, as its bytes
-depend on which ids repeat.
+Backward's partial sums are counted as they are written and as column_sums.py reads them. No limit is held where many
+programs read a small operand again, from L2 (bias_gelu's bias, embedding's positions); embedding's backward is left
+out, as its bytes depend on which ids repeat.
 """
 
 import argparse
@@ -24,7 +24,7 @@ if __name__ == "__main__":  # before Triton is imported, which nothing but this 
 
 import roofline
 import torch
-from byte_counter import counting_bytes
+from byte_counter import accept_new_numpy, counting_bytes
 from nanogpt_kernels import launch
 from nanogpt_kernels.adamw import adamw_, grad_norm
 from nanogpt_kernels.cross_entropy import cross_entropy_in_place
@@ -147,4 +147,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    accept_new_numpy()
     main()

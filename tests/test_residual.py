@@ -61,6 +61,14 @@ def test_dtypes(r_dtype: torch.dtype, dtype: torch.dtype, p: float):
     check(operands(9, 300, r_dtype, dtype), p)
 
 
+def test_main_grad():
+    inputs, dr = operands(9, 40), randn(9, 40, seed=3).detach()
+    want = gradients(ours(0.3), inputs, [dr])[3]
+    inputs[2].main_grad = torch.ones(40, device=DEVICE)  # type: ignore[attr-defined]
+    ours(0.3)(*inputs).backward(dr)
+    assert inputs[2].grad is None and torch.equal(inputs[2].main_grad, 1.0 + want)  # type: ignore[attr-defined]
+
+
 def test_is_the_first_half_of_add_norm():
     r, delta, delta_bias = operands(9, 40, torch.bfloat16, torch.bfloat16)
     r_out, _ = add_norm(r, delta, delta_bias, torch.ones(40, device=DEVICE), None, 1e-5, 0.3, SEED, SITE)
