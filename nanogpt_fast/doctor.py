@@ -99,6 +99,7 @@ def versions() -> Section:
     found: Section = {"nanogpt_fast": __version__, "python": platform.python_version()}
     found["system"] = f"{platform.system()} {platform.release()} {platform.machine()}"
     found |= {name: _version(name) or "missing: pip install -e ." for name in REQUIRED}
+    found["torch"] = torch.__version__  # "+cu130" is not in the metadata of PyPI's wheels
     found["triton"] = _version("triton") or "missing: the reference ops need none"
     found["CUDA of torch"] = torch.version.cuda or "none: torch for the CPU"
     return found

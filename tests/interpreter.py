@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton.language as tl
+from byte_counter import accept_new_numpy
 from byte_counter import counting_bytes as counting_bytes
 from triton.runtime import interpreter
 from triton.runtime.interpreter import TensorHandle
@@ -41,6 +42,7 @@ def install() -> None:
     """Patch the interpreter; once a process."""
     if getattr(InterpreterBuilder, "exact_bfloat16", False):
         return
+    accept_new_numpy()
     stock = {
         name: getattr(InterpreterBuilder, name)
         for name in ("cast_impl", "create_fp_to_fp", "binary_op", "unary_op", "create_dot", "create_fma",

@@ -39,11 +39,13 @@ def _separate(backend: SDPBackend) -> Contestant:
 
 
 def _linear_cross_entropy() -> Contestant:
-    from torch.nn import LinearCrossEntropyOptions  # torch 2.13
+    nn: Any = torch.nn  # Any: type checkers beside an earlier torch do not know the names of 2.13
+    if not hasattr(nn, "LinearCrossEntropyOptions"):
+        raise ImportError("linear_cross_entropy came with torch 2.13")
 
     def function(x: Tensor, w: Tensor, targets: Tensor, grad_scale: Tensor) -> Tensor:
-        options = LinearCrossEntropyOptions()
-        total = F.linear_cross_entropy(
+        options = nn.LinearCrossEntropyOptions()
+        total = nn.functional.linear_cross_entropy(
             x.flatten(0, -2), w, targets.flatten(), ignore_index=-1, reduction="sum", options=options
         )
         return total * grad_scale
