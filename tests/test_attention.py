@@ -1,6 +1,7 @@
 """attention: values, lse, gradients, and special inputs. Dropout and documents have a file of their own."""
 
 import math
+from contextlib import nullcontext
 
 import kernel_case
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_case import DEVICE, DTYPES, assert_op, between_margins, guarded, randn
 from nanogpt_kernels import launch, reference
-from nanogpt_kernels.attention import attention
+from nanogpt_kernels.attention import attention, op, qkv_attention
 from nanogpt_kernels.attention.forward import attention_fwd
 from nanogpt_kernels.attention.tiles import query_tile
 from nanogpt_kernels.contract import ContractError
@@ -175,11 +176,20 @@ def test_contracts():
             attention(*wrong)
 
 
-def test_no_grad_keeps_nothing_and_twice_is_refused():
+def test_without_gradient_no_node_is_made(monkeypatch: pytest.MonkeyPatch):
+    qkv, w = randn(1, 4, 3, 1, 16), randn(48, 16)
+    expected = attention(qkv, 0.0, None, 0), qkv_attention(qkv[:, :, 0, 0], w, None, 1, 0.0, None, 0)
+    for node in (op._Attention, op._QKVAttention):
+        monkeypatch.setattr(node, "forward", None)
+    for context, x in ((torch.no_grad(), qkv), (nullcontext(), qkv.detach())):
+        with context:
+            assert torch.equal(attention(x, 0.0, None, 0), expected[0])
+            o = qkv_attention(x[:, :, 0, 0], w if x is qkv else w.detach(), None, 1, 0.0, None, 0)
+            assert torch.equal(o, expected[1])
+
+
+def test_twice_is_refused():
     qkv = randn(1, 4, 3, 1, 16)
-    with torch.no_grad():
-        assert attention(qkv, 0.0, None, 0).grad_fn is None
-    assert attention(qkv.detach(), 0.0, None, 0).grad_fn is None
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(attention(qkv, 0.0, None, 0).sum(), qkv, create_graph=True)
 

@@ -14,7 +14,7 @@ from nanogpt_kernels.attention.forward import attention_fwd
 from nanogpt_kernels.column_sums import vector_grad_of, vector_grads
 from nanogpt_kernels.contract import require
 from nanogpt_kernels.linear import main_grad_of, weight_grad
-from nanogpt_kernels.registry import once, without_autocast
+from nanogpt_kernels.registry import differentiating, once, without_autocast
 
 
 @without_autocast
@@ -53,7 +53,9 @@ def attention(qkv: Tensor, p: float, seed: Tensor | None, site: int, doc_ids: Te
     p: dropout of the probabilities [B, H, T, T], drawn from seed (int64 [1]) at `site`. With doc_ids [B, T] (int32 or
     int64) a token attends only to tokens with its own id.
     """
-    return _Attention.apply(qkv, p, seed, site, doc_ids)
+    if differentiating(qkv):
+        return _Attention.apply(qkv, p, seed, site, doc_ids)
+    return attention_fwd(qkv, p, seed, site, doc_ids)[0]
 
 
 class _QKVAttention(torch.autograd.Function):
@@ -91,7 +93,9 @@ def qkv_attention(
     doc_ids: Tensor | None = None,
 ) -> Tensor:
     """attention(y w_qkv^T + b_qkv); y [B, T, C], w_qkv [3C, C], b_qkv [3C] float32 -> o [B, T, C]."""
-    return _QKVAttention.apply(y, w_qkv, b_qkv, n_head, p, seed, site, doc_ids)
+    if differentiating(y, w_qkv, b_qkv):
+        return _QKVAttention.apply(y, w_qkv, b_qkv, n_head, p, seed, site, doc_ids)
+    return attention_fwd(_project("qkv_attention", y, w_qkv, b_qkv, n_head), p, seed, site, doc_ids)[0].view(y.shape)
 
 
 @torch.no_grad()
