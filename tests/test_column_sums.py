@@ -210,7 +210,9 @@ def add_norm_gradients(main_grads: tuple[int, ...], compiled: bool, dtype: torch
     if compiled:
         op = torch.compile(op, fullgraph=True, backend="aot_eager")
     for _ in range(2):
-        torch.autograd.backward(op(r, delta, vectors[0], vectors[1], vectors[2]), [randn(9, 24, seed=s).detach() for s in (5, 6)])
+        torch.autograd.backward(
+            op(r, delta, vectors[0], vectors[1], vectors[2]), [randn(9, 24, seed=s).detach() for s in (5, 6)]
+        )
     for i, v in enumerate(vectors):
         assert (v.grad is None) == (i in main_grads) and (v.grad is None or v.grad.dtype == dtype)
         assert bool((flat[32 * i + 24 : 32 * i + 32] == 1.0).all()), "written past a main_grad's end"
