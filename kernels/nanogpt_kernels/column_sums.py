@@ -1,12 +1,10 @@
-"""The second stage of a vector's gradient: partial sums [P, C] that an op's programs left behind, added up.
+"""The second stage of a vector's gradient: into[c] = (into[c] +) the sum of partials[:, c], [P, C] float32.
 
-into[c] = sum of partials[:, c], or into[c] + that sum
-
-One launch serves up to three vectors of an op: programs own BLOCK_C columns of one of them, and add up its partials in
-tiles of ROWS rows. Latency is what such a launch waits for, so the next STAGES - 1 tiles are copied to shared memory
-ahead (said explicitly, as the compiler pipelines no loop without a product unasked; loads to registers it makes one or
-two at a time), and into is read before them. Numerics: float32, rounded once at the store, in an order that depends on
-P and the launch row alone; nothing is atomic, so repeated runs agree bit for bit.
+An op's backward leaves a row of partial sums a program or tile; one launch adds up those of its three vectors or fewer.
+Programs own BLOCK_C columns of one of them and stride down tiles of ROWS rows. Latency is what such a launch waits for,
+so STAGES - 1 tiles are copied to shared memory ahead. That is said explicitly, as the compiler pipelines no loop without
+a product unasked, and of loads to registers it keeps but one or two in flight. Numerics: float32, rounded once at the
+store, in an order that depends on P and the launch row alone; nothing is atomic, so repeated runs agree bit for bit.
 
 Where a vector carries `main_grad` (a view of the flat gradient buffer), its gradient is added there and autograd gets
 None, as linear.weight_grad does for matrices; otherwise autograd gets it, in the vector's dtype.
@@ -110,7 +108,8 @@ def column_sums_(
         columns = [part.size(1) for part in partials]
         ok = into.dim() == 1 and into.numel() == sum(columns) and into.is_contiguous()
         require(ok, op, "into (a vector's main_grad) must be a contiguous [C]", into=into, columns=columns)
-        slots += zip(into.split(columns), (part.contiguous() for part in partials))
+        pieces = [into] if len(partials) == 1 else into.split(columns)
+        slots += zip(pieces, (part.contiguous() for part in partials))
     require(0 < len(slots) <= 3, op, "one to three matrices are added up in one launch", given=len(slots))
     widest = max(part.size(1) for _, part in slots)
     row, absent = pick(op, slots[0][1], widest), 3 - len(slots)
