@@ -258,7 +258,7 @@ def wrong_cases() -> dict[str, tuple[dict[str, object], str]]:
         "device": (dict(wte=torch.zeros(7, 20, device="meta")), "different devices"),
         "past the end": (dict(start=1), "must be rows of wpe"),
         "before the start": (dict(start=-1), "must be rows of wpe"),
-        "p": (dict(p=1.0), r"p must be in \[0, 1\)"),
+        "p": (dict(p=1.0), r"probability must be in \[0, 1\)"),
         "no seed": (dict(p=0.1, seed=None), "needs a seed"),
         "out_dtype": (dict(out_dtype=torch.float64), "r must be"),
     }  # fmt: skip

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanogpt_kernels.contract import require, require_float, require_in_range, require_same_device
+from nanogpt_kernels.contract import require, require_dropout, require_float, require_in_range, require_same_device
 from nanogpt_kernels.launch import launch, pick
 from nanogpt_kernels.linear import main_grad_of
 from nanogpt_kernels.primitives import keep_mask
@@ -165,13 +165,6 @@ def _embedding_bwd_positions_kernel(
     tl.store(dwpe_ptr + at, total.to(dwpe_ptr.dtype.element_ty), mask=c < C)
 
 
-def _require_dropout(p: float, seed: Tensor | None) -> None:
-    require(0.0 <= p < 1.0, OP, "p must be in [0, 1)", p=p)
-    if p > 0.0:
-        ok = seed is not None and seed.dtype == torch.int64 and seed.numel() == 1
-        require(ok, OP, "dropout needs a seed, one int64 on the device", p=p, seed=seed)
-
-
 def _require_grad_buffer(name: str, dw: Tensor, C: int) -> None:
     ok = dw.dim() == 2 and dw.size(1) == C and dw.is_contiguous()
     require(ok, OP, f"{name} must be a contiguous [rows, {C}]", **{name: dw})
@@ -199,7 +192,7 @@ def embedding_fwd(
     require(wte.size(0) < 2**31, OP, "V must be below 2^31", wte=wte)
     require_float(OP, wte=wte)
     require_same_device(OP, idx=idx, wte=wte, wpe=wpe, seed=seed)
-    _require_dropout(p, seed)
+    require_dropout(OP, p, seed)
     (B, T), (V, C) = idx.shape, wte.shape
     ok = start >= 0 and start + T <= wpe.size(0)
     require(ok, OP, "positions start : start + T must be rows of wpe", start=start, idx=idx, wpe=wpe)

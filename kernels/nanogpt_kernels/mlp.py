@@ -24,7 +24,7 @@ from nanogpt_kernels.gemm_gelu import describable, gemm_gelu_bwd, gemm_gelu_fwd
 from nanogpt_kernels.launch import Row, launch, pick, sm_count
 from nanogpt_kernels.linear import main_grad_of, weight_grad
 from nanogpt_kernels.primitives import gelu, gelu_derivative
-from nanogpt_kernels.registry import once, register
+from nanogpt_kernels.registry import differentiating, once, register
 
 
 @triton.jit
@@ -277,5 +277,4 @@ def mlp(
     bit, while pre is read anyway: 2 F bytes a token less in 16 bit, for one more pass of writing.
     """
     operands = (y, w_fc, b_fc, w_proj)
-    differentiate = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
-    return _MLP.apply(*operands, activation, recompute, differentiate)
+    return _MLP.apply(*operands, activation, recompute, differentiating(*operands))
