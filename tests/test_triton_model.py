@@ -1,11 +1,13 @@
 """The whole model on the Triton ops against the reference in float64: loss, every gradient, and training."""
 
+import copy
 from dataclasses import replace
 
 import kernel_case
 import pytest
 import torch
 from kernel_case import DEVICE
+from nanogpt_kernels import launch
 from parity import assert_parity
 from torch import Tensor
 
@@ -163,3 +165,56 @@ def test_guarded_memory_and_determinism():
             loss.backward()
         results.append(flat.grad.clone())
     assert torch.isfinite(results[0]).all() and torch.equal(*results)
+
+
+def three_steps(dtype: torch.dtype, captured: bool) -> dict[str, Tensor]:
+    """One step to warm up, then three on other batches, eager or as replays of one graph: losses and parameters."""
+    model, flat = build(TRITON, dtype, bias=True, dropout=0.1)
+    optimizer = AdamW(flat, OptimConfig(), TRITON)
+    optimizer.set_lr(3e-3)
+    batches, seed, losses = tokens(4, 2, 13), torch.zeros(1, dtype=torch.int64, device=DEVICE), []
+    micro, loss = batches[0].clone(), torch.zeros((), device=DEVICE)
+
+    def step() -> None:
+        value, _ = model(micro[:, :-1], micro[:, 1:], 1 / 24, seed)
+        value.backward()
+        optimizer.step()
+        loss.copy_(value.detach())
+
+    step()
+    run = step
+    if captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):  # on a stream of its own
+            step()
+        run = graph.replay
+    for batch in batches[1:]:
+        micro.copy_(batch)
+        seed += 1
+        run()
+        losses.append(loss.clone())
+    return {"losses": torch.stack(losses), "master": flat.master, "params": flat.params}
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA GPU: graphs")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_replays_of_a_captured_step_give_the_eager_bits(dtype: torch.dtype):
+    """Forward, backward, norm and update in one CUDA graph: no op waits for the host or allocates by the data."""
+    with launch.override("attention_bwd", choices=dict(atomic=False)):
+        eager, captured = three_steps(dtype, captured=False), three_steps(dtype, captured=True)
+    assert torch.isfinite(eager["losses"]).all() and len(set(eager["losses"].tolist())) == 3
+    for name, value in eager.items():
+        assert torch.equal(value, captured[name]), name
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_operands_on_another_device_than_the_current_one():
+    """Kernels go where their operands are."""
+    model, _ = build(TRITON, torch.float32, bias=True, dropout=0.1, n_layer=1)
+    losses = []
+    for device in ("cuda:0", "cuda:1"):
+        there, micro = copy.deepcopy(model).to(device), tokens(2, 13).to(device)
+        seed = torch.zeros(1, dtype=torch.int64, device=device)
+        with torch.no_grad():
+            losses.append(there(micro[:, :-1], micro[:, 1:], 1 / 24, seed)[0])
+    assert losses[0].item() == losses[1].item()
