@@ -26,7 +26,6 @@ def test_mask_is_the_reference_s(T: int, BLOCK_M: int, BLOCK_N: int):
 
 MASKS = [
     pytest.param(0.3, None, id="dropout"),
-    pytest.param(0.0, True, id="documents"),
     pytest.param(0.0, False, id="strewn documents"),
     pytest.param(0.3, True, id="dropout and documents"),
 ]
