@@ -8,7 +8,7 @@
 LAUNCH_OP is a key of nanogpt_kernels.launch.TABLE. Candidates are compiled in parallel; those that spill, ask for too
 much shared memory or compute something else than the present row are dropped; the rest are timed by graph replay,
 interleaved with the present row, within the public op that launches them. The search moves to the best and goes on.
-It ends in a row to paste into nanogpt_kernels/launch.py.
+It ends in a row to paste into nanogpt_kernels/launch_rows.py.
 """
 
 import argparse
@@ -229,7 +229,7 @@ def search(target: Target, limit_s: float, most: int, pool: Compilers, lines: ma
 
 
 def pasted(row: Any, target: Target, outcome: str) -> str:
-    """As launch.py has it, for this architecture and element size."""
+    """As launch_rows.py has it, for this architecture and element size."""
     at = target.at
     what = f"{target.op} {target.mode}, B={at.shape.B} T={at.shape.T} C={at.shape.C}"
     dtype, day = str(at.dtype).removeprefix("torch."), datetime.date.today().isoformat()
@@ -310,7 +310,7 @@ def main(argv: list[str]) -> int:
                 pasteable.append(f"# {target.launch_op}\n{found}")
                 print(pasteable[-1], flush=True)
     if pasteable:
-        print("\nrows for nanogpt_kernels/launch.py\n" + "\n".join(pasteable))
+        print("\nrows for nanogpt_kernels/launch_rows.py\n" + "\n".join(pasteable))
     return 0
 
 

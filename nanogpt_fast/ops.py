@@ -64,7 +64,7 @@ OP_FILES = {  # {file of nanogpt_kernels: its ops}; --kernels takes the names of
     "linear_cross_entropy": ("linear_cross_entropy",),
     "adamw": ("grad_norm", "adamw_"),
 }
-LOGITS_ROWS = 8192  # of the head's logits exist at a time with the Triton ops: nanogpt_kernels/launch.py's chunk_rows
+LOGITS_ROWS = 8192  # of the head's logits exist at a time with the Triton ops: launch_rows.py's chunk_rows
 REFERENCE = Ops(**{name: getattr(reference, name) for name in OP_NAMES})
 
 

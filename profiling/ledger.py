@@ -83,7 +83,7 @@ def both_ways(
 
 def entries(rows: int) -> Iterator[Entry]:
     """Everything, at so many rows."""
-    # Taller tiles than launch.py's change no byte, and the interpreter's time from minutes to seconds.
+    # Taller tiles than launch_rows.py's change no byte, and the interpreter's time from minutes to seconds.
     choices = dict(programs_per_sm=PROGRAMS // launch.INTERPRETER_SMS)
     with ExitStack() as stack:
         for op, blocks in {"norm_fwd": dict(ROWS=64), "norm_bwd": dict(ROWS=64), "grad_norm": {}}.items():

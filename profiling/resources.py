@@ -14,9 +14,9 @@ distinct kernel is compiled once, as a launch would compile it. The exit code is
     WRAPS         a 32-bit integer on the way to an address can overflow in a tensor of more than 2^31 elements
     BUDGET        more registers, shared memory or spills than profiling/budgets.toml says (--update-budgets accepts)
 
-and if a row of nanogpt_kernels/launch.py was taken by no call. Columns: regs a thread; spill in bytes a thread; smem in
-bytes a block; blocks an SM holds at once, and their share of its warps; product instructions in the PTX; widest global
-load/store of a thread in bytes.
+and if a row of nanogpt_kernels/launch_rows.py was taken by no call. Columns: regs a thread; spill in bytes a thread;
+smem in bytes a block; blocks an SM holds at once, and their share of its warps; product instructions in the PTX; widest
+global load/store of a thread in bytes.
 """
 
 import argparse

@@ -56,13 +56,6 @@ def test_gradients(shape: tuple[int, ...], dtype: torch.dtype):
         assert_op(attention, attention_same_dtype, inputs, [do], what="attention")
 
 
-def test_default_tiles():
-    """The rows of launch.TABLE themselves, one tile and a bit."""
-    for dtype, T in ((torch.bfloat16, 130), (torch.float32, 66)):
-        inputs = [randn(1, T, 3, 1, 64, dtype=dtype), 0.0, None, 0]
-        assert_op(attention, attention_same_dtype, inputs, [randn(1, T, 1, 64, seed=1).detach()], what=str(dtype))
-
-
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     B=st.integers(1, 2), T=st.integers(1, 40), H=st.integers(1, 3), D=st.integers(1, 40), dtype=st.sampled_from(DTYPES),

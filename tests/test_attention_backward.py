@@ -104,13 +104,6 @@ def test_tiles_of_any_proportion(T: int, blocks: tuple[int, int], atomic: bool):
 
 
 @FORMS
-@pytest.mark.parametrize("T", [100, 256])  # 256 fills every tile
-def test_tiles_that_a_gpu_takes(T: int, atomic: bool):
-    with launch.override("attention_bwd", choices=dict(atomic=atomic)):
-        assert_gradients(1, T, 1, 64, torch.bfloat16)
-
-
-@FORMS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(2, 17, 2, 16), (1, 33, 1, 80), (1, 65, 1, 20)], ids=str)
 def test_dropout(shape: tuple[int, int, int, int], dtype: torch.dtype, atomic: bool):

@@ -51,13 +51,6 @@ def test_values_of_several_tiles(T: int, D: int, BLOCK_M: int, BLOCK_N: int):
         assert_parity(o, same, exact, tiny=1e-6, what=f"p={p}")
 
 
-def test_default_tiles():
-    """The rows of launch.TABLE themselves, one tile and a bit."""
-    for dtype, T in ((torch.bfloat16, 66), (torch.float32, 34)):
-        inputs = [randn(1, T, 3, 1, 64, dtype=dtype), 0.1, seed_tensor(), 1, documents(1, T, ordered=True)]
-        assert_op(attention, attention_same_dtype, inputs, [randn(1, T, 1, 64, seed=1).detach()], what=str(dtype))
-
-
 def test_documents_attend_like_sequences_of_their_own():
     qkv = randn(1, 40, 3, 2, 16).detach()
     doc_ids = torch.tensor([[3] * 23 + [-1] * 17], device=DEVICE)

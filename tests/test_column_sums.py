@@ -9,7 +9,7 @@ from byte_counter import counting_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_case import DEVICE, DTYPES, between_margins, guarded, randn
-from nanogpt_kernels import launch
+from nanogpt_kernels import column_sums, launch
 from nanogpt_kernels.column_sums import VectorGrad, column_sums_, vector_grad_of, vector_grads
 from nanogpt_kernels.contract import ContractError
 from nanogpt_kernels.norm import add_norm
@@ -158,9 +158,9 @@ def test_each_gradient_goes_where_its_vector_says(adding: tuple[int, ...]):
     dtypes = [torch.float32, torch.bfloat16, torch.float16]
     vectors = [vector(10, dtypes[i], 0.5 if i in adding else None) for i in range(3)]
     parts = [partials_of(6, 10, seed=i) for i in range(3)]
-    grads = vector_grads(parts, [True] * 3, [vector_grad_of(v) for v in vectors])
+    grads = vector_grads(parts, [True] * 3, [vector_grad_of("op", v) for v in vectors])
     with launch.recording(90) as calls:
-        on_meta = [vector_grad_of(vector(10, main_grad=0.5 if i in adding else None)) for i in range(3)]
+        on_meta = [vector_grad_of("op", vector(10, main_grad=0.5 if i in adding else None)) for i in range(3)]
         moved = [
             v and VectorGrad(None if v.main_grad is None else v.main_grad.to("meta"), 10, v.dtype) for v in on_meta
         ]
@@ -179,8 +179,10 @@ def test_nothing_wanted_launches_nothing():
     """Whoever is not wanted has no partials, and one without a vector cannot be."""
     parts, v = partials_of(6, 10), vector(10, main_grad=0.5)
     with launch.override("column_sums", blocks=dict(BLOCK_C=0)):  # a launch would divide by it
-        assert vector_grads([], [False, False], [vector_grad_of(v), None]) == [None, None]
-    grads = vector_grads([parts], [False, True, False], [vector_grad_of(v), vector_grad_of(vector(10)), None])
+        assert vector_grads([], [False, False], [vector_grad_of("op", v), None]) == [None, None]
+    grads = vector_grads(
+        [parts], [False, True, False], [vector_grad_of("op", v), vector_grad_of("op", vector(10)), None]
+    )
     assert grads[0] is None and grads[2] is None and grads[1] is not None
     check(grads[1], [parts], None, "the one wanted")
     assert bool((v.main_grad == 0.5).all())  # type: ignore[attr-defined]
@@ -189,9 +191,27 @@ def test_nothing_wanted_launches_nothing():
 def test_no_rows():
     """No partials add nothing, and alone are zeros."""
     part, v = partials_of(0, 10), vector(10, main_grad=0.5)
-    (grad,) = vector_grads([part], [True], [vector_grad_of(vector(10))])
-    assert vector_grads([part], [True], [vector_grad_of(v)]) == [None]
+    (grad,) = vector_grads([part], [True], [vector_grad_of("op", vector(10))])
+    assert vector_grads([part], [True], [vector_grad_of("op", v)]) == [None]
     assert grad is not None and not grad.any() and bool((v.main_grad == 0.5).all())  # type: ignore[attr-defined]
+
+
+def test_one_main_grad_of_two_vectors_takes_two_launches(monkeypatch: pytest.MonkeyPatch):
+    """Within one, programs of both would read it before either has written."""
+    v, parts, calls = vector(10, main_grad=0.5), [partials_of(6, 10, seed=i) for i in range(2)], []
+    monkeypatch.setattr(column_sums, "column_sums_", lambda *args: calls.append(args) or column_sums_(*args))
+    assert vector_grads(parts, [True, True], [vector_grad_of("op", v)] * 2) == [None, None]
+    assert len(calls) == 2
+    torch.testing.assert_close(v.main_grad, 0.5 + sum(part.sum(0) for part in parts))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("wrong", [dict(dtype=torch.bfloat16), dict(size=(2, 5)), dict(device="meta")], ids=str)
+def test_a_main_grad_that_sums_cannot_go_to_is_refused_in_forward(wrong: dict[str, Any]):
+    v = vector(10)
+    v.main_grad = torch.zeros(**dict(size=(10,), device=DEVICE) | wrong)  # type: ignore[attr-defined]
+    w = vector(10)
+    with pytest.raises(ContractError, match="add_norm: .*(main_grad|different devices)"):
+        add_norm(randn(3, 10), randn(3, 10), v, w, None, 1e-5, 0.0, None, 0)
 
 
 # ---- within an op that has three: add_norm ----

@@ -10,7 +10,8 @@ import triton.language as tl
 from kernel_case import DEVICE
 from nanogpt_kernels import contract, launch, registry
 from nanogpt_kernels.contract import ContractError, require
-from nanogpt_kernels.launch import TABLE, UNMEASURED, Row
+from nanogpt_kernels.launch import TABLE, Row
+from nanogpt_kernels.launch_rows import UNMEASURED
 
 
 @triton.jit

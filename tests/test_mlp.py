@@ -248,7 +248,7 @@ def test_beside_cublas_whatever_the_table_says(dtype: torch.dtype, C: int, F: in
     "rows, fused, names", [(4096, False, "bias_gelu"), (4096, True, "mlp"), (8, True, "bias_gelu")]
 )
 def test_the_table_chooses_the_path(rows: int, fused: bool, names: str):
-    """A row of launch.py's table does, and few rows never go to the persistent GEMM, which they would leave idle."""
+    """A row of launch_rows.py does, and few rows never go to the persistent GEMM, which they would leave idle."""
     shapes = (rows, 768), (3072, 768), (768, 3072)
     y, w_fc, w_proj = (torch.empty(s, dtype=torch.bfloat16, device="meta", requires_grad=True) for s in shapes)
     with ExitStack() as stack:

@@ -105,6 +105,7 @@ def test_contracts():
         ((y, w[:, :16], b, H), r"w_qkv must be \[3C, C\] in y's dtype"),
         ((y, w.bfloat16(), b, H), r"w_qkv must be \[3C, C\] in y's dtype"),
         ((y, w, b[:32], H), r"b_qkv must be \[3C\]"),
+        ((y, w, b.double(), H), "b_qkv must be float32, bfloat16 or float16"),
         ((y, w, b, 3), "n_head must divide C"),
     ]
     for wrong, rule in cases:

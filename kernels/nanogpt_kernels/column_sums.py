@@ -129,9 +129,16 @@ class VectorGrad(NamedTuple):
     dtype: torch.dtype
 
 
-def vector_grad_of(vector: Tensor | None) -> VectorGrad | None:
+def vector_grad_of(op: str, vector: Tensor | None) -> VectorGrad | None:
     """To be asked in forward, as torch.compile sees attributes of parameters there only."""
-    return None if vector is None else VectorGrad(main_grad_of(vector), vector.numel(), vector.dtype)
+    if vector is None:
+        return None
+    main_grad = main_grad_of(vector)
+    if main_grad is not None:
+        ok = main_grad.dtype == torch.float32 and main_grad.shape == vector.shape and main_grad.is_contiguous()
+        require(ok, op, "a vector's main_grad must be contiguous float32 of its shape", main_grad=main_grad, of=vector)
+        require_same_device(op, main_grad=main_grad, of=vector)
+    return VectorGrad(main_grad, vector.numel(), vector.dtype)
 
 
 def destination(vector: VectorGrad, device: torch.device) -> tuple[Tensor, Tensor | None, bool]:
@@ -150,18 +157,19 @@ def vector_grads(
     partials: for each wanted vector in turn [P, C] float32, or several such whose columns lie side by side in it.
     """
     grads: list[Tensor | None] = []
-    operands: dict[bool, list[Any]] = {True: [], False: []}  # of those to add to, and those to write
+    launches: dict[tuple[bool, int], list[Any]] = {}  # of those to add to, and those to write
     given = iter(partials)
-    for vector, want in zip(vectors, wanted):
+    for i, (vector, want) in enumerate(zip(vectors, wanted)):
         if vector is None or not want:
             grads.append(None)
             continue
         parts = next(given)
         parts = [parts] if isinstance(parts, Tensor) else list(parts)
         into, grad, add = destination(vector, parts[0].device)
-        operands[add] += [into, parts]
+        # one main_grad twice: one after the other, or one launch's programs would overwrite each other's sums
+        before = sum(add and v is not None and v.main_grad is into for v in vectors[:i])
+        launches.setdefault((add, before), []).extend((into, parts))
         grads.append(grad)
-    for add, pairs in operands.items():
-        if pairs:
-            column_sums_(*pairs, *[None, []] * (3 - len(pairs) // 2), add)
+    for (add, _), pairs in launches.items():
+        column_sums_(*pairs, *[None, []] * (3 - len(pairs) // 2), add)
     return grads

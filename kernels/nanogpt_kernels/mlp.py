@@ -3,8 +3,8 @@
 forward   pre = y w_fc^T + b_fc; act = gelu(pre); delta = act w_proj^T
 backward  dact = ddelta w_proj; dpre = dact gelu'(pre); db_fc = column sums of dpre; dw_proj = ddelta^T act;
           dw_fc = dpre^T y; dy = dpre w_fc
-launch.py says who makes act and dpre: a persistent GEMM with GELU in its epilogue (gemm_gelu.py), or cuBLAS and one
-elementwise pass, in tiles of rows and columns; backward in place, by persistent programs that each stride over the
+launch_rows.py says who makes act and dpre: a persistent GEMM with GELU in its epilogue (gemm_gelu.py), or cuBLAS and
+one elementwise pass, in tiles of rows and columns; backward in place, by persistent programs that each stride over the
 rows of one block of columns and keep its column sums, which column_sums.py adds up: no atomics.
 pre is rounded once to its dtype, after cuBLAS's bias, which is rounded first; gelu and gelu' are those of the rounded
 pre. All else is float32 until its store.
@@ -218,7 +218,7 @@ class _BiasGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, b: Tensor | None, activation: str) -> Tensor:
         ctx.save_for_backward(x, b)
-        ctx.activation, ctx.b = activation, vector_grad_of(b)
+        ctx.activation, ctx.b = activation, vector_grad_of("bias_gelu", b)
         return bias_gelu_fwd(x, b, activation)
 
     @staticmethod
@@ -243,7 +243,7 @@ class _MLP(torch.autograd.Function):
         keep_act = differentiate and not recompute and w_proj.requires_grad
         delta, pre, act = mlp_fwd(y, w_fc, b_fc, w_proj, activation, differentiate, keep_act)
         ctx.save_for_backward(y, w_fc, w_proj, pre, act)
-        ctx.main_grads, ctx.b_fc = (main_grad_of(w_fc), main_grad_of(w_proj)), vector_grad_of(b_fc)
+        ctx.main_grads, ctx.b_fc = (main_grad_of(w_fc), main_grad_of(w_proj)), vector_grad_of("mlp", b_fc)
         ctx.activation, ctx.recompute = activation, recompute
         return delta
 

@@ -277,7 +277,7 @@ class _Norm(torch.autograd.Function):
     def forward(ctx, r: Tensor, w: Tensor, b: Tensor | None, eps: float, out_dtype: torch.dtype):
         _, y, mean, rstd = norm_fwd(r, None, None, w, b, eps, 0.0, None, 0, out_dtype, True)
         ctx.save_for_backward(r, w, mean, rstd)
-        ctx.vectors = [vector_grad_of(v) for v in (w, b, None)]
+        ctx.vectors = [vector_grad_of("norm", v) for v in (w, b, None)]
         return y
 
     @staticmethod
@@ -295,7 +295,7 @@ class _AddNorm(torch.autograd.Function):
     def forward(ctx, r, delta, delta_bias, w, b, eps, p, seed, site):
         r_out, y, mean, rstd = norm_fwd(r, delta, delta_bias, w, b, eps, p, seed, site, delta.dtype, True)
         ctx.save_for_backward(r_out, w, mean, rstd, seed)
-        ctx.vectors = [vector_grad_of(v) for v in (w, b, delta_bias)]
+        ctx.vectors = [vector_grad_of("add_norm", v) for v in (w, b, delta_bias)]
         ctx.set_materialize_grads(False)
         ctx.p, ctx.site, ctx.delta_dtype = p, site, delta.dtype
         return r_out, y

@@ -139,7 +139,7 @@ class _DropoutAdd(torch.autograd.Function):
     @staticmethod
     def forward(ctx, r, delta, delta_bias, p, seed, site):
         ctx.save_for_backward(seed)
-        ctx.delta_bias = vector_grad_of(delta_bias)
+        ctx.delta_bias = vector_grad_of("dropout_add", delta_bias)
         ctx.p, ctx.site, ctx.delta_dtype = p, site, delta.dtype
         return dropout_add_fwd(r, delta, delta_bias, p, seed, site)
 

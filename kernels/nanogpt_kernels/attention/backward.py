@@ -2,7 +2,7 @@
 
 P = exp2(q k^T log2(e) / sqrt(D) - lse), dP = do v^T, dS = P (dP - delta), delta = rowsum(o do); dV = P^T do,
 dK = dS^T q / sqrt(D), dQ = dS k / sqrt(D). With dropout's Z = mask / (1 - p): dP = Z (do v^T), dV = (Z P)^T do.
-Two forms, chosen by launch.py's "attention_bwd". Deterministic: programs own BLOCK_M queries (delta, dQ), then others
+Two forms, by launch_rows.py's "attention_bwd". Deterministic: programs own BLOCK_M queries (delta, dQ), then others own
 BLOCK_N keys (dK, dV); 7 products, no atomics, the same bits at any B. Atomic: owners of keys add to a float32 dQ too;
 5 products, and dQ's last bits vary from run to run. P and dS are rounded to the operands' dtype, all else is float32.
 The bias's gradient is summed over tokens from the float32 tiles before they are rounded: a row a tile, in fixed order.
@@ -271,7 +271,7 @@ def attention_bwd(
     )
     require_same_device(op, do=do, qkv=qkv, o=o, lse=lse)
     do, qkv, o, lse = do.contiguous(), qkv.contiguous(), o.contiguous(), lse.contiguous()
-    # launch.py: up_to is D; dropout and documents need registers, hence rows of their own
+    # launch_rows.py: up_to is D; dropout and documents need registers, hence rows of their own
     masked = "" if p == 0.0 and doc_ids is None else "_masked"
     BLOCK_D = block_d(D)
     doc_ids, seed = None if doc_ids is None else doc_ids.contiguous(), seed if p > 0.0 else None

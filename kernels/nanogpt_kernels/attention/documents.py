@@ -23,11 +23,12 @@ def _document_spans_kernel(
     doc_ids_ptr,  # [B, T] int32 or int64
     first_ptr,  # [B, tiles] int32
     end_ptr,  # [B, tiles] int32
+    tiles,
     T,
     ROWS: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    tile, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     doc_ids_ptr += b * T
     own = tl.load(doc_ids_ptr + tl.minimum(tile * ROWS + tl.arange(0, ROWS), T - 1))  # the last token again, beyond T
     lowest, highest = tl.min(own, 0), tl.max(own, 0)
@@ -37,9 +38,8 @@ def _document_spans_kernel(
         ids = tl.load(doc_ids_ptr + at)
         first = tl.minimum(first, tl.min(tl.where(ids >= lowest, at, T), 0))
         end = tl.maximum(end, tl.max(tl.where(ids <= highest, at + 1, 0), 0))
-    at = b * tl.num_programs(0) + tile
-    tl.store(first_ptr + at, first)
-    tl.store(end_ptr + at, end)
+    tl.store(first_ptr + tl.program_id(0), first)
+    tl.store(end_ptr + tl.program_id(0), end)
 
 
 def document_spans(doc_ids: Tensor | None, ROWS: int) -> tuple[Tensor | None, Tensor | None]:
@@ -50,7 +50,7 @@ def document_spans(doc_ids: Tensor | None, ROWS: int) -> tuple[Tensor | None, Te
     tiles = -(-T // ROWS)
     first, end = (torch.empty((B, tiles), dtype=torch.int32, device=doc_ids.device) for _ in range(2))
     launch(
-        "document_spans", _document_spans_kernel, (tiles, B), doc_ids, first, end, T,
+        "document_spans", _document_spans_kernel, (B * tiles,), doc_ids, first, end, tiles, T,
         ROWS=ROWS, BLOCK_T=1024, num_warps=4,
     )  # fmt: skip
     return first, end

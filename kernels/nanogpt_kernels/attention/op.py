@@ -12,7 +12,7 @@ from nanogpt_kernels.attention.backward import attention_bwd
 from nanogpt_kernels.attention.decode import cached_attention_
 from nanogpt_kernels.attention.forward import attention_fwd
 from nanogpt_kernels.column_sums import vector_grad_of, vector_grads
-from nanogpt_kernels.contract import require
+from nanogpt_kernels.contract import require, require_float
 from nanogpt_kernels.linear import main_grad_of, weight_grad
 from nanogpt_kernels.registry import differentiating, once, without_autocast
 
@@ -26,6 +26,7 @@ def _project(op: str, y: Tensor, w_qkv: Tensor, b_qkv: Tensor | None, n_head: in
     require(ok, op, "w_qkv must be [3C, C] in y's dtype", w_qkv=w_qkv, y=y)
     require(n_head > 0 and C % n_head == 0, op, "n_head must divide C", n_head=n_head, y=y)
     require(b_qkv is None or b_qkv.shape == (3 * C,), op, "b_qkv must be [3C]", b_qkv=b_qkv, y=y)
+    require_float(op, b_qkv=b_qkv)
     qkv = F.linear(y, w_qkv, None if b_qkv is None else b_qkv.to(y.dtype))
     return qkv.view(B, T, 3, n_head, C // n_head)
 
@@ -64,7 +65,7 @@ class _QKVAttention(torch.autograd.Function):
         qkv = _project("qkv_attention", y, w_qkv, b_qkv, n_head)
         o, lse = attention_fwd(qkv, p, seed, site, doc_ids)
         ctx.save_for_backward(y, w_qkv, qkv, o, lse, seed, doc_ids)
-        ctx.main_grad, ctx.b_qkv = main_grad_of(w_qkv), vector_grad_of(b_qkv)
+        ctx.main_grad, ctx.b_qkv = main_grad_of(w_qkv), vector_grad_of("qkv_attention", b_qkv)
         ctx.p, ctx.site = p, site
         return o.view(y.shape)
 
