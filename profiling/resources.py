@@ -68,9 +68,8 @@ LIMITS = {
     120: Limits(block_shared=99, shared=100, warps=48, blocks=24),
 }
 
-Budgets = dict[
-    str, dict[str, dict[str, list[int]]]
-]  # {Triton's minor: {"sm_90": {kernel: [registers, shared, spilled]}}}
+# {Triton's minor: {"sm_90": {kernel: [registers, shared, spilled]}}}
+Budgets = dict[str, dict[str, dict[str, list[int]]]]
 
 
 def record(chosen: list[Case], arch: int) -> Recording:

@@ -34,7 +34,7 @@ def attention_same_dtype(
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
     scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)
     probs = scores.masked_fill(~mask, float("-inf")).softmax(-1)
-    return (reference.dropout(probs, p, seed, site) @ v).transpose(1, 2)  # type: ignore[arg-type]
+    return (reference.dropout(probs, p, seed, site) @ v).transpose(1, 2)
 
 
 def log_sums(qkv: Tensor, doc_ids: Tensor | None) -> Tensor:

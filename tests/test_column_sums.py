@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_case import DEVICE, DTYPES, between_margins, guarded, randn
 from nanogpt_kernels import column_sums, launch
-from nanogpt_kernels.column_sums import VectorGrad, column_sums_, vector_grad_of, vector_grads
+from nanogpt_kernels.column_sums import column_sums_, vector_grad_of, vector_grads
 from nanogpt_kernels.contract import ContractError
 from nanogpt_kernels.norm import add_norm
 from parity import assert_parity
@@ -103,6 +103,7 @@ def test_non_finite_sums_stay_in_their_columns():
 
 
 def test_two_runs_give_the_same_bits():
+    """On a GPU: the interpreter runs programs one after the other."""
     part, (first, second) = partials_of(700, 40), torch.zeros(2, 40, device=DEVICE)
     for into in (first, second):
         column_sums_(into, [part], *ABSENT, *ABSENT, True)
@@ -161,9 +162,7 @@ def test_each_gradient_goes_where_its_vector_says(adding: tuple[int, ...]):
     grads = vector_grads(parts, [True] * 3, [vector_grad_of("op", v) for v in vectors])
     with launch.recording(90) as calls:
         on_meta = [vector_grad_of("op", vector(10, main_grad=0.5 if i in adding else None)) for i in range(3)]
-        moved = [
-            v and VectorGrad(None if v.main_grad is None else v.main_grad.to("meta"), 10, v.dtype) for v in on_meta
-        ]
+        moved = [v and v._replace(main_grad=None if v.main_grad is None else v.main_grad.to("meta")) for v in on_meta]
         vector_grads([part.to("meta") for part in parts], [True] * 3, moved)
     assert len(calls) == len({i in adding for i in range(3)})
     for i, (v, part, grad) in enumerate(zip(vectors, parts, grads)):

@@ -130,4 +130,6 @@ def test_dropped_elements_are_zero_even_where_they_were_not_finite():
 
 def test_no_dropout_is_the_identity_and_needs_no_seed():
     x = torch.randn(3, 4)
-    assert reference.dropout(x, 0.0, None, 0) is x  # type: ignore[arg-type]
+    assert reference.dropout(x, 0.0, None, 0) is x
+    with pytest.raises(ValueError, match="needs a seed"):
+        reference.dropout(x, 0.1, None, 0)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from nanogpt_kernels.contract import FLOATS, require, require_float, require_same_device
-from nanogpt_kernels.launch import launch, pick, sm_count
+from nanogpt_kernels.launch import launch, persistent, pick
 from nanogpt_kernels.reference import GRAD_NORM, LOSS_SCALE, LR, MAX_NORM, STEP
 from nanogpt_kernels.registry import register
 
@@ -136,9 +136,8 @@ def _grad_norm(g: Tensor) -> Tensor:
     N = g.numel()
     norm = torch.empty((), dtype=torch.float32, device=g.device)
     row = pick("grad_norm", g, N)
-    programs = min(
-        (N + row.blocks["BLOCK"] - 1) // row.blocks["BLOCK"], row.choices["programs_per_sm"] * sm_count(g.device)
-    )
+    tiles = (N + row.blocks["BLOCK"] - 1) // row.blocks["BLOCK"]
+    programs = persistent(tiles, row.choices["programs_per_sm"], g.device)
     partial = torch.empty(programs, dtype=torch.float32, device=g.device)
     launch("grad_norm", _grad_norm_partial_kernel, (programs,), g, partial, N, row=row)
     launch("grad_norm", _grad_norm_kernel, (1,), partial, norm, programs, BLOCK=1024)

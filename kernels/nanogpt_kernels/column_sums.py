@@ -11,7 +11,7 @@ None, as linear.weight_grad does for matrices; otherwise autograd gets it, in th
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nanogpt_kernels.contract import require, require_float, require_same_device
 from nanogpt_kernels.launch import launch, pick
-from nanogpt_kernels.linear import main_grad_of
+from nanogpt_kernels.linear import GradientOf, gradient_of
 from nanogpt_kernels.registry import register
 
 
@@ -121,36 +121,21 @@ def column_sums_(
     )  # fmt: skip
 
 
-class VectorGrad(NamedTuple):
-    """Where a vector's gradient goes: into main_grad [C], or, where that is None, to autograd as a new [C]."""
-
-    main_grad: Tensor | None
-    C: int
-    dtype: torch.dtype
-
-
-def vector_grad_of(op: str, vector: Tensor | None) -> VectorGrad | None:
-    """To be asked in forward, as torch.compile sees attributes of parameters there only."""
+def vector_grad_of(op: str, vector: Tensor | None) -> GradientOf | None:
+    """gradient_of a vector, whose main_grad must be one that sums can be added to."""
     if vector is None:
         return None
-    main_grad = main_grad_of(vector)
-    if main_grad is not None:
-        ok = main_grad.dtype == torch.float32 and main_grad.shape == vector.shape and main_grad.is_contiguous()
-        require(ok, op, "a vector's main_grad must be contiguous float32 of its shape", main_grad=main_grad, of=vector)
-        require_same_device(op, main_grad=main_grad, of=vector)
-    return VectorGrad(main_grad, vector.numel(), vector.dtype)
-
-
-def destination(vector: VectorGrad, device: torch.device) -> tuple[Tensor, Tensor | None, bool]:
-    """(the tensor to write a vector's gradient to, what autograd gets, whether to add)."""
-    if vector.main_grad is not None:
-        return vector.main_grad, None, True
-    grad = torch.empty(vector.C, dtype=vector.dtype, device=device)
-    return grad, grad, False
+    grad = gradient_of(vector)
+    into = grad.main_grad
+    if into is not None:
+        ok = into.dtype == torch.float32 and into.shape == vector.shape and into.is_contiguous()
+        require(ok, op, "a vector's main_grad must be contiguous float32 of its shape", main_grad=into, of=vector)
+        require_same_device(op, main_grad=into, of=vector)
+    return grad
 
 
 def vector_grads(
-    partials: Iterable[Tensor | Sequence[Tensor]], wanted: Sequence[bool], vectors: Sequence[VectorGrad | None]
+    partials: Iterable[Tensor | Sequence[Tensor]], wanted: Sequence[bool], vectors: Sequence[GradientOf | None]
 ) -> list[Tensor | None]:
     """What autograd gets for each vector: its gradient, or None after adding that into main_grad; None if not wanted.
 
@@ -165,7 +150,7 @@ def vector_grads(
             continue
         parts = next(given)
         parts = [parts] if isinstance(parts, Tensor) else list(parts)
-        into, grad, add = destination(vector, parts[0].device)
+        into, grad, add = vector.destination(parts[0])
         # one main_grad twice: one after the other, or one launch's programs would overwrite each other's sums
         before = sum(add and v is not None and v.main_grad is into for v in vectors[:i])
         launches.setdefault((add, before), []).extend((into, parts))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nanogpt_kernels.contract import require, require_dropout, require_float, require_in_range, require_same_device
 from nanogpt_kernels.launch import launch, pick
-from nanogpt_kernels.linear import main_grad_of
+from nanogpt_kernels.linear import gradient_of
 from nanogpt_kernels.primitives import keep_mask
 from nanogpt_kernels.registry import once, register
 
@@ -258,17 +258,6 @@ def embedding_bwd_positions_(
     )  # fmt: skip
 
 
-def _gradient_of(
-    weight: tuple[Tensor | None, torch.Size, torch.dtype], dr: Tensor
-) -> tuple[Tensor, Tensor | None, bool]:
-    """(the tensor to write a weight's gradient to, what autograd gets, whether to add) of (main_grad, shape, dtype)."""
-    main_grad, shape, dtype = weight
-    if main_grad is not None:
-        return main_grad, None, True
-    dw = dr.new_zeros(shape, dtype=dtype)
-    return dw, dw, False
-
-
 class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -276,8 +265,7 @@ class _Embedding(torch.autograd.Function):
         out_dtype: torch.dtype | None,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(idx, seed)
-        ctx.wte = main_grad_of(wte), wte.shape, wte.dtype
-        ctx.wpe = main_grad_of(wpe), wpe.shape, wpe.dtype
+        ctx.wte, ctx.wpe = gradient_of(wte), gradient_of(wpe)
         ctx.p, ctx.site, ctx.start = p, site, start
         return embedding_fwd(idx, wte, wpe, p, seed, site, start, out_dtype)
 
@@ -289,11 +277,11 @@ class _Embedding(torch.autograd.Function):
         dropout = (ctx.p, seed, ctx.site)
         dwte = dwpe = None
         if ctx.needs_input_grad[1]:
-            into, dwte, add = _gradient_of(ctx.wte, dr)
+            into, dwte, add = ctx.wte.destination(dr, zero=True)
             embedding_bwd_tokens_(into, dr, idx, *dropout, add)
         if ctx.needs_input_grad[2]:
-            into, dwpe, add = _gradient_of(ctx.wpe, dr)
-            embedding_bwd_positions_(into, dr, idx, ctx.wte[1][0], *dropout, ctx.start, add)
+            into, dwpe, add = ctx.wpe.destination(dr, zero=True)
+            embedding_bwd_positions_(into, dr, idx, ctx.wte.shape[0], *dropout, ctx.start, add)
         return None, dwte, dwpe, None, None, None, None, None
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nanogpt_kernels.launch import Row, architecture, launch, sm_count
+from nanogpt_kernels.launch import Row, architecture, launch, persistent
 from nanogpt_kernels.primitives import gelu, gelu_derivative
 
 
@@ -188,8 +188,8 @@ def _operands(tensors_and_tiles: list[tuple[Tensor | None, list[int]]]) -> tuple
 
 
 def _persistent_grid(row: Row, M: int, N: int, device: torch.device) -> tuple[Any]:
-    tiles = triton.cdiv(M, row.blocks["BLOCK_M"]) * triton.cdiv(N, row.blocks["BLOCK_N"])
-    return (min(row.choices["programs_per_sm"] * sm_count(device), tiles),)
+    tiles = -(-M // row.blocks["BLOCK_M"]) * -(-N // row.blocks["BLOCK_N"])
+    return (persistent(tiles, row.choices["programs_per_sm"], device),)
 
 
 def gemm_gelu_fwd(

@@ -95,6 +95,13 @@ def sm_count(device: torch.device) -> int:
     return SMS[_recorded_arch] if _recorded is not None else INTERPRETER_SMS
 
 
+def persistent(tiles: int, per_sm: int, device: torch.device, abreast: int = 1) -> int:
+    """Programs that stride over `tiles`: as many as run at once, which `abreast` such columns of programs share, and no
+    more than there are tiles."""
+    at_once = torch.sym_max(per_sm * sm_count(device) // torch.sym_max(abreast, 1), 1)
+    return torch.sym_min(tiles, at_once)  # type: ignore[return-value]  # typed for floats too
+
+
 def launch(op: str, kernel: Any, grid: tuple[Any, ...], *args: Any, row: Row | None = None, **constexprs: Any) -> None:
     """kernel[grid](*args, **row.blocks, **constexprs), on the device of the first tensor or descriptor of one in args.
 

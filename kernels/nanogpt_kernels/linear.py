@@ -4,11 +4,14 @@ linear(x, w, b) = x w^T + b. A weight that carries `main_grad` (a float32 view o
 gradient added there, in one product with float32 output, and autograd gets None; otherwise autograd gets it as usual.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from nanogpt_kernels.reference import main_grad_of
 from nanogpt_kernels.registry import once, register, without_autocast
 
 
@@ -25,9 +28,25 @@ def accumulate_weight_grad_(main_grad: Tensor, dy: Tensor, x: Tensor) -> None:
         main_grad.add_(dy.t() @ x)
 
 
-def main_grad_of(w: Tensor) -> Tensor | None:
-    """The buffer that w's gradient is to be added to, if it has one."""
-    return getattr(w, "main_grad", None)
+class GradientOf(NamedTuple):
+    """Where a parameter's gradient goes: into main_grad, or, where that is None, to autograd as a tensor of its own."""
+
+    main_grad: Tensor | None
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def destination(self, like: Tensor, zero: bool = False) -> tuple[Tensor, Tensor | None, bool]:
+        """(the tensor to write to, what autograd gets, whether to add); a new one on `like`'s device."""
+        if self.main_grad is not None:
+            return self.main_grad, None, True
+        make = like.new_zeros if zero else like.new_empty
+        grad = make(self.shape, dtype=self.dtype)
+        return grad, grad, False
+
+
+def gradient_of(w: Tensor) -> GradientOf:
+    """To be asked in forward, as torch.compile sees attributes of parameters there only."""
+    return GradientOf(main_grad_of(w), w.shape, w.dtype)
 
 
 def weight_grad(dy: Tensor, x: Tensor, main_grad: Tensor | None) -> Tensor | None:

@@ -10,18 +10,16 @@ pre is rounded once to its dtype, after cuBLAS's bias, which is rounded first; g
 pre. All else is float32 until its store.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanogpt_kernels.column_sums import column_sums_, destination, vector_grad_of, vector_grads
+from nanogpt_kernels.column_sums import column_sums_, vector_grad_of, vector_grads
 from nanogpt_kernels.contract import require, require_float, require_same_device
 from nanogpt_kernels.gemm_gelu import describable, gemm_gelu_bwd, gemm_gelu_fwd
-from nanogpt_kernels.launch import Row, launch, pick, sm_count
+from nanogpt_kernels.launch import Row, launch, persistent, pick
 from nanogpt_kernels.linear import main_grad_of, weight_grad
 from nanogpt_kernels.primitives import gelu, gelu_derivative
 from nanogpt_kernels.registry import differentiating, once, register
@@ -125,9 +123,9 @@ def _gelu_bwd(
     whole = dx is not dy or row.blocks["BLOCK_M"] * row.blocks["BLOCK_N"] >= 32 * row.num_warps
     require(whole, "mlp", "in place, a tile must have an element a thread", row=row)
     strips = (N + row.blocks["BLOCK_N"] - 1) // row.blocks["BLOCK_N"]
-    at_once = row.choices["programs_per_sm" if y is None else "rebuilding_per_sm"] * sm_count(x.device)
-    most = torch.sym_max(at_once // torch.sym_max(strips, 1), 1)
-    programs: Any = torch.sym_min(most, (M + row.blocks["BLOCK_M"] - 1) // row.blocks["BLOCK_M"])
+    tiles = (M + row.blocks["BLOCK_M"] - 1) // row.blocks["BLOCK_M"]
+    per_sm = row.choices["programs_per_sm" if y is None else "rebuilding_per_sm"]
+    programs = persistent(tiles, per_sm, x.device, abreast=strips)
     partials = torch.empty(programs if bias_grad else 0, N, dtype=torch.float32, device=x.device)
     launch(
         "bias_gelu_bwd", _bias_gelu_bwd_kernel, (programs, strips),
@@ -256,7 +254,7 @@ class _MLP(torch.autograd.Function):
         rebuild = ctx.recompute and needs_w_proj
         dy = dw_fc = db_fc = dw_proj = None
         if needs_y or needs_w_fc or needs_b:
-            into, db_fc, add = destination(ctx.b_fc, pre.device) if needs_b else (None, None, False)
+            into, db_fc, add = ctx.b_fc.destination(pre) if needs_b else (None, None, False)
             dpre, rebuilt = mlp_bwd(ddelta, w_proj, pre, ctx.activation, into, add, rebuild)
             act = rebuilt if rebuild else act
             dy = (dpre @ w_fc).view(y.shape) if needs_y else None

@@ -24,7 +24,7 @@ from nanogpt_kernels.contract import (
     require_float,
     require_same_device,
 )
-from nanogpt_kernels.launch import Row, launch, pick, sm_count
+from nanogpt_kernels.launch import Row, launch, persistent, pick
 from nanogpt_kernels.primitives import keep_mask, piece, row_pieces, vector_pieces, zero_pieces
 from nanogpt_kernels.registry import differentiating, once, register
 
@@ -183,12 +183,6 @@ def _tiles(row: Row, C: int) -> dict[str, int]:
     )
 
 
-def _programs(row: Row, tiles: dict[str, int], M: int, device: torch.device) -> int:
-    """As many as run at once, if there are tiles for them."""
-    tiles_of_rows = -(-M // tiles["ROWS"])
-    return torch.sym_min(tiles_of_rows, row.choices["programs_per_sm"] * sm_count(device))  # type: ignore[return-value]
-
-
 @register("norm_fwd(Tensor r, Tensor? delta, Tensor? delta_bias, Tensor w, Tensor? b, float eps, float p, Tensor? seed,"
           " int site, ScalarType y_dtype, bool statistics) -> (Tensor, Tensor, Tensor, Tensor)")  # fmt: skip
 def norm_fwd(
@@ -224,7 +218,7 @@ def norm_fwd(
     mean, rstd = (torch.empty(M if statistics else 0, dtype=torch.float32, device=r.device) for _ in range(2))
     row = pick("norm_fwd", r, C)
     tiles = _tiles(row, C)
-    programs = _programs(row, tiles, M, r.device)
+    programs = persistent(-(-M // tiles["ROWS"]), row.choices["programs_per_sm"], r.device)
     launch(
         "norm_fwd", _norm_fwd_kernel, (programs,),
         r, delta, delta_bias, w, b, seed if p > 0.0 else None, None if delta is None else r_out, y,
@@ -257,7 +251,7 @@ def norm_bwd(
     dy, dres = (None if t is None else t.contiguous() for t in (dy, dres))
     row = pick("norm_bwd", r, C)
     tiles = _tiles(row, C)
-    programs = _programs(row, tiles, M, r.device)
+    programs = persistent(-(-M // tiles["ROWS"]), row.choices["programs_per_sm"], r.device)
     dr = torch.empty(r.shape if wanted[0] else 0, dtype=r.dtype, device=r.device)
     ddelta = torch.empty(0 if ddelta_dtype is None else r.shape, dtype=ddelta_dtype or r.dtype, device=r.device)
     partials = torch.empty(sum(wanted[1:]), programs, C, dtype=torch.float32, device=r.device)

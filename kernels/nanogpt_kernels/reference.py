@@ -50,14 +50,21 @@ def dropout_mask(shape: torch.Size | tuple[int, ...], p: float, seed: Tensor, si
     return (words[:, :N] >= int(p * 2**32)).view(shape)
 
 
-def dropout(x: Tensor, p: float, seed: Tensor, site: int) -> Tensor:
-    """x where kept, scaled by 1 / (1 - p), else 0; the mask is a function of (seed, site) alone."""
+def dropout(x: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
+    """x where kept, scaled by 1 / (1 - p), else 0; the mask is a function of (seed, site) alone. p = 0 needs none."""
     if p == 0.0:
         return x
+    if seed is None:
+        raise ValueError("dropout needs a seed, one int64")
     return torch.where(dropout_mask(x.shape, p, seed, site), x * (1.0 / (1.0 - p)), 0.0)
 
 
 # ---- linear ----
+
+
+def main_grad_of(w: Tensor) -> Tensor | None:
+    """The float32 buffer that w's gradient is to be added to, if it has one."""
+    return getattr(w, "main_grad", None)
 
 
 class _Linear(torch.autograd.Function):
@@ -66,7 +73,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, w)
-        ctx.main_grad = w.main_grad  # type: ignore[attr-defined]
+        ctx.main_grad = main_grad_of(w)
         ctx.has_bias = b is not None
         return F.linear(x, w, None if b is None else b.to(x.dtype))
 
@@ -87,7 +94,7 @@ class _Linear(torch.autograd.Function):
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     """x [..., C_in] times w [C_out, C_in] transposed, plus b [C_out] -> [..., C_out]."""
-    if getattr(w, "main_grad", None) is not None and torch.is_grad_enabled():
+    if main_grad_of(w) is not None and torch.is_grad_enabled():
         return _Linear.apply(x, w, b)
     return F.linear(x, w, None if b is None else b.to(x.dtype))
 
@@ -101,7 +108,7 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def forward(ctx, idx: Tensor, table: Tensor) -> Tensor:
         ctx.save_for_backward(idx)
-        ctx.main_grad = table.main_grad  # type: ignore[attr-defined]
+        ctx.main_grad = main_grad_of(table)
         return F.embedding(idx, table)
 
     @staticmethod
@@ -113,7 +120,7 @@ class _Lookup(torch.autograd.Function):
 
 
 def _lookup(idx: Tensor, table: Tensor) -> Tensor:
-    if getattr(table, "main_grad", None) is not None and torch.is_grad_enabled():
+    if main_grad_of(table) is not None and torch.is_grad_enabled():
         return _Lookup.apply(idx, table)
     return F.embedding(idx, table)
 
@@ -132,7 +139,7 @@ def embedding(
     positions = torch.arange(start, start + idx.size(1), device=idx.device)
     dtype = out_dtype or wte.dtype
     r = _lookup(idx, wte).to(dtype) + _lookup(positions, wpe).to(dtype)
-    return r if p == 0.0 else dropout(r, p, seed, site)  # type: ignore[arg-type]
+    return dropout(r, p, seed, site)
 
 
 def norm(r: Tensor, w: Tensor, b: Tensor | None, eps: float = 1e-5, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -162,7 +169,7 @@ def add_norm(
     """
     if delta_bias is not None:
         delta = delta + delta_bias.to(delta.dtype)
-    r = r + (delta if p == 0.0 else dropout(delta, p, seed, site))  # type: ignore[arg-type]
+    r = r + dropout(delta, p, seed, site)
     return r, norm(r, w, b, eps, delta.dtype)
 
 
@@ -181,7 +188,7 @@ def attention(qkv: Tensor, p: float, seed: Tensor | None, site: int, doc_ids: Te
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).transpose(1, 2)
     scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)
     probs = scores.masked_fill(~_allowed(qkv, doc_ids), float("-inf")).softmax(-1, dtype=_statistics_dtype(qkv))
-    return (dropout(probs, p, seed, site).to(v.dtype) @ v).transpose(1, 2)  # type: ignore[arg-type]
+    return (dropout(probs, p, seed, site).to(v.dtype) @ v).transpose(1, 2)
 
 
 def _allowed(qkv: Tensor, doc_ids: Tensor | None) -> Tensor:

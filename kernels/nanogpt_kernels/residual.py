@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nanogpt_kernels.column_sums import vector_grad_of, vector_grads
 from nanogpt_kernels.contract import require_addends, require_dropout, require_same_device
-from nanogpt_kernels.launch import Row, launch, pick, sm_count
+from nanogpt_kernels.launch import Row, launch, persistent, pick
 from nanogpt_kernels.primitives import keep_mask, piece
 from nanogpt_kernels.registry import differentiating, once, register
 
@@ -90,8 +90,8 @@ def _dropout_add_bwd_kernel(
 def _grid(row: Row, M: int, C: int, device: torch.device) -> tuple[int, int]:
     """Programs over rows, as many as run at once with those over columns, and programs over columns."""
     over_columns = max(1, -(-C // row.blocks["BLOCK_C"]))
-    at_once = max(1, row.choices["programs_per_sm"] * sm_count(device) // over_columns)
-    return torch.sym_min(-(-M // row.blocks["ROWS"]), at_once), over_columns  # type: ignore[return-value]
+    tiles = -(-M // row.blocks["ROWS"])
+    return persistent(tiles, row.choices["programs_per_sm"], device, abreast=over_columns), over_columns
 
 
 @register("dropout_add_fwd(Tensor r, Tensor delta, Tensor? delta_bias, float p, Tensor? seed, int site) -> Tensor")

@@ -138,7 +138,7 @@ def dot_precision(x: Tensor) -> str:
 
 def block_d(D: int) -> int:
     """Columns of a tile: tl.dot wants a power of two from 16 on."""
-    return max(16, triton.next_power_of_2(D))  # type: ignore[return-value]
+    return max(16, int(triton.next_power_of_2(D)))
 
 
 def log2_scale(D: int) -> float:
