@@ -14,6 +14,7 @@ checkpoint is the latest is computed from the step numbers, never from times or 
 import dataclasses
 import errno
 import json
+import logging
 import math
 import os
 import platform
@@ -36,6 +37,7 @@ from nanogpt_fast.rundir import aside, clean_stale, publish, sync
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 REQUIRED, OPTIONAL = (MODEL, STATE), (OPTIMIZER,)
+log = logging.getLogger(__name__)
 _STEP = re.compile(r"step_(\d{8}|[1-9]\d{8,})")
 
 
@@ -80,19 +82,20 @@ def save(out_dir: Path, checkpoint: Checkpoint, *, keep_last: int) -> Path:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    outcome = f"could not save the checkpoint of step {step}; older ones are untouched"
     try:
         tmp.mkdir(parents=True)
         write_files(tmp, contents, facts)
         publish(tmp, final)
         sync(out_dir)
-        outcome = f"step {step} is saved, but older checkpoints could not be removed"
-        _prune(out_dir, step, keep_last)
+        try:
+            _prune(out_dir, step, keep_last)
+        except OSError as error:  # the save itself stands; the next one prunes again
+            log.warning("%s: older checkpoints could not be removed: %s", folder, error.strerror or error)
     except OSError as error:
         numbers = sum(t.numel() for tensors in (checkpoint.model, checkpoint.optimizer) for t in tensors.values())
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise SaveFailed(
-            outcome,
+            f"could not save the checkpoint of step {step}; older ones are untouched",
             where=str(final),
             expected=f"room for {4e-6 * numbers:,.1f} MB" if full else "",
             found=error.strerror or str(error),

@@ -103,6 +103,14 @@ def read_meta(folder: Path) -> Meta | None:
     return None
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether meta.json is there with every file it lists, in its size. Raises DataError on a damaged meta.json."""
+    meta = read_meta(folder)
+    files = [file for split in meta.splits.values() for file in split.files] if meta else []
+    paths = {folder / file.name: file.bytes for file in files}
+    return bool(paths) and all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
+
+
 def verify(folder: Path) -> Meta:
     """Compare the token files with the sizes and SHA-256 in meta.json. DataError names the first that differs."""
     meta = read_meta(folder)

@@ -27,7 +27,7 @@ from nanogpt_fast.encode import (
     encode_batches,
 )
 from nanogpt_fast.errors import ConfigError, DataError, did_you_mean, run_command
-from nanogpt_fast.meta import Meta, check_name, read_meta, verify, write_atomic
+from nanogpt_fast.meta import Meta, check_name, is_complete, read_meta, verify, write_atomic
 from nanogpt_fast.sources import (
     PLAIN,
     RECIPE_NAMES,
@@ -44,8 +44,6 @@ from nanogpt_fast.sources import (
 from nanogpt_fast.token_writer import PARTIAL, Format, TokenWriter, disk_errors, locked, stale_files
 from nanogpt_fast.tokenizer import CharTokenizer, Tokenizer, gpt2_tokenizer
 
-SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 INLINE_BYTES = 32 << 20  # below this much text (2.5 s of GPT-2 encoding) worker processes cost more than they save
 COMMIT_TOKENS = 10_000_000  # an interrupted preparation loses at most so many
 
@@ -61,6 +59,14 @@ datasets:
                     is the same, under that name"""
 
 
+@dataclass(frozen=True)
+class Download:
+    """One text, kept as input.txt in the dataset's folder."""
+
+    url: str
+    sha256: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What a dataset's name stands for."""
@@ -69,6 +75,7 @@ class Recipe:
     val_fraction: float = 0.1
     repository: str = ""  # on the Hugging Face hub
     subset: str = ""
+    download: Download | None = None
     preset: str = "gpt2_124m"  # to train on it
 
 
@@ -76,10 +83,14 @@ def _web(repository: str, subset: str = "") -> Recipe:
     return Recipe(val_fraction=0.0005, repository=repository, subset=subset)
 
 
+SHAKESPEARE = Download(
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+)
 RECIPES = {
     "stdlib": Recipe(tokenizer="char", preset="quickstart"),
-    "shakespeare_char": Recipe(tokenizer="char", preset="shakespeare_char"),
-    "shakespeare": Recipe(preset="finetune_shakespeare"),
+    "shakespeare_char": Recipe(tokenizer="char", preset="shakespeare_char", download=SHAKESPEARE),
+    "shakespeare": Recipe(preset="finetune_shakespeare", download=SHAKESPEARE),
     "openwebtext": _web("Skylion007/openwebtext"),
     "fineweb": _web("HuggingFaceFW/fineweb", "sample-10BT"),
     "finewebedu": _web("HuggingFaceFW/fineweb-edu", "sample-10BT"),
@@ -174,19 +185,19 @@ def prepare(config: PrepareConfig, *, wait: float = 0.0) -> Meta:
 def ensure(name: str, data_dir: str | Path) -> Path:
     """The dataset's folder, data_dir/name. `stdlib`, and no other, is prepared when it is missing."""
     folder = Path(data_dir, name)
-    if name == "stdlib" and not (folder / "meta.json").exists():
+    if name == "stdlib" and not is_complete(folder):
         prepare(PrepareConfig(name=name, out=str(folder)), wait=300)
     return folder
 
 
 def _already_there(folder: Path, settings: dict[str, Any]) -> Meta | None:
-    """The folder's meta when the same settings made it, None when nothing is there; else DataError."""
+    """The folder's meta when the same settings made it, None where it must be made (again); else DataError."""
     stale = stale_files(folder)
     if not stale or (not (folder / "meta.json").exists() and (folder / PARTIAL).exists()):
         return None  # the second: cut off while publishing
     meta = read_meta(folder)
     if meta is not None and meta.settings == settings:
-        return meta
+        return meta if is_complete(folder) else None  # a token file is gone or cut short
     changed = {key: value for key, value in settings.items() if meta and meta.settings.get(key) != value}
     raise DataError(
         "the folder holds token files made otherwise",
@@ -206,8 +217,8 @@ def _open_source(config: PrepareConfig) -> Documents:
                 "stdlib has no --source", hint=f"python -m nanogpt_fast.prepare text --source {config.source}"
             )
         return stdlib_documents()
-    if config.name.startswith("shakespeare"):
-        return _shakespeare(config)
+    if recipe.download:
+        return _one_text(config, recipe.download)
     if config.source:
         paths = find_files(config.source)
         if len(paths) == 1 and (paths[0].suffix in PLAIN or paths[0].suffix not in SUFFIXES):
@@ -219,7 +230,7 @@ def _open_source(config: PrepareConfig) -> Documents:
     raise DataError(f"{config.name} needs your text", expected="--source with a file, a folder or a glob", hint=hint)
 
 
-def _shakespeare(config: PrepareConfig) -> TextDocuments:
+def _one_text(config: PrepareConfig, download: Download) -> TextDocuments:
     """--source, else the folder's input.txt (nanoGPT keeps it there), else the download."""
     kept = config.folder / "input.txt"
     if config.source:
@@ -234,7 +245,7 @@ def _shakespeare(config: PrepareConfig) -> TextDocuments:
         return TextDocuments([text], config.source)
     if not kept.exists():
         otherwise = f"download it elsewhere, then: python -m nanogpt_fast.prepare {config.name} --source input.txt"
-        fetch(SHAKESPEARE_URL, kept, SHAKESPEARE_SHA256, otherwise=otherwise)
+        fetch(download.url, kept, download.sha256, otherwise=otherwise)
     return TextDocuments([read_text(kept)], "Tiny Shakespeare")
 
 
@@ -328,7 +339,7 @@ def main(argv: list[str]) -> int:
         meta = verify(config.folder)
         print(f"{config.folder}: {sum(len(split.files) for split in meta.splits.values())} files are as prepared")
         return 0
-    there = (config.folder / "meta.json").exists() and not config.force
+    there = is_complete(config.folder) and not config.force
     began = time.perf_counter()
     meta = prepare(config)
     print(_summary(config, meta, None if there else time.perf_counter() - began))

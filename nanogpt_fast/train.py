@@ -1,6 +1,7 @@
 """Train or finetune a GPT: `python -m nanogpt_fast.train --config NAME [--flag=value ...]`. Flags are nanoGPT's."""
 
 import dataclasses
+import math
 import shlex
 import sys
 from contextlib import ExitStack
@@ -99,7 +100,7 @@ def main(argv: list[str]) -> int:
             fingerprint,
             peak,
             start,
-            resumed.state.get("best_val_loss") or float("inf") if resumed else float("inf"),
+            best_val_loss_of(resumed),
         )
         if world.is_main and not config.run.eval_only:
             begin_out_dir(config, shape, start)
@@ -239,6 +240,12 @@ def agree_on_start(world: World, start: int) -> None:
             found=f"iteration {start}",
             hint="see that every node reads the same --out_dir, then start again",
         )
+
+
+def best_val_loss_of(resumed: Restored | None) -> float:
+    """The lowest validation loss so far; infinity where none is known, or an older version saved NaN."""
+    saved = resumed.state.get("best_val_loss") if resumed else None
+    return saved if saved is not None and math.isfinite(saved) else math.inf
 
 
 def order_data(

@@ -108,8 +108,8 @@ class Trainer:
             self._report_evaluation(iteration, losses)
         val = losses.get("val") if losses else None
         improved = val is None or val < self.best_val_loss
-        if val is not None and (improved or self.config.run.always_save_checkpoint):
-            self.best_val_loss = min(val, self.best_val_loss)
+        if val is not None and improved:
+            self.best_val_loss = val
         self._evaluated = None if val is None else (iteration, val)
         if iteration > 0 and not self.config.run.eval_only and (improved or self.config.run.always_save_checkpoint):
             self.save(iteration)

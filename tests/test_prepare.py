@@ -3,7 +3,9 @@
 import json
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,7 +87,10 @@ def test_shakespeare_splits_by_characters_before_encoding(play: str) -> None:
 
 
 def test_input_txt_in_the_folder_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SHAKESPEARE_URL", "http://127.0.0.1:9/")  # nobody answers there
+    recipe = replace(
+        module.RECIPES["shakespeare_char"], download=module.Download("http://127.0.0.1:9/", "")
+    )  # nobody there
+    monkeypatch.setitem(module.RECIPES, "shakespeare_char", recipe)
     with pytest.raises(DataError, match="the download failed") as error:
         prepare(PrepareConfig(name="shakespeare_char"))
     assert "--source input.txt" in str(error.value) and not Path("data/shakespeare_char").exists()
@@ -158,6 +163,23 @@ def test_a_rerun_with_the_same_settings_changes_nothing(play: str, capsys: pytes
     assert Path("data/shakespeare_char/train.bin").stat().st_mtime_ns == before
     assert prepare(PrepareConfig(name="shakespeare_char", source=play, force=True)) == first
     assert Path("data/shakespeare_char/train.bin").stat().st_mtime_ns != before
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 10)], ids=["gone", "cut short"])
+def test_a_dataset_whose_tokens_are_gone_is_made_again(play: str, capsys: pytest.CaptureFixture, damage: Any) -> None:
+    first = prepare(PrepareConfig(name="shakespeare_char", source=play))
+    damage(Path("data/shakespeare_char/train.bin"))
+    main(["shakespeare_char", "--source", play])
+    assert "already prepared" not in capsys.readouterr().out
+    assert verify(Path("data/shakespeare_char")) == first
+
+
+def test_a_name_that_begins_like_a_recipe_is_a_name_of_your_own() -> None:
+    Path("plays").mkdir()
+    for number in range(8):
+        Path(f"plays/{number}.txt").write_text(PLAY)
+    meta = prepare(PrepareConfig(name="shakespeare_plays", source="plays", tokenizer="char", val_fraction=0.5))
+    assert sum(split.tokens for split in meta.splits.values()) == 8 * (len(PLAY) + 2)
 
 
 def test_other_settings_or_other_peoples_files_need_force(play: str) -> None:

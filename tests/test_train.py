@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from tiny_run import VOCAB, flags, metrics, train, train_process, write_dataset
 from nanogpt_fast import checkpoint
 from nanogpt_fast.errors import CheckpointError, ConfigError, DataError, DeviceError, DivergedError
 from nanogpt_fast.step import StepResult, TrainStep
-from nanogpt_fast.train import main
+from nanogpt_fast.train import best_val_loss_of, main
+from nanogpt_fast.trainer import Trainer
 
 CHARACTERS = [chr(97 + i) for i in range(VOCAB)]
 META = json.dumps(
@@ -78,6 +80,20 @@ def test_saves_only_improvements_when_asked(folder: Path):
     best = math.inf
     improved = {i for i in sorted(losses) if losses[i] < best and ((best := losses[i]) or True)} - {0}
     assert saved == set(sorted(improved)[-3:])  # keep_last 2, and the best, which is the newest
+
+
+def test_an_evaluation_that_is_not_a_number_is_never_the_best(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    losses = iter([3.0, math.nan, 2.5])
+    monkeypatch.setattr(Trainer, "_estimate", lambda self, i: {"train": 1.0, "val": next(losses)})
+    train(folder, always_save_checkpoint=True)
+    saved = {step: checkpoint.load(path).state for step, path in checkpoint.list_steps(folder / "out").items()}
+    assert [saved[step]["best_val_loss"] for step in (10, 20)] == [3.0, 2.5]
+
+
+def test_a_best_loss_that_an_older_version_saved_as_nan_heals(folder: Path):
+    for saved, best in ((math.nan, math.inf), (None, math.inf), (1.5, 1.5)):
+        resumed = SimpleNamespace(state={"best_val_loss": saved})
+        assert best_val_loss_of(resumed) == best  # type: ignore[arg-type]
 
 
 def test_a_new_run_sets_an_older_ones_checkpoints_aside(folder: Path, capsys: pytest.CaptureFixture[str]):
