@@ -144,7 +144,7 @@ class Work:
 
 def floor_ms(work: Work, dtype: torch.dtype) -> tuple[float, str] | None:
     """(milliseconds, what binds) that the data sheet allows on the current GPU; None for one not listed."""
-    from nanogpt_fast.metrics import peak_flops
+    from nanogpt_fast.hardware import peak_flops
 
     name = torch.cuda.get_device_name()
     peak, bandwidth = peak_flops(name, str(dtype).removeprefix("torch.")), BANDWIDTH_GBPS.get(name)

@@ -27,7 +27,7 @@ import torch
 from nanogpt_fast.config import Config
 from nanogpt_fast.distributed import World, join, resolve_dtype
 from nanogpt_fast.errors import ConfigError, did_you_mean, run_command
-from nanogpt_fast.metrics import flops_per_token, resolve_peak
+from nanogpt_fast.hardware import flops_per_token, resolve_peak
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import select_ops
 from nanogpt_fast.optim import AdamW, FlatParameters

@@ -25,8 +25,8 @@ from nanogpt_fast import __version__, cli
 from nanogpt_fast.config import GPTConfig, OptimConfig
 from nanogpt_fast.distributed import World, resolve_device, resolve_dtype
 from nanogpt_fast.errors import DeviceError, NanogptError, run_command
+from nanogpt_fast.hardware import resolve_peak
 from nanogpt_fast.meta import read_meta
-from nanogpt_fast.metrics import resolve_peak
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import select_ops
 from nanogpt_fast.optim import AdamW, FlatParameters

@@ -17,9 +17,9 @@ from nanogpt_fast.config import Config, GPTConfig
 from nanogpt_fast.data import Loader
 from nanogpt_fast.distributed import World
 from nanogpt_fast.errors import CheckpointError, ConfigError, NanogptError, run_command
+from nanogpt_fast.hardware import flops_per_token, memory_estimate, resolve_peak
 from nanogpt_fast.log import RunLog
 from nanogpt_fast.meta import read_meta
-from nanogpt_fast.metrics import flops_per_token, memory_estimate, resolve_peak
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import LOGITS_ROWS, REFERENCE, Ops, select_ops
 from nanogpt_fast.optim import AdamW, FlatParameters

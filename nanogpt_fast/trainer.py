@@ -14,8 +14,8 @@ from nanogpt_fast.config import Config
 from nanogpt_fast.data import Loader
 from nanogpt_fast.distributed import World
 from nanogpt_fast.errors import CheckpointError, DeviceError, DivergedError
+from nanogpt_fast.hardware import flops_per_token
 from nanogpt_fast.log import RunLog
-from nanogpt_fast.metrics import flops_per_token
 from nanogpt_fast.optim import learning_rate
 from nanogpt_fast.scoring import estimate_loss
 from nanogpt_fast.step import StepResult, TrainStep

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanogpt_fast.config import GPTConfig
-from nanogpt_fast.metrics import PEAK_TFLOPS, flops_per_token
+from nanogpt_fast.hardware import PEAK_TFLOPS, flops_per_token
 
 TILE = 128  # edge of attention's tiles: what lies above the diagonal in them is computed too
 HALF, FULL = 2, 4  # bytes of bfloat16, float32
@@ -32,7 +32,7 @@ HALF, FULL = 2, 4  # bytes of bfloat16, float32
 
 @dataclass(frozen=True)
 class GPU:
-    """name: as the driver gives it, a key of metrics.PEAK_TFLOPS. bandwidth: TB/s, NVIDIA's data sheet of that product.
+    """name: as the driver gives it, a key of hardware.PEAK_TFLOPS. bandwidth: TB/s, its data sheet.
     flops_an_exp: tensor FLOPs a clock and SM (4096 Hopper, 2048 A100, 1024 L40S, 512 GeForce) / 16 exponentials."""
 
     name: str

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from nanogpt_fast.cli import load_config
 from nanogpt_fast.distributed import World, resolve_device, resolve_dtype
-from nanogpt_fast.metrics import flops_per_token, resolve_peak
+from nanogpt_fast.hardware import flops_per_token, resolve_peak
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import select_ops
 from nanogpt_fast.optim import AdamW, FlatParameters

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nanogpt_fast.config import GPTConfig, OptimConfig
 from nanogpt_fast.distributed import World
-from nanogpt_fast.metrics import memory_estimate
+from nanogpt_fast.hardware import memory_estimate
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import REFERENCE, TRITON, Ops
 from nanogpt_fast.optim import AdamW, FlatParameters

@@ -72,7 +72,7 @@ def resolve_peak(device: torch.device, dtype: torch.dtype) -> tuple[float | None
         return flops, f"{flops / 1e9:.0f} GFLOP/s, measured {GEMM_SIZE['cpu']}^3 {name} product on {device.type}"
     gpu = torch.cuda.get_device_name(device)
     known = peak_flops(gpu, name)
-    return known if known else (None, f"unknown for {gpu} in {name}: MFU is n/a, --dtype or metrics.PEAK_TFLOPS")
+    return known if known else (None, f"unknown for {gpu} in {name}: MFU is n/a, --dtype or hardware.PEAK_TFLOPS")
 
 
 def memory_estimate(

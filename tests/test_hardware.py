@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from nanogpt_fast import metrics
+from nanogpt_fast import hardware
 from nanogpt_fast.config import GPTConfig, OptimConfig
-from nanogpt_fast.metrics import PEAK_TFLOPS, flops_per_token, memory_estimate, peak_flops, resolve_peak
+from nanogpt_fast.hardware import PEAK_TFLOPS, flops_per_token, memory_estimate, peak_flops, resolve_peak
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import REFERENCE
 from nanogpt_fast.optim import ALIGNMENT, RANKS, AdamW, FlatParameters
@@ -63,13 +63,13 @@ def test_peaks_are_dense_ones():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_cpu_is_measured(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype):
-    monkeypatch.setitem(metrics.GEMM_SIZE, "cpu", 128)
+    monkeypatch.setitem(hardware.GEMM_SIZE, "cpu", 128)
     peak, source = resolve_peak(torch.device("cpu"), dtype)
     assert peak is not None and peak > 0 and "measured 128^3" in source and str(dtype).split(".")[1] in source
 
 
 def test_float16_on_a_cpu_is_not_measured(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(metrics, "measure_gemm", lambda *_: pytest.fail("takes seconds"))
+    monkeypatch.setattr(hardware, "measure_gemm", lambda *_: pytest.fail("takes seconds"))
     assert resolve_peak(torch.device("cpu"), torch.float16)[0] is None
 
 
