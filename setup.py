@@ -9,7 +9,7 @@ import re
 import shutil
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
@@ -36,7 +36,7 @@ PLOT = ["matplotlib>=3.8"]
 BENCH = ["matplotlib>=3.8", "nvidia-ml-py>=12", "nvtx>=0.2", "pytest-benchmark>=5"]
 DEV = [
     *OFFLINE, *PLOT,
-    "pytest>=8", "pytest-xdist>=3", "pytest-timeout>=2.3", "pytest-benchmark>=5", "hypothesis>=6.100",
+    "setuptools>=70", "pytest>=8", "pytest-xdist>=3", "pytest-timeout>=2.3", "pytest-benchmark>=5", "hypothesis>=6.100",
     "expecttest>=0.3", "ruff==0.17.6", "pyright==1.1.414", "pre-commit>=4",
     "transformers>=4.57", "tensorboard>=2.16", "pyarrow>=15", "datasets>=3.0", "huggingface_hub>=0.30",
 ]  # fmt: skip
@@ -49,7 +49,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    packages=["nanogpt_fast", "nanogpt_kernels", "nanogpt_kernels.attention"],
+    packages=find_packages(include=["nanogpt_fast", "nanogpt_fast.*"]) + find_packages("kernels"),
     package_dir={"nanogpt_fast": "nanogpt_fast", "nanogpt_kernels": "kernels/nanogpt_kernels"},
     cmdclass={"build_py": BuildWithConfigs},
     install_requires=[

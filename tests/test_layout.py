@@ -1,6 +1,7 @@
 """The import law, the names we must not take, and file lengths: ARCHITECTURE.md as tests."""
 
 import ast
+import graphlib
 import importlib.util
 import os
 import re
@@ -9,24 +10,38 @@ import sys
 from pathlib import Path
 
 import pytest
+from setuptools import find_packages
 
 ROOT = Path(__file__).resolve().parent.parent
-TRAINER = ROOT / "nanogpt_fast"
+TRAINER, KERNELS = ROOT / "nanogpt_fast", ROOT / "kernels/nanogpt_kernels"
 MAX_LINES = 350
 # Scripts put their own folder first on sys.path: a file of one of these names would shadow the module.
 FORBIDDEN = {"kernels", "nvtx", "torch", "triton", "profile", "trace", "statistics", "logging", "tokenize", "random",
              "types", "copy", "queue", "select"}  # fmt: skip
 
 
-def levels() -> dict[str, int]:
-    """{module: position} read from ARCHITECTURE.md's list, so that the page cannot go stale."""
+def rooms() -> dict[str, int]:
+    """{room: position} read from ARCHITECTURE.md's list, so that the page cannot go stale. A room is a folder of
+    nanogpt_fast, written `name/`, or a file that stands at its top."""
     text = (ROOT / "ARCHITECTURE.md").read_text()
-    rows = re.findall(r"^    \d+  ([a-z0-9_ ]+)$", text, re.MULTILINE)
-    return {name: i for i, name in enumerate(" ".join(rows).split())}
+    rows = re.findall(r"^    \d+  ([a-z0-9_/ ]+)$", text, re.MULTILINE)
+    return {name.rstrip("/"): i for i, name in enumerate(" ".join(rows).split())}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(TRAINER).parts[0].removesuffix(".py")
+
+
+def module_of(path: Path) -> str:
+    """The dotted name of a file of nanogpt_fast."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 def python_files(*folders: str) -> list[Path]:
     return [p for folder in folders for p in sorted((ROOT / folder).rglob("*.py"))]
+
+
+TRAINER_FILES = python_files("nanogpt_fast")
 
 
 def imports(path: Path) -> set[str]:
@@ -40,20 +55,48 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def test_architecture_lists_every_trainer_file():
-    assert set(levels()) == {p.stem for p in TRAINER.glob("*.py")} - {"__init__"}
+def test_architecture_lists_every_room():
+    found = {room_of(p) for p in TRAINER_FILES}
+    assert set(rooms()) == found - {"__init__"}
+    folders = {f"{room_of(p)}/" for p in TRAINER_FILES if p.parent != TRAINER}
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    assert all(re.search(rf"^    \d+  .*\b{folder}", text, re.MULTILINE) for folder in folders)
 
 
-@pytest.mark.parametrize("path", sorted(TRAINER.glob("*.py")), ids=lambda p: p.stem)
-def test_trainer_files_import_only_what_stands_above_them(path: Path):
-    order = levels()
-    ours = {name.split(".")[1] for name in imports(path) if name.startswith("nanogpt_fast.")}
-    wrong = {name for name in ours & set(order) if order[name] >= order.get(path.stem, 0)}
-    assert not wrong, f"{path.name} imports {sorted(wrong)}, which ARCHITECTURE.md lists at or after it"
+@pytest.mark.parametrize("path", TRAINER_FILES, ids=module_of)
+def test_a_room_imports_only_what_stands_above_it(path: Path):
+    order, own = rooms(), room_of(path)
+    ours = {name.split(".")[1] for name in imports(path) if name.startswith("nanogpt_fast.")} - {own}
+    wrong = {name for name in ours & set(order) if order[name] >= order.get(own, 0)}
+    assert not wrong, f"{path} imports {sorted(wrong)}, which ARCHITECTURE.md lists at or after it"
+
+
+def test_inside_a_room_imports_make_no_circle():
+    modules = {module_of(p): p for p in TRAINER_FILES}
+    graph = {name: (imports(path) & set(modules)) - {name} for name, path in modules.items()}
+    list(graphlib.TopologicalSorter(graph).static_order())  # CycleError names the circle
+
+
+def test_basenames_are_unique():
+    stems = [p.stem for p in python_files("nanogpt_fast", "tests") if p.stem not in ("__init__", "conftest")]
+    assert not {stem for stem in stems if stems.count(stem) > 1}
+
+
+def test_every_folder_of_the_packages_is_a_package_and_setup_finds_it():
+    """A folder without __init__.py would be missing in a wheel, and only there."""
+    packages = {module_of(p.parent / "x").removesuffix(".x") for p in TRAINER_FILES}
+    packages |= {
+        "nanogpt_kernels" + ".".join(["", *p.parent.relative_to(KERNELS).parts]) for p in python_files("kernels")
+    }
+    found = {
+        *find_packages(str(ROOT), include=["nanogpt_fast", "nanogpt_fast.*"]),
+        *find_packages(str(ROOT / "kernels")),
+    }
+    assert packages == found
 
 
 def test_only_ops_imports_the_kernels():
-    users = {p.name for p in TRAINER.glob("*.py") if any(n.split(".")[0] == "nanogpt_kernels" for n in imports(p))}
+    users = {p.name for p in TRAINER_FILES if any(n.split(".")[0] == "nanogpt_kernels" for n in imports(p))}
     assert users == {"ops.py"}
 
 
@@ -73,9 +116,8 @@ FAMILIES = {
 
 
 def test_op_files_import_one_another_only_within_a_family():
-    package = ROOT / "kernels/nanogpt_kernels"
     for path in python_files("kernels"):
-        own = path.relative_to(package).parts[0].removesuffix(".py")
+        own = path.relative_to(KERNELS).parts[0].removesuffix(".py")
         used = {name.split(".")[1] for name in imports(path) if name.startswith("nanogpt_kernels.")}
         assert used <= SHARED_KERNEL_FILES | FAMILIES.get(own, set()), path
 
@@ -105,7 +147,7 @@ def test_kernels_folder_shadows_no_installed_package():
 
 
 def test_importing_touches_no_gpu_and_no_environment():
-    modules = [f"nanogpt_fast.{name}" for name in levels()] + ["nanogpt_kernels.reference"]
+    modules = [*map(module_of, TRAINER_FILES), "nanogpt_kernels.reference"]
     code = (
         "import os, sys, importlib, torch\nbefore = dict(os.environ)\n"
         f"for m in {modules}: importlib.import_module(m)\n"
