@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_fast.errors import CheckpointError
-from nanogpt_fast.meta import sha256_of
+from nanogpt_fast.files import sha256_of
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1

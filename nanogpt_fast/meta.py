@@ -5,9 +5,7 @@ opcodes and knows only those that build dicts of strings and numbers.
 """
 
 import dataclasses
-import hashlib
 import json
-import os
 import pickle
 import pickletools
 import re
@@ -16,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_fast.errors import DataError
-from nanogpt_fast.rundir import sync
+from nanogpt_fast.files import sha256_of
 
 FORMAT = 1
 _STORE = {"MEMOIZE", "BINPUT", "LONG_BINPUT"}
@@ -65,27 +63,6 @@ def check_name(name: str) -> str:
             hint="give the folder by --out: python -m nanogpt_fast.prepare text --source FILE --out FOLDER",
         )
     return name
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write path so that it holds the old bytes or the new ones at any instant."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync(path.parent)
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    write_atomic(path, (json.dumps(value, indent=1, ensure_ascii=True) + "\n").encode())
 
 
 def nanogpt_pickle(itos: list[str]) -> bytes:

@@ -27,7 +27,8 @@ from nanogpt_fast.encode import (
     encode_batches,
 )
 from nanogpt_fast.errors import ConfigError, DataError, did_you_mean, run_command
-from nanogpt_fast.meta import Meta, check_name, is_complete, read_meta, verify, write_atomic
+from nanogpt_fast.files import write_atomic
+from nanogpt_fast.meta import Meta, check_name, is_complete, read_meta, verify
 from nanogpt_fast.sources import (
     PLAIN,
     RECIPE_NAMES,

@@ -20,6 +20,7 @@ from typing import Literal
 import filelock
 
 from nanogpt_fast.errors import CheckpointError
+from nanogpt_fast.files import sync
 
 _ASIDE = re.compile(r"\.(tmp|trash|replaced)-(step_\d{8,})-(\d+)@(.+)-[0-9a-f]{8}")
 
@@ -113,20 +114,6 @@ def _unwritable(folder: Path, error: OSError) -> CheckpointError:
         found=error.strerror or str(error),
         hint="check its permissions and mount, or choose another --out_dir",
     )
-
-
-def sync(path: Path) -> None:
-    """fsync a file, or a directory's entries."""
-    if os.name == "nt" and path.is_dir():  # Windows cannot open a directory
-        return
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network filesystems
-            raise
-    finally:
-        os.close(fd)
 
 
 def aside(path: Path, kind: Literal["tmp", "trash", "replaced"]) -> Path:

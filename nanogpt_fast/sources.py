@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nanogpt_fast.errors import DataError, did_you_mean
-from nanogpt_fast.meta import write_atomic
+from nanogpt_fast.files import write_atomic
 
 # What prepare makes by name; here, because tokens suggests one where a dataset is missing.
 RECIPE_NAMES = ("stdlib", "shakespeare_char", "shakespeare", "openwebtext", "fineweb", "finewebedu")

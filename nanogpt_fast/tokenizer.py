@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from nanogpt_fast.errors import DataError
-from nanogpt_fast.meta import sha256_of
+from nanogpt_fast.files import sha256_of
 from nanogpt_fast.sources import fetch
 
 EOT = "<|endoftext|>"

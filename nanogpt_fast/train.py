@@ -17,6 +17,7 @@ from nanogpt_fast.config import Config, GPTConfig
 from nanogpt_fast.data import Loader
 from nanogpt_fast.distributed import World
 from nanogpt_fast.errors import CheckpointError, ConfigError, NanogptError, run_command
+from nanogpt_fast.files import write_atomic
 from nanogpt_fast.hardware import flops_per_token, memory_estimate, resolve_peak
 from nanogpt_fast.log import RunLog
 from nanogpt_fast.meta import read_meta
@@ -132,7 +133,7 @@ def begin_out_dir(config: Config, shape: GPTConfig, start: int) -> None:
     probe_writable(out_dir, need_bytes=12 * shape.num_params(non_embedding=False))
     if moved := checkpoint.set_aside_later(out_dir, start if config.run.init_from == "resume" else -1):
         print(f"checkpoints of an earlier run, which this one does not continue, are now in {moved}")
-    (out_dir / "config.toml").write_text(to_toml(config.replace(dry_run=False)))
+    write_atomic(out_dir / "config.toml", to_toml(config.replace(dry_run=False)).encode())
 
 
 def load_weights(config: Config, say: Any) -> Restored:

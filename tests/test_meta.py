@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt_fast.errors import DataError
+from nanogpt_fast.files import sha256_of, write_json
 from nanogpt_fast.meta import (
     FileEntry,
     Meta,
@@ -19,9 +20,7 @@ from nanogpt_fast.meta import (
     nanogpt_pickle,
     read_meta,
     read_pickle,
-    sha256_of,
     verify,
-    write_json,
 )
 
 
