@@ -24,13 +24,13 @@ import machine
 import ops as op_bench
 import torch
 
-from nanogpt_fast.config import Config
 from nanogpt_fast.distributed import World, join, resolve_dtype
 from nanogpt_fast.errors import ConfigError, did_you_mean, run_command
 from nanogpt_fast.hardware import flops_per_token, resolve_peak
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import select_ops
 from nanogpt_fast.optim import AdamW, FlatParameters
+from nanogpt_fast.settings.config import Config
 from nanogpt_fast.step import TrainStep
 
 

@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from nanogpt_fast.checkpoint import Checkpoint, check_model
-from nanogpt_fast.config import GPTConfig, ModelConfig
 from nanogpt_fast.errors import CheckpointError, ConfigError, DataError
 from nanogpt_fast.files import sync
 from nanogpt_fast.meta import Meta, check_name, read_meta
+from nanogpt_fast.settings.config import GPTConfig, ModelConfig
 
 GPT2_VOCAB = 50257  # GPT-2's tokens, <|endoftext|> included
 GPT2_PADDED = 50304  # the same padded to a multiple of 64, nanoGPT's vocab_size from scratch

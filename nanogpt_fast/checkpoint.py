@@ -30,11 +30,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nanogpt_fast import __version__
-from nanogpt_fast.config import GPTConfig
 from nanogpt_fast.errors import CheckpointError, did_you_mean
 from nanogpt_fast.files import sync
 from nanogpt_fast.manifest import Chunks, read_json, read_manifest, verify, write_files
 from nanogpt_fast.rundir import aside, clean_stale, publish
+from nanogpt_fast.settings.config import GPTConfig
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 REQUIRED, OPTIONAL = (MODEL, STATE), (OPTIMIZER,)

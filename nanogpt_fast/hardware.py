@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from nanogpt_fast.config import GPTConfig
+from nanogpt_fast.settings.config import GPTConfig
 
 # Dense bf16/fp16 tensor-core peaks with float32 accumulation, TFLOP/s, by the exact name that the driver gives. Form
 # factors differ (SXM, PCIe, NVL), so near names never match; a GPU without a source here has no MFU. Sources: NVIDIA's

@@ -16,8 +16,8 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nanogpt_fast.config import LogConfig
 from nanogpt_fast.errors import ConfigError
+from nanogpt_fast.settings.config import LogConfig
 
 
 class RunLog:

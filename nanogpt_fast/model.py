@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanogpt_fast.config import GPTConfig
 from nanogpt_fast.ops import REFERENCE, Ops
+from nanogpt_fast.settings.config import GPTConfig
 
 EPS = 1e-5  # LayerNorm's; GPT-2's own
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from nanogpt_fast.canonical import Weights, checked, dense, load_pickle, model_config, plain_names
-from nanogpt_fast.config import GPTConfig, OptimConfig
 from nanogpt_fast.errors import CheckpointError
+from nanogpt_fast.settings.config import GPTConfig, OptimConfig
 
 MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")  # nanoGPT's GPTConfig
 MOMENTS = ("exp_avg", "exp_avg_sq")

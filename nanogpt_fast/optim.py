@@ -9,8 +9,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from nanogpt_fast.config import OptimConfig
 from nanogpt_fast.ops import GRAD_NORM, LOSS_SCALE, LR, MAX_NORM, STEP, Ops
+from nanogpt_fast.settings.config import OptimConfig
 
 ALIGNMENT = 128  # elements: 256 bytes of the narrowest dtype
 RANKS = 8  # the length divides evenly over so many ranks

@@ -16,8 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tyro.conf import Positional, arg
 
-from nanogpt_fast import __version__, cli
-from nanogpt_fast.config import require_range
+from nanogpt_fast import __version__
 from nanogpt_fast.encode import (
     CHAR_SEPARATOR,
     Encoder,
@@ -29,6 +28,8 @@ from nanogpt_fast.encode import (
 from nanogpt_fast.errors import ConfigError, DataError, did_you_mean, run_command
 from nanogpt_fast.files import write_atomic
 from nanogpt_fast.meta import Meta, check_name, is_complete, read_meta, verify
+from nanogpt_fast.settings import cli
+from nanogpt_fast.settings.config import require_range
 from nanogpt_fast.sources import (
     PLAIN,
     RECIPE_NAMES,

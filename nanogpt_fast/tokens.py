@@ -20,8 +20,8 @@ from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 
-from nanogpt_fast.config import DataConfig
 from nanogpt_fast.errors import ConfigError, DataError, did_you_mean
+from nanogpt_fast.settings.config import DataConfig
 from nanogpt_fast.sources import RECIPE_NAMES
 from nanogpt_fast.token_format import identity_of, inspect, prepare_hint, unreadable
 

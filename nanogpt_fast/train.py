@@ -12,8 +12,6 @@ import torch
 
 from nanogpt_fast import __version__, checkpoint, distributed, prepare
 from nanogpt_fast.canonical import GPT2_PADDED
-from nanogpt_fast.cli import load_config, to_toml
-from nanogpt_fast.config import Config, GPTConfig
 from nanogpt_fast.data import Loader
 from nanogpt_fast.distributed import World
 from nanogpt_fast.errors import CheckpointError, ConfigError, NanogptError, run_command
@@ -28,6 +26,8 @@ from nanogpt_fast.orders import NanogptOrder, ShuffleOrder
 from nanogpt_fast.restore import Restored, restore
 from nanogpt_fast.rundir import RunLock, clean_stale, probe_writable
 from nanogpt_fast.sample import sample_text
+from nanogpt_fast.settings.cli import load_config, to_toml
+from nanogpt_fast.settings.config import Config, GPTConfig
 from nanogpt_fast.step import TrainStep
 from nanogpt_fast.tokenizer import from_json
 from nanogpt_fast.tokens import TokenSource, check_fingerprint, dataset_folder, open_split

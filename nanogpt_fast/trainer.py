@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from nanogpt_fast import checkpoint
-from nanogpt_fast.config import Config
 from nanogpt_fast.data import Loader
 from nanogpt_fast.distributed import World
 from nanogpt_fast.errors import CheckpointError, DeviceError, DivergedError
@@ -18,6 +17,7 @@ from nanogpt_fast.hardware import flops_per_token
 from nanogpt_fast.log import RunLog
 from nanogpt_fast.optim import learning_rate
 from nanogpt_fast.scoring import estimate_loss
+from nanogpt_fast.settings.config import Config
 from nanogpt_fast.step import StepResult, TrainStep
 from nanogpt_fast.stopping import StopSignals
 from nanogpt_fast.tokens import TokenSource

@@ -23,8 +23,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanogpt_fast.config import GPTConfig
 from nanogpt_fast.hardware import PEAK_TFLOPS, flops_per_token
+from nanogpt_fast.settings.config import GPTConfig
 
 TILE = 128  # edge of attention's tiles: what lies above the diagonal in them is computed too
 HALF, FULL = 2, 4  # bytes of bfloat16, float32

@@ -13,12 +13,12 @@ import time
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from nanogpt_fast.cli import load_config
 from nanogpt_fast.distributed import World, resolve_device, resolve_dtype
 from nanogpt_fast.hardware import flops_per_token, resolve_peak
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import select_ops
 from nanogpt_fast.optim import AdamW, FlatParameters
+from nanogpt_fast.settings.cli import load_config
 from nanogpt_fast.step import TrainStep
 
 KINDS = {  # the first whose words occur in an operator's name

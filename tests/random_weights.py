@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from nanogpt_fast.canonical import Weights
-from nanogpt_fast.config import GPTConfig
+from nanogpt_fast.settings.config import GPTConfig
 
 
 def random_weights(*, seed: int = 0, optimizer: bool = True, **changes: Any) -> Weights:

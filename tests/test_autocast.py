@@ -5,9 +5,9 @@ import pytest
 import torch
 from kernel_case import DEVICE
 
-from nanogpt_fast.config import GPTConfig
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import TRITON
+from nanogpt_fast.settings.config import GPTConfig
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 import pytest
 from tyro.conf import Positional, arg
 
-from nanogpt_fast import cli
-from nanogpt_fast.config import Config
 from nanogpt_fast.errors import ConfigError
+from nanogpt_fast.settings import cli
+from nanogpt_fast.settings.config import Config
 
 
 @dataclass(frozen=True, kw_only=True)

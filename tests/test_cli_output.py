@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanogpt_fast import cli
-from nanogpt_fast.config import SECTION_OF, Config
+from nanogpt_fast.settings import cli
+from nanogpt_fast.settings.config import SECTION_OF, Config
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -90,7 +90,7 @@ def test_help_is_80_columns_wide_and_names_every_argument(command):
 
 
 def test_every_flag_has_a_comment_for_help():
-    source = (ROOT / "nanogpt_fast" / "config.py").read_text()
+    source = (ROOT / "nanogpt_fast/settings/config.py").read_text()
     for key in SECTION_OF:
         (first, *_) = re.findall(rf"^    {key}: .*$", source, re.MULTILINE)
         assert "  # " in first, f"{key} has no comment, so --help says nothing about it"
@@ -114,6 +114,6 @@ def test_help_is_coloured_on_a_terminal_unless_no_color(no_color, coloured, monk
 
 
 def test_importing_the_command_line_does_not_load_torch():
-    code = "import nanogpt_fast.cli, sys; print(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
+    code = "import nanogpt_fast.settings.cli, sys; print(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True)
     assert ast.literal_eval(done.stdout) == []

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from nanogpt_fast.config import SECTION_OF, Config, GPTConfig
 from nanogpt_fast.errors import ConfigError
+from nanogpt_fast.settings.config import SECTION_OF, Config, GPTConfig
 
 # A new flag is a promise to every script that will use it. Adding one means adding it here, on purpose.
 FLAGS = """

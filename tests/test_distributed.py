@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Three steps of two micro-batches over all ranks, dropout on; saves rank 0's parameters and each collective's answer.
 WORKER = """
 import sys, torch
-from nanogpt_fast.config import GPTConfig, OptimConfig
+from nanogpt_fast.settings.config import GPTConfig, OptimConfig
 from nanogpt_fast.distributed import join
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import REFERENCE

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from nanogpt_fast import hardware
-from nanogpt_fast.config import GPTConfig, OptimConfig
 from nanogpt_fast.hardware import PEAK_TFLOPS, flops_per_token, memory_estimate, peak_flops, resolve_peak
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import REFERENCE
 from nanogpt_fast.optim import ALIGNMENT, RANKS, AdamW, FlatParameters
+from nanogpt_fast.settings.config import GPTConfig, OptimConfig
 
 GPT2_124M = GPTConfig(bias=False)
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from nanogpt_fast.config import LogConfig
 from nanogpt_fast.errors import ConfigError
 from nanogpt_fast.log import RunLog
+from nanogpt_fast.settings.config import LogConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 FULL = Path("/dev/full")
@@ -113,7 +113,7 @@ def test_a_full_disk_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[
 CONSOLE = """
 import sys
 from pathlib import Path
-from nanogpt_fast.config import LogConfig
+from nanogpt_fast.settings.config import LogConfig
 from nanogpt_fast.log import RunLog
 log = RunLog(Path(sys.argv[1]), LogConfig(), {}, total=3)
 sys.stdin.readline()  # the reader of our pipe is gone by now

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from nanogpt_fast.config import GPTConfig
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import OP_NAMES, REFERENCE, Ops
+from nanogpt_fast.settings.config import GPTConfig
 
 TINY = GPTConfig(block_size=8, vocab_size=37, n_layer=3, n_head=2, n_embd=16, bias=True)
 

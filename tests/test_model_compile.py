@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from nanogpt_fast.config import GPTConfig
 from nanogpt_fast.model import GPT
 from nanogpt_fast.optim import FlatParameters
+from nanogpt_fast.settings.config import GPTConfig
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

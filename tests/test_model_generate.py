@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanogpt_fast.config import GPTConfig
 from nanogpt_fast.model import GPT
+from nanogpt_fast.settings.config import GPTConfig
 
 TINY = GPTConfig(block_size=8, vocab_size=37, n_layer=2, n_head=2, n_embd=16, bias=True)
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanogpt_fast import cli, nanogpt_config
-from nanogpt_fast.config import SECTION_OF, Config
 from nanogpt_fast.errors import ConfigError
+from nanogpt_fast.settings import cli, nanogpt_config
+from nanogpt_fast.settings.config import SECTION_OF, Config
 
 # The seven files nanoGPT ships, as facts: the same keys, values and constructs.
 SHIPPED = {

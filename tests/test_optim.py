@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from nanogpt_fast.config import GPTConfig, OptimConfig
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import LOSS_SCALE, LR, REFERENCE, STEP
 from nanogpt_fast.optim import ALIGNMENT, RANKS, AdamW, FlatParameters, learning_rate
+from nanogpt_fast.settings.config import GPTConfig, OptimConfig
 
 CONFIG = GPTConfig(block_size=8, vocab_size=37, n_layer=2, n_head=2, n_embd=12, bias=True)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

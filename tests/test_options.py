@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 import pytest
 from tyro.conf import Positional, arg
 
-from nanogpt_fast.config import SECTION_OF, Config
 from nanogpt_fast.errors import ConfigError
-from nanogpt_fast.options import Option, options_of
+from nanogpt_fast.settings.config import SECTION_OF, Config
+from nanogpt_fast.settings.options import Option, options_of
 
 
 @dataclass(frozen=True, kw_only=True)

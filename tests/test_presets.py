@@ -6,9 +6,9 @@ import tomllib
 
 import pytest
 
-from nanogpt_fast import cli
-from nanogpt_fast.config import SECTION_OF, Config
 from nanogpt_fast.errors import ConfigError
+from nanogpt_fast.settings import cli
+from nanogpt_fast.settings.config import SECTION_OF, Config
 
 NAMES = [
     *("eval_gpt2", "eval_gpt2_large", "eval_gpt2_medium", "eval_gpt2_xl", "finetune_shakespeare"),
@@ -87,6 +87,6 @@ def test_an_installed_package_reads_the_presets_inside_it(tmp_path, monkeypatch)
     shutil.copy(cli.find_preset("quickstart"), package / "presets")
     (tmp_path / "site-packages" / "configs").mkdir()  # another package's folder of that name
     (tmp_path / "site-packages" / "configs" / "stranger.toml").write_text("batch_size = 1\n")
-    monkeypatch.setattr(cli, "__file__", str(package / "cli.py"))
+    monkeypatch.setattr(cli, "__file__", str(package / "settings/cli.py"))
     assert cli.preset_names() == ["quickstart"]
     assert cli.find_preset("quickstart") == package / "presets" / "quickstart.toml"

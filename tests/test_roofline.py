@@ -10,8 +10,8 @@ import pytest
 import torch
 from roofline import GPUS, MODELS, adamw_bytes, add_norm_bytes, norm_bytes, step_work
 
-from nanogpt_fast.config import GPTConfig
 from nanogpt_fast.hardware import PEAK_TFLOPS, flops_per_token
+from nanogpt_fast.settings.config import GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PEAK, BANDWIDTH, EXPS = 989e12, 3.35e12, 132 * 16 * 1.83e9  # an H100 SXM; 132 SMs at 1.83 GHz

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanogpt_fast.config import GPTConfig, OptimConfig
 from nanogpt_fast.distributed import World
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import REFERENCE
 from nanogpt_fast.optim import STEP, AdamW, FlatParameters
+from nanogpt_fast.settings.config import GPTConfig, OptimConfig
 from nanogpt_fast.step import TrainStep
 
 CONFIG = GPTConfig(block_size=8, vocab_size=29, n_layer=2, n_head=2, n_embd=16, bias=True)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from nanogpt_fast import tokens as tokens_module
-from nanogpt_fast.config import DataConfig
 from nanogpt_fast.errors import DataError
+from nanogpt_fast.settings.config import DataConfig
 from nanogpt_fast.tokens import TokenSource, check_fingerprint, open_split
 
 

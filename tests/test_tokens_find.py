@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanogpt_fast.config import DataConfig
 from nanogpt_fast.errors import ConfigError, DataError
+from nanogpt_fast.settings.config import DataConfig
 from nanogpt_fast.tokens import dataset_folder, open_split
 
 

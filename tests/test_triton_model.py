@@ -11,12 +11,12 @@ from nanogpt_kernels import launch
 from parity import assert_parity
 from torch import Tensor
 
-from nanogpt_fast.config import GPTConfig, OptimConfig
 from nanogpt_fast.distributed import World
 from nanogpt_fast.hardware import memory_estimate
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import REFERENCE, TRITON, Ops
 from nanogpt_fast.optim import AdamW, FlatParameters
+from nanogpt_fast.settings.config import GPTConfig, OptimConfig
 from nanogpt_fast.step import TrainStep
 
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=40, block_size=20, vocab_size=67)  # D = 20: no power of two anywhere

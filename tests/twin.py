@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogpt_fast.config import GPTConfig
+from nanogpt_fast.settings.config import GPTConfig
 
 
 class Block(nn.Module):

@@ -8,7 +8,7 @@ types, files. tyro then fills positional arguments, builds the dataclass, and wr
 comments. The dataclass checks its ranges. What comes later on the line wins, a file as much as a flag. A TOML file
 sets keys in Config's sections, or at top level as flags do.
 
-    python -m nanogpt_fast.cli --config NAME ...    prints the resolved configuration as TOML
+    python -m nanogpt_fast.settings.cli --config NAME ...    prints the resolved configuration as TOML
 """
 
 import contextlib
@@ -27,10 +27,10 @@ from typing import Any, NamedTuple, TextIO, TypeVar
 
 import tyro
 
-from nanogpt_fast import nanogpt_config
-from nanogpt_fast.config import SECTION_OF, Config
 from nanogpt_fast.errors import ConfigError, did_you_mean, run_command
-from nanogpt_fast.options import BOOLS, options_of
+from nanogpt_fast.settings import nanogpt_config
+from nanogpt_fast.settings.config import SECTION_OF, Config
+from nanogpt_fast.settings.options import BOOLS, options_of
 
 T = TypeVar("T")
 
@@ -142,7 +142,7 @@ def _presets() -> Path:
 
     Inside is looked at first: beside an installed package lies site-packages, where `configs` is someone else's.
     """
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parent.parent
     packaged = package / "presets"
     return packaged if packaged.is_dir() else package.parent / "configs"
 
@@ -331,7 +331,7 @@ def _missing(path: Path) -> ConfigError:
 
 
 def main(argv: list[str]) -> None:
-    print(to_toml(load_config(argv, prog="python -m nanogpt_fast.cli")), end="")
+    print(to_toml(load_config(argv, prog="python -m nanogpt_fast.settings.cli")), end="")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""A run's configuration: from argv and files to frozen dataclasses."""
