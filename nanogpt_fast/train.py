@@ -10,21 +10,22 @@ from typing import Any
 
 import torch
 
-from nanogpt_fast import __version__, checkpoint, distributed, prepare
+from nanogpt_fast import __version__, distributed, prepare
 from nanogpt_fast.canonical import GPT2_PADDED
 from nanogpt_fast.data import Loader
 from nanogpt_fast.distributed import World
 from nanogpt_fast.errors import CheckpointError, ConfigError, NanogptError, run_command
 from nanogpt_fast.files import write_atomic
 from nanogpt_fast.hardware import flops_per_token, memory_estimate, resolve_peak
-from nanogpt_fast.log import RunLog
 from nanogpt_fast.meta import read_meta
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import LOGITS_ROWS, REFERENCE, Ops, select_ops
 from nanogpt_fast.optim import AdamW, FlatParameters
 from nanogpt_fast.orders import NanogptOrder, ShuffleOrder
 from nanogpt_fast.restore import Restored, restore
-from nanogpt_fast.rundir import RunLock, clean_stale, probe_writable
+from nanogpt_fast.run import checkpoint
+from nanogpt_fast.run.log import RunLog
+from nanogpt_fast.run.rundir import RunLock, clean_stale, probe_writable
 from nanogpt_fast.sample import sample_text
 from nanogpt_fast.settings.cli import load_config, to_toml
 from nanogpt_fast.settings.config import Config, GPTConfig

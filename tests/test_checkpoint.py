@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny_checkpoint import CONFIG, assert_whole, save_steps, tiny_checkpoint
 
-from nanogpt_fast.checkpoint import Checkpoint, best, list_steps, load, newest, save, set_aside_later
 from nanogpt_fast.errors import CheckpointError
+from nanogpt_fast.run.checkpoint import Checkpoint, best, list_steps, load, newest, save, set_aside_later
 
 
 def names(out_dir: Path) -> list[str]:

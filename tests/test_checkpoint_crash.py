@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from tiny_checkpoint import assert_whole, save_steps, tiny_checkpoint
 
-from nanogpt_fast.checkpoint import list_steps, load, newest, save
-from nanogpt_fast.rundir import clean_stale
+from nanogpt_fast.run.checkpoint import list_steps, load, newest, save
+from nanogpt_fast.run.rundir import clean_stale
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="kills by signal")
 KILLS = 30

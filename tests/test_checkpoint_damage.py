@@ -11,8 +11,8 @@ import pytest
 from safetensors.torch import load_file
 from tiny_checkpoint import assert_whole, save_steps
 
-from nanogpt_fast.checkpoint import best, load, newest, save, set_aside_later
 from nanogpt_fast.errors import CheckpointError
+from nanogpt_fast.run.checkpoint import best, load, newest, save, set_aside_later
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
@@ -265,7 +265,7 @@ def test_an_unreadable_file_is_an_error_with_its_name(tmp_path, monkeypatch):
     def denied(*_):
         raise PermissionError(13, "Permission denied", str(path / "model.safetensors"))
 
-    monkeypatch.setattr("nanogpt_fast.manifest.sha256_of", denied)  # chmod does not stop root
+    monkeypatch.setattr("nanogpt_fast.run.manifest.sha256_of", denied)  # chmod does not stop root
     text = refusal(path)
     assert "Permission denied" in text
     assert str(path / "model.safetensors") in text

@@ -11,10 +11,10 @@ import pytest
 import torch
 from tiny_checkpoint import assert_whole, save_steps, tiny_checkpoint
 
-from nanogpt_fast import checkpoint
-from nanogpt_fast.checkpoint import Checkpoint, SaveFailed, list_steps, newest, save
 from nanogpt_fast.errors import CheckpointError
-from nanogpt_fast.rundir import RunLock, probe_writable
+from nanogpt_fast.run import checkpoint
+from nanogpt_fast.run.checkpoint import Checkpoint, SaveFailed, list_steps, newest, save
+from nanogpt_fast.run.rundir import RunLock, probe_writable
 
 MIB = 2**20
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny_checkpoint import CONFIG, tiny_checkpoint
 
-from nanogpt_fast.checkpoint import check_model
 from nanogpt_fast.errors import CheckpointError
+from nanogpt_fast.run.checkpoint import check_model
 
 FC = "transformer.h.0.mlp.c_fc.weight"
 

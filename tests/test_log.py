@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nanogpt_fast.errors import ConfigError
-from nanogpt_fast.log import RunLog
+from nanogpt_fast.run.log import RunLog
 from nanogpt_fast.settings.config import LogConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,7 +114,7 @@ CONSOLE = """
 import sys
 from pathlib import Path
 from nanogpt_fast.settings.config import LogConfig
-from nanogpt_fast.log import RunLog
+from nanogpt_fast.run.log import RunLog
 log = RunLog(Path(sys.argv[1]), LogConfig(), {}, total=3)
 sys.stdin.readline()  # the reader of our pipe is gone by now
 for i in range(5):

@@ -9,8 +9,9 @@ import pytest
 import torch
 from tiny_run import metrics, train, write_dataset
 
-from nanogpt_fast import checkpoint, weights
+from nanogpt_fast import weights
 from nanogpt_fast.errors import DataError
+from nanogpt_fast.run import checkpoint
 from nanogpt_fast.train import main
 
 CUT, END = 100, 200

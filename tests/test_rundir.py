@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from nanogpt_fast.errors import CheckpointError
-from nanogpt_fast.rundir import RunLock, aside, clean_stale, probe_writable, publish
+from nanogpt_fast.run.rundir import RunLock, aside, clean_stale, probe_writable, publish
 
 HOST = socket.gethostname()
-HOLD = "import sys; from pathlib import Path; from nanogpt_fast.rundir import RunLock\n\
+HOLD = "import sys; from pathlib import Path; from nanogpt_fast.run.rundir import RunLock\n\
 with RunLock(Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt_fast.stopping import StopSignals
+from nanogpt_fast.run.stopping import StopSignals
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,7 +41,7 @@ def test_ctrl_c_after_sigterm_is_a_first_one(capfd: pytest.CaptureFixture[str]):
 def send(*signals: signal.Signals, stderr: int = subprocess.PIPE) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of a process that sends itself these, prints, and exits with stop.exit_code."""
     code = (
-        "import os, sys\nfrom nanogpt_fast.stopping import StopSignals\n"
+        "import os, sys\nfrom nanogpt_fast.run.stopping import StopSignals\n"
         "with StopSignals() as stop:\n"
         f"    for number in {[int(s) for s in signals]}: os.kill(os.getpid(), number)\n"
         "    print('saved', flush=True)\n"

@@ -14,8 +14,8 @@ import pytest
 import torch
 from tiny_run import VOCAB, flags, metrics, train, train_process, write_dataset
 
-from nanogpt_fast import checkpoint
 from nanogpt_fast.errors import CheckpointError, ConfigError, DataError, DeviceError, DivergedError
+from nanogpt_fast.run import checkpoint
 from nanogpt_fast.step import StepResult, TrainStep
 from nanogpt_fast.train import best_val_loss_of, main
 from nanogpt_fast.trainer import Trainer

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny_run import ENV, flags, metrics, train, write_dataset
 
-from nanogpt_fast import checkpoint
+from nanogpt_fast.run import checkpoint
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import pytest
 from random_weights import random_weights, same_tensors
 
 from nanogpt_fast import canonical
-from nanogpt_fast.checkpoint import Checkpoint, save
 from nanogpt_fast.errors import CheckpointError
+from nanogpt_fast.run.checkpoint import Checkpoint, save
 from nanogpt_fast.weights import Format, read, sniff, write
 
 DESTINATIONS: dict[Format, str] = {"nanogpt": "a.pt", "hf": "hf", "llmc": "m.bin", "native": "run"}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from nanogpt_fast.checkpoint import Checkpoint, save
+from nanogpt_fast.run.checkpoint import Checkpoint, save
 from nanogpt_fast.settings.config import GPTConfig
 
 CONFIG = GPTConfig(block_size=4, vocab_size=8, n_layer=1, n_head=2, n_embd=4, bias=True)

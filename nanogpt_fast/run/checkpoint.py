@@ -32,8 +32,8 @@ from torch import Tensor
 from nanogpt_fast import __version__
 from nanogpt_fast.errors import CheckpointError, did_you_mean
 from nanogpt_fast.files import sync
-from nanogpt_fast.manifest import Chunks, read_json, read_manifest, verify, write_files
-from nanogpt_fast.rundir import aside, clean_stale, publish
+from nanogpt_fast.run.manifest import Chunks, read_json, read_manifest, verify, write_files
+from nanogpt_fast.run.rundir import aside, clean_stale, publish
 from nanogpt_fast.settings.config import GPTConfig
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
