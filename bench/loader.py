@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from nanogpt_fast.data import Loader
-from nanogpt_fast.orders import ShuffleOrder
-from nanogpt_fast.tokens import TokenSource
+from nanogpt_fast.data.loader import Loader
+from nanogpt_fast.data.orders import ShuffleOrder
+from nanogpt_fast.data.tokens import TokenSource
 
 SHAPES = [(12, 64), (64, 256), (12, 1024), (64, 1024)]  # (batch, block)
 VOCAB, WIDTH, TOKENS = 50304, 128, 1 << 25

@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from nanogpt_fast.data.dataset import Meta, check_name, read_meta
 from nanogpt_fast.errors import CheckpointError, ConfigError, DataError
 from nanogpt_fast.files import sync
-from nanogpt_fast.meta import Meta, check_name, read_meta
 from nanogpt_fast.run.checkpoint import Checkpoint, check_model
 from nanogpt_fast.settings.config import GPTConfig, ModelConfig
 

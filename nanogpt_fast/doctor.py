@@ -22,17 +22,17 @@ from typing import Any, Literal
 import torch
 
 from nanogpt_fast import __version__
+from nanogpt_fast.data.dataset import read_meta
+from nanogpt_fast.data.tokenizer import cached_vocab_bpe
 from nanogpt_fast.distributed import World, resolve_device, resolve_dtype
 from nanogpt_fast.errors import DeviceError, NanogptError, run_command
 from nanogpt_fast.hardware import resolve_peak
-from nanogpt_fast.meta import read_meta
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import select_ops
 from nanogpt_fast.optim import AdamW, FlatParameters
 from nanogpt_fast.settings import cli
 from nanogpt_fast.settings.config import GPTConfig, OptimConfig
 from nanogpt_fast.step import TrainStep
-from nanogpt_fast.tokenizer import cached_vocab_bpe
 
 REQUIRED = ("torch", "numpy", "safetensors", "tyro", "rich", "filelock")
 EXTRAS = {  # package: the extra that installs it

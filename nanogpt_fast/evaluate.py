@@ -19,18 +19,18 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
+from nanogpt_fast.data.dataset import check_name, read_meta
+from nanogpt_fast.data.documents import read_text
+from nanogpt_fast.data.tokenizer import from_json
+from nanogpt_fast.data.tokens import TokenSource, dataset_folder, open_split
 from nanogpt_fast.distributed import resolve_device, resolve_dtype
 from nanogpt_fast.errors import ConfigError, DataError, run_command
-from nanogpt_fast.meta import check_name, read_meta
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import select_ops
 from nanogpt_fast.restore import Restored, build_model, restore
 from nanogpt_fast.scoring import Batch, Mode, Score, all_targets, random_targets, score, stack_for, strided_targets
 from nanogpt_fast.settings import cli
 from nanogpt_fast.settings.config import DataConfig, require_range
-from nanogpt_fast.sources import read_text
-from nanogpt_fast.tokenizer import from_json
-from nanogpt_fast.tokens import TokenSource, dataset_folder, open_split
 
 PROG = "python -m nanogpt_fast.evaluate"
 

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanogpt_fast.canonical import Weights, checked, load_pickle, model_config, plain_names, with_biases
+from nanogpt_fast.data.dataset import FORMAT as META_FORMAT
+from nanogpt_fast.data.tokenizer import EOT, Gpt2Tokenizer, find_vocab_bpe, gpt2_bytes
 from nanogpt_fast.errors import CheckpointError, DataError
-from nanogpt_fast.meta import FORMAT as META_FORMAT
 from nanogpt_fast.model_card import model_card
-from nanogpt_fast.tokenizer import EOT, Gpt2Tokenizer, find_vocab_bpe, gpt2_bytes
 
 HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 HUB_FILES = ("config.json", "model.safetensors")

@@ -17,20 +17,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from tyro.conf import Positional, arg
 
 from nanogpt_fast import __version__
-from nanogpt_fast.encode import (
-    CHAR_SEPARATOR,
-    Encoder,
-    batches_by_document,
-    batches_by_position,
-    document_end,
-    encode_batches,
-)
-from nanogpt_fast.errors import ConfigError, DataError, did_you_mean, run_command
-from nanogpt_fast.files import write_atomic
-from nanogpt_fast.meta import Meta, check_name, is_complete, read_meta, verify
-from nanogpt_fast.settings import cli
-from nanogpt_fast.settings.config import require_range
-from nanogpt_fast.sources import (
+from nanogpt_fast.data.dataset import Meta, check_name, is_complete, read_meta, verify
+from nanogpt_fast.data.documents import (
     PLAIN,
     RECIPE_NAMES,
     SUFFIXES,
@@ -43,8 +31,20 @@ from nanogpt_fast.sources import (
     read_text,
     stdlib_documents,
 )
-from nanogpt_fast.token_writer import PARTIAL, Format, TokenWriter, disk_errors, locked, stale_files
-from nanogpt_fast.tokenizer import CharTokenizer, Tokenizer, gpt2_tokenizer
+from nanogpt_fast.data.encode import (
+    CHAR_SEPARATOR,
+    Encoder,
+    batches_by_document,
+    batches_by_position,
+    document_end,
+    encode_batches,
+)
+from nanogpt_fast.data.token_writer import PARTIAL, Format, TokenWriter, disk_errors, locked, stale_files
+from nanogpt_fast.data.tokenizer import CharTokenizer, Tokenizer, gpt2_tokenizer
+from nanogpt_fast.errors import ConfigError, DataError, did_you_mean, run_command
+from nanogpt_fast.files import write_atomic
+from nanogpt_fast.settings import cli
+from nanogpt_fast.settings.config import require_range
 
 INLINE_BYTES = 32 << 20  # below this much text (2.5 s of GPT-2 encoding) worker processes cost more than they save
 COMMIT_TOKENS = 10_000_000  # an interrupted preparation loses at most so many

@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from nanogpt_fast.data.tokenizer import Tokenizer
 from nanogpt_fast.distributed import resolve_device, resolve_dtype
 from nanogpt_fast.errors import ConfigError, DataError, did_you_mean, run_command
 from nanogpt_fast.model import GPT
@@ -22,7 +23,6 @@ from nanogpt_fast.ops import select_ops
 from nanogpt_fast.restore import build_model, restore
 from nanogpt_fast.settings import cli
 from nanogpt_fast.settings.config import require_range
-from nanogpt_fast.tokenizer import Tokenizer
 
 UNFINISHED = "\ufffd"  # what decoding puts for bytes that are no character, or not one yet
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanogpt_fast.data import full_split, random_batches, read_windows
+from nanogpt_fast.data.loader import full_split, random_batches, read_windows
+from nanogpt_fast.data.tokens import TokenSource
 from nanogpt_fast.model import GPT
-from nanogpt_fast.tokens import TokenSource
 
 Mode = Literal["random", "full"]
 Batch = tuple[Tensor, Tensor]  # idx and targets, int64 [rows, T] on the CPU; -1 where nothing is to be predicted

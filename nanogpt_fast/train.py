@@ -12,16 +12,18 @@ import torch
 
 from nanogpt_fast import __version__, distributed, prepare
 from nanogpt_fast.canonical import GPT2_PADDED
-from nanogpt_fast.data import Loader
+from nanogpt_fast.data.dataset import read_meta
+from nanogpt_fast.data.loader import Loader
+from nanogpt_fast.data.orders import NanogptOrder, ShuffleOrder
+from nanogpt_fast.data.tokenizer import from_json
+from nanogpt_fast.data.tokens import TokenSource, check_fingerprint, dataset_folder, open_split
 from nanogpt_fast.distributed import World
 from nanogpt_fast.errors import CheckpointError, ConfigError, NanogptError, run_command
 from nanogpt_fast.files import write_atomic
 from nanogpt_fast.hardware import flops_per_token, memory_estimate, resolve_peak
-from nanogpt_fast.meta import read_meta
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import LOGITS_ROWS, REFERENCE, Ops, select_ops
 from nanogpt_fast.optim import AdamW, FlatParameters
-from nanogpt_fast.orders import NanogptOrder, ShuffleOrder
 from nanogpt_fast.restore import Restored, restore
 from nanogpt_fast.run import checkpoint
 from nanogpt_fast.run.log import RunLog
@@ -30,8 +32,6 @@ from nanogpt_fast.sample import sample_text
 from nanogpt_fast.settings.cli import load_config, to_toml
 from nanogpt_fast.settings.config import Config, GPTConfig
 from nanogpt_fast.step import TrainStep
-from nanogpt_fast.tokenizer import from_json
-from nanogpt_fast.tokens import TokenSource, check_fingerprint, dataset_folder, open_split
 from nanogpt_fast.trainer import Trainer
 
 

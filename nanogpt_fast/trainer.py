@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from nanogpt_fast.data import Loader
+from nanogpt_fast.data.loader import Loader
+from nanogpt_fast.data.tokens import TokenSource
 from nanogpt_fast.distributed import World
 from nanogpt_fast.errors import CheckpointError, DeviceError, DivergedError
 from nanogpt_fast.hardware import flops_per_token
@@ -20,7 +21,6 @@ from nanogpt_fast.run.stopping import StopSignals
 from nanogpt_fast.scoring import estimate_loss
 from nanogpt_fast.settings.config import Config
 from nanogpt_fast.step import StepResult, TrainStep
-from nanogpt_fast.tokens import TokenSource
 
 MAX_BAD_STEPS = 10  # non-finite gradients in a row before the run stops; float16's scale settles within them
 MAX_FAILED_SAVES = 3

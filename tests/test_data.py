@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from nanogpt_fast import data as data_module
-from nanogpt_fast.data import Loader
+from nanogpt_fast.data import loader as data_module
+from nanogpt_fast.data.loader import Loader
+from nanogpt_fast.data.orders import NanogptOrder, ShuffleOrder
+from nanogpt_fast.data.tokens import TokenSource
 from nanogpt_fast.errors import DataError
-from nanogpt_fast.orders import NanogptOrder, ShuffleOrder
-from nanogpt_fast.tokens import TokenSource
 
 T, B = 8, 3
 

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt_fast.data import full_split, random_batches
+from nanogpt_fast.data.loader import full_split, random_batches
+from nanogpt_fast.data.tokens import TokenSource
 from nanogpt_fast.errors import DataError
-from nanogpt_fast.tokens import TokenSource
 
 T, B = 8, 3
 

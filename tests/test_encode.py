@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt_fast import encode
-from nanogpt_fast.encode import (
+from nanogpt_fast.data import encode
+from nanogpt_fast.data.documents import TextDocuments
+from nanogpt_fast.data.encode import (
     Encoder,
     batches_by_document,
     batches_by_position,
@@ -23,9 +24,8 @@ from nanogpt_fast.encode import (
     encode_batches,
     is_val,
 )
+from nanogpt_fast.data.tokenizer import CharTokenizer, Gpt2Tokenizer, _cached_vocabularies
 from nanogpt_fast.errors import DataError
-from nanogpt_fast.sources import TextDocuments
-from nanogpt_fast.tokenizer import CharTokenizer, Gpt2Tokenizer, _cached_vocabularies
 
 TEXTS = [f"document {i}\n" + "some words, 12 numbers\n\n and spaces  \n" * (i % 7) for i in range(300)]
 CHARS = CharTokenizer(sorted(set("".join(TEXTS))))
@@ -130,8 +130,8 @@ def test_an_error_in_a_worker_arrives_as_it_was() -> None:
 
 PARENT = """
 import multiprocessing, time
-from nanogpt_fast.encode import *
-from nanogpt_fast.tokenizer import CharTokenizer
+from nanogpt_fast.data.encode import *
+from nanogpt_fast.data.tokenizer import CharTokenizer
 def endless():
     while True:
         yield Batch([("train", "a")], 1)

@@ -10,9 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt_fast.errors import DataError
-from nanogpt_fast.files import sha256_of, write_json
-from nanogpt_fast.meta import (
+from nanogpt_fast.data.dataset import (
     FileEntry,
     Meta,
     Split,
@@ -22,6 +20,8 @@ from nanogpt_fast.meta import (
     read_pickle,
     verify,
 )
+from nanogpt_fast.errors import DataError
+from nanogpt_fast.files import sha256_of, write_json
 
 
 def nanogpt_meta(size: int) -> dict:

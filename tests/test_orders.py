@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanogpt_fast.data.orders import ROUNDS, NanogptOrder, ShuffleOrder, _keys, permute
+from nanogpt_fast.data.tokens import TokenSource
 from nanogpt_fast.errors import ConfigError, DataError
-from nanogpt_fast.orders import ROUNDS, NanogptOrder, ShuffleOrder, _keys, permute
-from nanogpt_fast.tokens import TokenSource
 
 
 def make_source(folder, *lengths) -> TokenSource:

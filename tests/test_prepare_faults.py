@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt_fast.meta import read_meta, verify
+from nanogpt_fast.data.dataset import read_meta, verify
 from nanogpt_fast.prepare import PrepareConfig, prepare
 
 # The command itself, with small steps that take long enough to be hit.
 DRIVER = """
 import sys, time
-from nanogpt_fast import encode, prepare, token_writer
+from nanogpt_fast import prepare
+from nanogpt_fast.data import encode, token_writer
 from nanogpt_fast.errors import run_command
 encode.BATCH_CHARS, prepare.COMMIT_TOKENS = 2000, 5000
 commit = token_writer.TokenWriter.commit

@@ -15,11 +15,11 @@ from twin import Twin
 
 from nanogpt_fast import sample, weights
 from nanogpt_fast.canonical import Weights
+from nanogpt_fast.data.tokenizer import CharTokenizer, Tokenizer, cached_vocab_bpe, gpt2_tokenizer
 from nanogpt_fast.errors import ConfigError, DataError
 from nanogpt_fast.model import GPT
 from nanogpt_fast.restore import build_model, restore
 from nanogpt_fast.sample import decode_pieces, main, prompt_ids, sample_text
-from nanogpt_fast.tokenizer import CharTokenizer, Tokenizer, cached_vocab_bpe, gpt2_tokenizer
 
 LETTERS = ["\n", *map(chr, range(97, 97 + 19))]
 CHAR = {"kind": "char", "itos": LETTERS}

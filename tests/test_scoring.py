@@ -13,8 +13,8 @@ from torch import Tensor
 from twin import Twin
 
 from nanogpt_fast import scoring
+from nanogpt_fast.data.tokens import TokenSource
 from nanogpt_fast.model import GPT
-from nanogpt_fast.tokens import TokenSource
 
 T = 16
 WEIGHTS = random_weights(bias=True)

@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 
-from nanogpt_fast import sources
-from nanogpt_fast.errors import DataError
-from nanogpt_fast.sources import (
+from nanogpt_fast.data import documents as sources
+from nanogpt_fast.data.documents import (
     FileDocuments,
     HubDocuments,
     TextDocuments,
@@ -25,6 +24,7 @@ from nanogpt_fast.sources import (
     read_text,
     stdlib_documents,
 )
+from nanogpt_fast.errors import DataError
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> Path:

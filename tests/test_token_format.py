@@ -5,9 +5,9 @@ import pickle
 import numpy as np
 import pytest
 
+from nanogpt_fast.data.token_format import inspect
+from nanogpt_fast.data.tokens import TokenSource
 from nanogpt_fast.errors import DataError
-from nanogpt_fast.token_format import inspect
-from nanogpt_fast.tokens import TokenSource
 
 TOKENS = np.arange(1000, 1300)
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nanogpt_fast import token_writer
+from nanogpt_fast.data import token_writer
+from nanogpt_fast.data.dataset import read_meta, verify
+from nanogpt_fast.data.token_writer import PARTIAL, TokenWriter, locked, stale_files
 from nanogpt_fast.errors import DataError
-from nanogpt_fast.meta import read_meta, verify
-from nanogpt_fast.token_writer import PARTIAL, TokenWriter, locked, stale_files
 
 SETTINGS = {"seed": 1}
 

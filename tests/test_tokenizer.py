@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt_fast import tokenizer as module
-from nanogpt_fast.errors import DataError
-from nanogpt_fast.tokenizer import (
+from nanogpt_fast.data import tokenizer as module
+from nanogpt_fast.data.tokenizer import (
     CharTokenizer,
     Gpt2Tokenizer,
     find_vocab_bpe,
     from_json,
     gpt2_tokenizer,
 )
+from nanogpt_fast.errors import DataError
 
 
 @pytest.fixture(scope="module")

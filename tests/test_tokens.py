@@ -9,10 +9,10 @@ import threading
 import numpy as np
 import pytest
 
-from nanogpt_fast import tokens as tokens_module
+from nanogpt_fast.data import tokens as tokens_module
+from nanogpt_fast.data.tokens import TokenSource, check_fingerprint, open_split
 from nanogpt_fast.errors import DataError
 from nanogpt_fast.settings.config import DataConfig
-from nanogpt_fast.tokens import TokenSource, check_fingerprint, open_split
 
 
 def write(path, count, first=0) -> str:

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nanogpt_fast.data.tokens import dataset_folder, open_split
 from nanogpt_fast.errors import ConfigError, DataError
 from nanogpt_fast.settings.config import DataConfig
-from nanogpt_fast.tokens import dataset_folder, open_split
 
 
 def write(path, count) -> str:

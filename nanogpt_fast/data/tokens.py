@@ -20,10 +20,10 @@ from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 
+from nanogpt_fast.data.documents import RECIPE_NAMES
+from nanogpt_fast.data.token_format import identity_of, inspect, prepare_hint, unreadable
 from nanogpt_fast.errors import ConfigError, DataError, did_you_mean
 from nanogpt_fast.settings.config import DataConfig
-from nanogpt_fast.sources import RECIPE_NAMES
-from nanogpt_fast.token_format import identity_of, inspect, prepare_hint, unreadable
 
 MAX_OPEN_FILES = 256
 READ_TRIES = 4  # on EIO and ESTALE, as network file systems give while a server restarts

@@ -17,10 +17,10 @@ from typing import Any, Literal
 import filelock
 import numpy as np
 
+from nanogpt_fast.data.dataset import FileEntry, Meta, Split, nanogpt_pickle
+from nanogpt_fast.data.token_format import HEADER_BYTES, LLMC_LAYOUTS, LLMC_UINT16
 from nanogpt_fast.errors import DataError
 from nanogpt_fast.files import sha256_of, sync, write_atomic, write_json
-from nanogpt_fast.meta import FileEntry, Meta, Split, nanogpt_pickle
-from nanogpt_fast.token_format import HEADER_BYTES, LLMC_LAYOUTS, LLMC_UINT16
 
 Format = Literal["bin", "llmc"]
 SPLITS = ("train", "val")

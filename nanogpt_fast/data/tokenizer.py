@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from nanogpt_fast.data.documents import fetch
 from nanogpt_fast.errors import DataError
 from nanogpt_fast.files import sha256_of
-from nanogpt_fast.sources import fetch
 
 EOT = "<|endoftext|>"
 VOCAB_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"

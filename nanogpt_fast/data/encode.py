@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from nanogpt_fast.data.documents import Documents
+from nanogpt_fast.data.tokenizer import Tokenizer
 from nanogpt_fast.errors import DataError
-from nanogpt_fast.sources import Documents
-from nanogpt_fast.tokenizer import Tokenizer
 
 BATCH_CHARS = 1 << 19  # handed to a process at once: 40 ms of GPT-2 encoding, so queues and pickling do not show
 CHAR_SEPARATOR = "\n\n"

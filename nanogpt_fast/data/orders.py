@@ -8,8 +8,8 @@ import math
 import numpy as np
 import torch
 
+from nanogpt_fast.data.tokens import TokenSource
 from nanogpt_fast.errors import ConfigError, DataError
-from nanogpt_fast.tokens import TokenSource
 
 ROUNDS = 6  # of the Feistel network
 

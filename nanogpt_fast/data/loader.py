@@ -27,9 +27,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from nanogpt_fast.data.orders import NanogptOrder, ShuffleOrder, draw_starts, require_window
+from nanogpt_fast.data.tokens import TokenSource
 from nanogpt_fast.errors import DataError
-from nanogpt_fast.orders import NanogptOrder, ShuffleOrder, draw_starts, require_window
-from nanogpt_fast.tokens import TokenSource
 
 PLAN_ROWS = 4096  # windows planned at once: numpy's cost a call is spread over many steps
 POLL_SECONDS = 1.0  # how often a waiting consumer asks whether the worker lives
