@@ -10,10 +10,10 @@ from typing import Annotated, Literal
 import torch
 from tyro.conf import Positional, arg
 
-from nanogpt_fast.canonical import Weights, dataset_meta
 from nanogpt_fast.errors import ConfigError, run_command
 from nanogpt_fast.settings.cli import parse
-from nanogpt_fast.weights import FORMATS, Format, read, sniff, write
+from nanogpt_fast.weights.canonical import Weights, dataset_meta
+from nanogpt_fast.weights.formats import FORMATS, Format, read, sniff, write
 
 PROG = "python -m nanogpt_fast.convert"
 DTYPES: dict[Format, tuple[str, ...]] = {

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanogpt_fast import weights
-from nanogpt_fast.canonical import GPT2_VOCAB, Weights, dataset_meta
 from nanogpt_fast.data.tokenizer import Tokenizer, from_json
 from nanogpt_fast.errors import CheckpointError, ConfigError, DataError, did_you_mean
-from nanogpt_fast.huggingface import HUB
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import REFERENCE, Ops
 from nanogpt_fast.run import checkpoint
 from nanogpt_fast.settings.config import GPTConfig
+from nanogpt_fast.weights import formats as weights
+from nanogpt_fast.weights.canonical import GPT2_VOCAB, Weights, dataset_meta
+from nanogpt_fast.weights.huggingface import HUB
 
 
 @dataclass

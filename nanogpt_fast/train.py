@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from nanogpt_fast import __version__, distributed, prepare
-from nanogpt_fast.canonical import GPT2_PADDED
 from nanogpt_fast.data.dataset import read_meta
 from nanogpt_fast.data.loader import Loader
 from nanogpt_fast.data.orders import NanogptOrder, ShuffleOrder
@@ -33,6 +32,7 @@ from nanogpt_fast.settings.cli import load_config, to_toml
 from nanogpt_fast.settings.config import Config, GPTConfig
 from nanogpt_fast.step import TrainStep
 from nanogpt_fast.trainer import Trainer
+from nanogpt_fast.weights.canonical import GPT2_PADDED
 
 
 def main(argv: list[str]) -> int:

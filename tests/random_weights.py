@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from nanogpt_fast.canonical import Weights
 from nanogpt_fast.settings.config import GPTConfig
+from nanogpt_fast.weights.canonical import Weights
 
 
 def random_weights(*, seed: int = 0, optimizer: bool = True, **changes: Any) -> Weights:

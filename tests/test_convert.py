@@ -12,7 +12,7 @@ from random_weights import random_weights, same_tensors
 
 from nanogpt_fast import convert
 from nanogpt_fast.errors import CheckpointError, ConfigError
-from nanogpt_fast.weights import read, write
+from nanogpt_fast.weights.formats import read, write
 
 
 @pytest.fixture(autouse=True)

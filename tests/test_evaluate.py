@@ -9,11 +9,13 @@ import pytest
 import torch
 from random_weights import random_weights
 
-from nanogpt_fast import evaluate, huggingface, scoring, weights
+from nanogpt_fast import evaluate, scoring
 from nanogpt_fast.data.dataset import nanogpt_pickle
 from nanogpt_fast.data.tokens import TokenSource
 from nanogpt_fast.errors import ConfigError, DataError
 from nanogpt_fast.model import GPT
+from nanogpt_fast.weights import formats as weights
+from nanogpt_fast.weights import huggingface
 
 ITOS = ["\n", *map(chr, range(97, 97 + 18)), "é"]
 CHAR = {"kind": "char", "itos": ITOS}

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from random_weights import random_weights, same_tensors
 
-from nanogpt_fast.huggingface import load_pretrained
-from nanogpt_fast.weights import read, write
+from nanogpt_fast.weights.formats import read, write
+from nanogpt_fast.weights.huggingface import load_pretrained
 
 pytest.importorskip("huggingface_hub")
 
@@ -47,7 +47,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 LOAD = """
 import sys, time
-from nanogpt_fast.huggingface import load_pretrained
+from nanogpt_fast.weights.huggingface import load_pretrained
 from nanogpt_fast.errors import CheckpointError
 start = time.monotonic()
 try:

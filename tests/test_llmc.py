@@ -12,7 +12,7 @@ from random_weights import random_weights, same_tensors
 
 from nanogpt_fast.errors import CheckpointError
 from nanogpt_fast.model import GPT
-from nanogpt_fast.weights import read, write
+from nanogpt_fast.weights.formats import read, write
 
 
 def header(path: Path) -> list[int]:

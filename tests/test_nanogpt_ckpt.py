@@ -11,10 +11,10 @@ import pytest
 import torch
 from random_weights import random_weights, same_tensors
 
-from nanogpt_fast import nanogpt_ckpt
 from nanogpt_fast.errors import CheckpointError
 from nanogpt_fast.model import GPT
-from nanogpt_fast.weights import read, write
+from nanogpt_fast.weights import nanogpt_ckpt
+from nanogpt_fast.weights.formats import read, write
 
 
 def saved_dict(path: Path) -> dict:

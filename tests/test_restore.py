@@ -10,12 +10,13 @@ import torch
 from random_weights import random_weights, same_tensors
 from twin import Twin
 
-from nanogpt_fast import huggingface, weights
 from nanogpt_fast.data.dataset import nanogpt_pickle
 from nanogpt_fast.data.tokenizer import CharTokenizer
 from nanogpt_fast.errors import CheckpointError, ConfigError, DataError
 from nanogpt_fast.restore import build_model, restore
 from nanogpt_fast.run import checkpoint
+from nanogpt_fast.weights import formats as weights
+from nanogpt_fast.weights import huggingface
 
 LETTERS = [chr(i) for i in range(97, 97 + 20)]
 CHAR = {"kind": "char", "itos": LETTERS}

@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny_run import metrics, train, write_dataset
 
-from nanogpt_fast import weights
 from nanogpt_fast.errors import DataError
 from nanogpt_fast.run import checkpoint
 from nanogpt_fast.train import main
+from nanogpt_fast.weights import formats as weights
 
 CUT, END = 100, 200
 

@@ -13,13 +13,14 @@ from random_weights import random_weights
 from tiny_run import ENV
 from twin import Twin
 
-from nanogpt_fast import sample, weights
-from nanogpt_fast.canonical import Weights
+from nanogpt_fast import sample
 from nanogpt_fast.data.tokenizer import CharTokenizer, Tokenizer, cached_vocab_bpe, gpt2_tokenizer
 from nanogpt_fast.errors import ConfigError, DataError
 from nanogpt_fast.model import GPT
 from nanogpt_fast.restore import build_model, restore
 from nanogpt_fast.sample import decode_pieces, main, prompt_ids, sample_text
+from nanogpt_fast.weights import formats as weights
+from nanogpt_fast.weights.canonical import Weights
 
 LETTERS = ["\n", *map(chr, range(97, 97 + 19))]
 CHAR = {"kind": "char", "itos": LETTERS}

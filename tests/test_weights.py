@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from random_weights import random_weights, same_tensors
 
-from nanogpt_fast import canonical
 from nanogpt_fast.errors import CheckpointError
 from nanogpt_fast.run.checkpoint import Checkpoint, save
-from nanogpt_fast.weights import Format, read, sniff, write
+from nanogpt_fast.weights import canonical
+from nanogpt_fast.weights.formats import Format, read, sniff, write
 
 DESTINATIONS: dict[Format, str] = {"nanogpt": "a.pt", "hf": "hf", "llmc": "m.bin", "native": "run"}
 
@@ -115,7 +115,7 @@ import resource, sys
 from pathlib import Path
 from random_weights import random_weights
 from nanogpt_fast.errors import CheckpointError
-from nanogpt_fast.weights import write
+from nanogpt_fast.weights.formats import write
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 for to, name in (("nanogpt", "a.pt"), ("hf", "hf"), ("llmc", "m.bin")):
     try:

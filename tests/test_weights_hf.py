@@ -10,11 +10,11 @@ import torch
 from random_weights import random_weights, same_tensors
 from safetensors.torch import load_file, save_file
 
-from nanogpt_fast.canonical import Weights
 from nanogpt_fast.data.tokenizer import find_vocab_bpe
 from nanogpt_fast.errors import CheckpointError
 from nanogpt_fast.model import GPT
-from nanogpt_fast.weights import read, write
+from nanogpt_fast.weights.canonical import Weights
+from nanogpt_fast.weights.formats import read, write
 
 transformers = pytest.importorskip("transformers")
 

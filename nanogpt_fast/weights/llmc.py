@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanogpt_fast.canonical import Weights, checked, model_config, with_biases
 from nanogpt_fast.errors import CheckpointError
+from nanogpt_fast.weights.canonical import Weights, checked, model_config, with_biases
 
 MAGIC = 20240326
 DTYPES = {3: torch.float32, 5: torch.bfloat16}  # by version

@@ -14,14 +14,14 @@ from typing import Literal
 
 import torch
 
-from nanogpt_fast import huggingface, llmc, nanogpt_ckpt
-from nanogpt_fast.canonical import Weights, checked, model_config, written_beside
 from nanogpt_fast.data.token_format import LLMC_LAYOUTS
 from nanogpt_fast.errors import CheckpointError
-from nanogpt_fast.huggingface import HUB, load_pretrained
 from nanogpt_fast.run import checkpoint
 from nanogpt_fast.run.checkpoint import Checkpoint
 from nanogpt_fast.settings.config import GPTConfig
+from nanogpt_fast.weights import huggingface, llmc, nanogpt_ckpt
+from nanogpt_fast.weights.canonical import Weights, checked, model_config, written_beside
+from nanogpt_fast.weights.huggingface import HUB, load_pretrained
 
 __all__ = ["FORMATS", "Format", "Weights", "load_pretrained", "read", "read_native", "sniff", "write"]
 

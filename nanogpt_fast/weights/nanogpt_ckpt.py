@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanogpt_fast.canonical import Weights, checked, dense, load_pickle, model_config, plain_names
 from nanogpt_fast.errors import CheckpointError
 from nanogpt_fast.settings.config import GPTConfig, OptimConfig
+from nanogpt_fast.weights.canonical import Weights, checked, dense, load_pickle, model_config, plain_names
 
 MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")  # nanoGPT's GPTConfig
 MOMENTS = ("exp_avg", "exp_avg_sq")

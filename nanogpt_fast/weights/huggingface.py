@@ -14,11 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nanogpt_fast.canonical import Weights, checked, load_pickle, model_config, plain_names, with_biases
 from nanogpt_fast.data.dataset import FORMAT as META_FORMAT
 from nanogpt_fast.data.tokenizer import EOT, Gpt2Tokenizer, find_vocab_bpe, gpt2_bytes
 from nanogpt_fast.errors import CheckpointError, DataError
-from nanogpt_fast.model_card import model_card
+from nanogpt_fast.weights.canonical import Weights, checked, load_pickle, model_config, plain_names, with_biases
+from nanogpt_fast.weights.model_card import model_card
 
 HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 HUB_FILES = ("config.json", "model.safetensors")

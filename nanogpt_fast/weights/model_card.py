@@ -7,7 +7,7 @@ import math
 import re
 from typing import Any
 
-from nanogpt_fast.canonical import Weights
+from nanogpt_fast.weights.canonical import Weights
 
 _HEADER = """\
 ---
