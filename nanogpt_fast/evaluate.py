@@ -21,8 +21,9 @@ import torch
 
 from nanogpt_fast.data.dataset import check_name, read_meta
 from nanogpt_fast.data.documents import read_text
+from nanogpt_fast.data.splits import dataset_folder, open_split
 from nanogpt_fast.data.tokenizer import from_json
-from nanogpt_fast.data.tokens import TokenSource, dataset_folder, open_split
+from nanogpt_fast.data.tokens import TokenSource
 from nanogpt_fast.distributed import resolve_device, resolve_dtype
 from nanogpt_fast.errors import ConfigError, DataError, run_command
 from nanogpt_fast.model import GPT

@@ -8,7 +8,7 @@ anything else    a path: a run of ours or one step of it, nanoGPT's ckpt.pt, a H
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from nanogpt_fast.errors import CheckpointError, ConfigError, DataError, did_you
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import REFERENCE, Ops
 from nanogpt_fast.run import checkpoint
-from nanogpt_fast.settings.config import GPTConfig
-from nanogpt_fast.weights import formats as weights
-from nanogpt_fast.weights.canonical import GPT2_VOCAB, Weights, dataset_meta
+from nanogpt_fast.settings.config import Config, GPTConfig
+from nanogpt_fast.weights import formats
+from nanogpt_fast.weights.canonical import GPT2_PADDED, GPT2_VOCAB, Weights, dataset_meta
 from nanogpt_fast.weights.huggingface import HUB
 
 
@@ -82,18 +82,18 @@ def restore(init_from: str, out_dir: str, data_dir: str = "data") -> Restored:
             where=f"--init_from={init_from}",
             expected=f"resume, best, {', '.join(HUB)}, or a path: a run, ckpt.pt, Hugging Face folder or llm.c's .bin",
         )
-    form = weights.sniff(init_from)
+    form = formats.sniff(init_from)
     if form == "native":
         return _from_native(Path(init_from), data_dir)
-    source = f"{init_from} from the Hugging Face hub" if on_hub else f"{weights.FORMATS[form]} {init_from}"
-    return _from_weights(weights.read(init_from), source, data_dir)
+    source = f"{init_from} from the Hugging Face hub" if on_hub else f"{formats.FORMATS[form]} {init_from}"
+    return _from_weights(formats.read(init_from), source, data_dir)
 
 
 def _resume(out_dir: Path, data_dir: str) -> Restored:
     if checkpoint.list_steps(out_dir):
         return _from_native(out_dir, data_dir)
     if (out_dir / "ckpt.pt").is_file():
-        found = weights.read(out_dir / "ckpt.pt")
+        found = formats.read(out_dir / "ckpt.pt")
         return _from_weights(found, f"nanoGPT's {out_dir / 'ckpt.pt'}, imported at iteration {found.step}", data_dir)
     runs = _runs_near(out_dir)
     raise CheckpointError(
@@ -128,7 +128,7 @@ def _runs_near(out_dir: Path) -> list[str]:
 
 
 def _from_native(path: Path, data_dir: str) -> Restored:
-    found, path, skipped = weights.read_native(path)
+    found, path, skipped = formats.read_native(path)
     restored = _from_weights(found, f"{path}, iteration {found.step}", data_dir)
     restored.skipped = skipped
     return restored
@@ -166,3 +166,25 @@ def build_model(
     for parameter in model.parameters():
         parameter.data = parameter.data.to(device, dtype if parameter.dim() > 1 else torch.float32)
     return model.eval()
+
+
+def shape_of(config: Config, restored: Restored | None, vocab_size: int | None, say: Any) -> GPTConfig:
+    """The model's shape: the flags', or the loaded weights' with the flags' dropout and a smaller block_size."""
+    m, block_size = config.model, config.data.block_size
+    if restored is None:
+        say("Initializing a new model from scratch")
+        if not m.vocab_size and vocab_size is None:
+            say(f"defaulting to vocab_size of GPT-2 to {GPT2_PADDED} (50257 rounded up for efficiency)")
+        return config.shape(m.vocab_size or vocab_size or GPT2_PADDED)
+    loaded = restored.config
+    if block_size > loaded.block_size:
+        raise ConfigError(
+            "block_size is longer than the loaded model's positions",
+            where=f"block_size = {block_size}, {restored.source}",
+            expected=f"at most {loaded.block_size}",
+            hint=f"--block_size={loaded.block_size}",
+        )
+    for key in ("n_layer", "n_head", "n_embd", "bias", "activation"):
+        if getattr(m, key) != getattr(loaded, key):
+            say(f"{key} = {getattr(loaded, key)}, as the loaded weights have it")
+    return replace(loaded, dropout=m.dropout, block_size=block_size)

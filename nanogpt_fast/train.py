@@ -10,29 +10,31 @@ from typing import Any
 
 import torch
 
-from nanogpt_fast import __version__, distributed, prepare
+from nanogpt_fast import __version__, distributed
 from nanogpt_fast.data.dataset import read_meta
 from nanogpt_fast.data.loader import Loader
 from nanogpt_fast.data.orders import NanogptOrder, ShuffleOrder
+from nanogpt_fast.data.preparation import ensure
+from nanogpt_fast.data.splits import dataset_folder, open_split
 from nanogpt_fast.data.tokenizer import from_json
-from nanogpt_fast.data.tokens import TokenSource, check_fingerprint, dataset_folder, open_split
+from nanogpt_fast.data.tokens import TokenSource, check_fingerprint
 from nanogpt_fast.distributed import World
-from nanogpt_fast.errors import CheckpointError, ConfigError, NanogptError, run_command
+from nanogpt_fast.dry_run import describe
+from nanogpt_fast.errors import CheckpointError, NanogptError, run_command
 from nanogpt_fast.files import write_atomic
-from nanogpt_fast.hardware import flops_per_token, memory_estimate, resolve_peak
+from nanogpt_fast.generate import sample_text
+from nanogpt_fast.hardware import resolve_peak
 from nanogpt_fast.model import GPT
-from nanogpt_fast.ops import LOGITS_ROWS, REFERENCE, Ops, select_ops
+from nanogpt_fast.ops import REFERENCE, Ops, select_ops
 from nanogpt_fast.optim import AdamW, FlatParameters
-from nanogpt_fast.restore import Restored, restore
+from nanogpt_fast.restore import Restored, restore, shape_of
 from nanogpt_fast.run import checkpoint
 from nanogpt_fast.run.log import RunLog
 from nanogpt_fast.run.rundir import RunLock, clean_stale, probe_writable
-from nanogpt_fast.sample import sample_text
 from nanogpt_fast.settings.cli import load_config, to_toml
 from nanogpt_fast.settings.config import Config, GPTConfig
 from nanogpt_fast.step import TrainStep
 from nanogpt_fast.trainer import Trainer
-from nanogpt_fast.weights.canonical import GPT2_PADDED
 
 
 def main(argv: list[str]) -> int:
@@ -155,7 +157,7 @@ def load_weights(config: Config, say: Any) -> Restored:
 
 def open_data(config: Config, stack: ExitStack, say: Any) -> tuple[dict[str, TokenSource], int | None, dict[str, Any]]:
     """(sources by split, the dataset's vocabulary if it says one, its tokenizer)."""
-    prepare.ensure(config.data.dataset, config.data.data_dir)
+    ensure(config.data.dataset, config.data.data_dir)
     train = stack.enter_context(open_split(config.data, "train"))
     val = open_split(config.data, "val", required=True) if config.run.eval_only else open_split(config.data, "val")
     sources = {"train": train}
@@ -167,28 +169,6 @@ def open_data(config: Config, stack: ExitStack, say: Any) -> tuple[dict[str, Tok
         return sources, None, {"kind": "gpt2"}
     say(f"found vocab_size = {meta.vocab_size} (inside {folder})")
     return sources, meta.vocab_size, meta.tokenizer
-
-
-def shape_of(config: Config, restored: Restored | None, vocab_size: int | None, say: Any) -> GPTConfig:
-    """The model's shape: the flags', or the loaded weights' with the flags' dropout and a smaller block_size."""
-    m, block_size = config.model, config.data.block_size
-    if restored is None:
-        say("Initializing a new model from scratch")
-        if not m.vocab_size and vocab_size is None:
-            say(f"defaulting to vocab_size of GPT-2 to {GPT2_PADDED} (50257 rounded up for efficiency)")
-        return config.shape(m.vocab_size or vocab_size or GPT2_PADDED)
-    loaded = restored.config
-    if block_size > loaded.block_size:
-        raise ConfigError(
-            "block_size is longer than the loaded model's positions",
-            where=f"block_size = {block_size}, {restored.source}",
-            expected=f"at most {loaded.block_size}",
-            hint=f"--block_size={loaded.block_size}",
-        )
-    for key in ("n_layer", "n_head", "n_embd", "bias", "activation"):
-        if getattr(m, key) != getattr(loaded, key):
-            say(f"{key} = {getattr(loaded, key)}, as the loaded weights have it")
-    return dataclasses.replace(loaded, dropout=m.dropout, block_size=block_size)
 
 
 def build_model(
@@ -278,45 +258,6 @@ def run_facts(config: Config, shape: GPTConfig, start: int, dtype: torch.dtype, 
         "start": start,
         "config": config.flat(),
     }
-
-
-def describe(config: Config) -> str:
-    """--dry_run: the resolved configuration, and what it asks for."""
-    folder = dataset_folder(config.data)
-    meta = read_meta(folder) if folder else None
-    known = meta.vocab_size if meta and meta.tokenizer.get("kind") != "gpt2" else GPT2_PADDED
-    shape, source = config.shape(config.model.vocab_size or known), "a new model"
-    if config.run.init_from != "scratch":
-        restored = restore(config.run.init_from, config.run.out_dir, config.data.data_dir)
-        shape, source = shape_of(config, restored, None, lambda _: None), restored.source
-    device = distributed.resolve_device(config.system.device)
-    ops = select_ops(config.system.kernels, device.type)
-    dtype = distributed.resolve_dtype(config.system.dtype, device, comparable=config.data.data_order == "nanogpt")
-    flops = flops_per_token(shape)["nanogpt"]
-    memory = memory_estimate(
-        shape,
-        config.data.batch_size,
-        dtype.itemsize,
-        residual_bytes=4 if config.system.residual_dtype == "float32" else None,
-        recompute_gelu=config.system.recompute_gelu and ops.mlp is not REFERENCE.mlp,
-        logits_rows=None if ops.linear_cross_entropy is REFERENCE.linear_cross_entropy else LOGITS_ROWS,
-    )
-    peak, peak_source = resolve_peak(device, dtype)
-    rows = [
-        f"model           {source}: {shape.num_params() / 1e6:,.2f}M parameters, vocab_size {shape.vocab_size:,}",
-        f"memory          {sum(memory.values()) / 2**30:.2f} GiB estimated: "
-        + ", ".join(f"{k} {v / 2**30:.2f}" for k, v in memory.items()),
-        f"device          {device}, {str(dtype).removeprefix('torch.')}, peak {peak_source}",
-    ]
-    if not config.run.eval_only:
-        tokens = config.tokens_per_iter * (config.optim.max_iters + 1)
-        rows.append(f"tokens          {config.tokens_per_iter:,} an iteration, {tokens:,} in all")
-        rows.append(f"compute         {flops / 1e9:.3f} GFLOP a token, {flops * tokens / 1e15:,.3f} PFLOP in all")
-        if peak:
-            rows.append(
-                f"time            {flops * tokens / peak / 3600:.2f} hours and more on one such device (MFU 100%)"
-            )
-    return to_toml(config.replace(dry_run=False)) + "\n" + "\n".join(f"# {row}" for row in rows)
 
 
 def finish(config: Config, model: GPT, tokenizer: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import torch
 from tiny_checkpoint import CONFIG, tiny_checkpoint
 
 from nanogpt_fast.errors import CheckpointError
-from nanogpt_fast.run.checkpoint import check_model
+from nanogpt_fast.weights.canonical import check_model
 
 FC = "transformer.h.0.mlp.c_fc.weight"
 

@@ -14,8 +14,7 @@ from nanogpt_fast.data.dataset import nanogpt_pickle
 from nanogpt_fast.data.tokens import TokenSource
 from nanogpt_fast.errors import ConfigError, DataError
 from nanogpt_fast.model import GPT
-from nanogpt_fast.weights import formats as weights
-from nanogpt_fast.weights import huggingface
+from nanogpt_fast.weights import formats, huggingface
 
 ITOS = ["\n", *map(chr, range(97, 97 + 18)), "é"]
 CHAR = {"kind": "char", "itos": ITOS}
@@ -35,7 +34,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with a run in out/ that was trained on data/tiny."""
     monkeypatch.chdir(tmp_path)
     prepare(tmp_path / "data/tiny")
-    weights.write(random_weights(vocab_size=20, tokenizer=CHAR), tmp_path / "out", "native")
+    formats.write(random_weights(vocab_size=20, tokenizer=CHAR), tmp_path / "out", "native")
     return tmp_path
 
 
@@ -159,7 +158,7 @@ def test_a_missing_split_and_dataset(here: Path, capsys: pytest.CaptureFixture[s
 def test_a_checkpoints_dataset_name_is_no_path(here: Path, capsys: pytest.CaptureFixture[str]):
     loaded = random_weights(vocab_size=20, tokenizer=CHAR)
     loaded.config["dataset"] = "../data/tiny"
-    weights.write(loaded, here / "crafted", "native")
+    formats.write(loaded, here / "crafted", "native")
     with pytest.raises(DataError, match="not a dataset name") as caught:
         rows(capsys, "--out_dir=crafted")
     assert caught.value.hint.endswith("--dataset=../data/tiny")
@@ -185,7 +184,7 @@ def test_no_vocabulary_costs_the_bits_per_byte_alone(
 @pytest.fixture
 def gpt2(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """`gpt2` is a tiny model on the hub, data/openwebtext a few tokens."""
-    weights.write(random_weights(bias=True, vocab_size=50257, n_embd=8), here / "hub", "hf")
+    formats.write(random_weights(bias=True, vocab_size=50257, n_embd=8), here / "hub", "hf")
     monkeypatch.setattr(huggingface, "_fetch", lambda repository: here / "hub")
     prepare(here / "data/openwebtext", None, 50257)
     return here

@@ -20,12 +20,12 @@ FORBIDDEN = {"kernels", "nvtx", "torch", "triton", "profile", "trace", "statisti
              "types", "copy", "queue", "select"}  # fmt: skip
 
 
-def rooms() -> dict[str, int]:
-    """{room: position} read from ARCHITECTURE.md's list, so that the page cannot go stale. A room is a folder of
+def floors() -> dict[str, int]:
+    """{room: floor} read from ARCHITECTURE.md's list, so that the page cannot go stale. A room is a folder of
     nanogpt_fast, written `name/`, or a file that stands at its top."""
     text = (ROOT / "ARCHITECTURE.md").read_text()
-    rows = re.findall(r"^    \d+  ([a-z0-9_/ ]+)$", text, re.MULTILINE)
-    return {name.rstrip("/"): i for i, name in enumerate(" ".join(rows).split())}
+    rows = re.findall(r"^    (\d+)  ([a-z0-9_/ ]+)$", text, re.MULTILINE)
+    return {name.rstrip("/"): int(floor) for floor, names in rows for name in names.split()}
 
 
 def room_of(path: Path) -> str:
@@ -57,18 +57,18 @@ def imports(path: Path) -> set[str]:
 
 def test_architecture_lists_every_room():
     found = {room_of(p) for p in TRAINER_FILES}
-    assert set(rooms()) == found - {"__init__"}
+    assert set(floors()) == found - {"__init__"}
     folders = {f"{room_of(p)}/" for p in TRAINER_FILES if p.parent != TRAINER}
     text = (ROOT / "ARCHITECTURE.md").read_text()
     assert all(re.search(rf"^    \d+  .*\b{folder}", text, re.MULTILINE) for folder in folders)
 
 
 @pytest.mark.parametrize("path", TRAINER_FILES, ids=module_of)
-def test_a_room_imports_only_what_stands_above_it(path: Path):
-    order, own = rooms(), room_of(path)
+def test_a_room_imports_only_rooms_on_floors_below(path: Path):
+    floor, own = floors(), room_of(path)
     ours = {name.split(".")[1] for name in imports(path) if name.startswith("nanogpt_fast.")} - {own}
-    wrong = {name for name in ours & set(order) if order[name] >= order.get(own, 0)}
-    assert not wrong, f"{path} imports {sorted(wrong)}, which ARCHITECTURE.md lists at or after it"
+    wrong = {name for name in ours & set(floor) if floor[name] >= floor.get(own, 0)}
+    assert not wrong, f"{path} imports {sorted(wrong)}, which ARCHITECTURE.md lists on its line or after it"
 
 
 def test_inside_a_room_imports_make_no_circle():

@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nanogpt_fast import prepare as module
+from nanogpt_fast.data import preparation as module
 from nanogpt_fast.data.dataset import read_meta, verify
 from nanogpt_fast.data.documents import stdlib_documents
 from nanogpt_fast.data.encode import is_val
+from nanogpt_fast.data.preparation import PrepareConfig, ensure, prepare
 from nanogpt_fast.data.token_writer import locked
 from nanogpt_fast.data.tokenizer import _cached_vocabularies, from_json
 from nanogpt_fast.errors import ConfigError, DataError
-from nanogpt_fast.prepare import PrepareConfig, ensure, main, prepare
+from nanogpt_fast.prepare import main
 
 PLAY = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak — naïve!\n\n" * 60
 

@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 
 from nanogpt_fast.data.dataset import read_meta, verify
-from nanogpt_fast.prepare import PrepareConfig, prepare
+from nanogpt_fast.data.preparation import PrepareConfig, prepare
 
 # The command itself, with small steps that take long enough to be hit.
 DRIVER = """
 import sys, time
 from nanogpt_fast import prepare
-from nanogpt_fast.data import encode, token_writer
+from nanogpt_fast.data import encode, preparation, token_writer
 from nanogpt_fast.errors import run_command
-encode.BATCH_CHARS, prepare.COMMIT_TOKENS = 2000, 5000
+encode.BATCH_CHARS, preparation.COMMIT_TOKENS = 2000, 5000
 commit = token_writer.TokenWriter.commit
 def slow_commit(self, documents, state):
     commit(self, documents, state)
@@ -99,7 +99,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(corpus: Path) -> None:
 
 def test_ranks_that_ensure_at_once_all_find_the_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    code = "from nanogpt_fast.prepare import ensure; print(ensure('stdlib', 'made'))"
+    code = "from nanogpt_fast.data.preparation import ensure; print(ensure('stdlib', 'made'))"
     command = [sys.executable, "-c", code]
     ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) for _ in range(3)]
     assert [rank.communicate(timeout=120)[0] for rank in ranks] == [f"{Path('made/stdlib')}\n"] * 3

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nanogpt_fast import prepare as module
 from nanogpt_fast.data import encode
+from nanogpt_fast.data import preparation as module
 from nanogpt_fast.data.dataset import Meta, read_meta
 from nanogpt_fast.data.documents import HubDocuments
+from nanogpt_fast.data.preparation import PrepareConfig, prepare
 from nanogpt_fast.data.tokenizer import _cached_vocabularies, from_json
 from nanogpt_fast.errors import DataError
-from nanogpt_fast.prepare import PrepareConfig, prepare
 
 datasets = pytest.importorskip("datasets")
 pytestmark = pytest.mark.skipif(

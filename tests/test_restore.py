@@ -15,14 +15,13 @@ from nanogpt_fast.data.tokenizer import CharTokenizer
 from nanogpt_fast.errors import CheckpointError, ConfigError, DataError
 from nanogpt_fast.restore import build_model, restore
 from nanogpt_fast.run import checkpoint
-from nanogpt_fast.weights import formats as weights
-from nanogpt_fast.weights import huggingface
+from nanogpt_fast.weights import formats, huggingface
 
 LETTERS = [chr(i) for i in range(97, 97 + 20)]
 CHAR = {"kind": "char", "itos": LETTERS}
 
 
-def char_weights(**changes: Any) -> weights.Weights:
+def char_weights(**changes: Any) -> formats.Weights:
     return random_weights(vocab_size=20, **changes)
 
 
@@ -35,8 +34,8 @@ def dataset(data_dir: Path, name: str = "tiny") -> Path:
 
 def test_resume_takes_the_newest_native_checkpoint(tmp_path: Path):
     expected = char_weights(tokenizer=CHAR)
-    weights.write(expected, tmp_path / "out", "native")
-    weights.write(char_weights(seed=1), tmp_path / "out", "nanogpt")  # nanoGPT's file beside it is not looked at
+    formats.write(expected, tmp_path / "out", "native")
+    formats.write(char_weights(seed=1), tmp_path / "out", "nanogpt")  # nanoGPT's file beside it is not looked at
     found = restore("resume", str(tmp_path / "out"))
     assert found.config == expected.model_args and found.step == 12
     assert same_tensors(found.model, expected.model) and same_tensors(found.optimizer, expected.optimizer)
@@ -47,7 +46,7 @@ def test_resume_takes_the_newest_native_checkpoint(tmp_path: Path):
 
 def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path):
     for step in (5, 6):
-        content = checkpoint.load(weights.write(char_weights(), tmp_path / f"source{step}", "native"))
+        content = checkpoint.load(formats.write(char_weights(), tmp_path / f"source{step}", "native"))
         content.step = step
         checkpoint.save(tmp_path / "out", content, keep_last=9)
     model = tmp_path / "out/checkpoints/step_00000006/model.safetensors"
@@ -58,7 +57,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path):
 
 def test_resume_imports_nanogpts_checkpoint_and_says_so(tmp_path: Path):
     expected = char_weights()
-    weights.write(expected, tmp_path / "out", "nanogpt")
+    formats.write(expected, tmp_path / "out", "nanogpt")
     found = restore("resume", str(tmp_path / "out"), str(dataset(tmp_path / "data")))
     assert "nanoGPT" in found.source and "iteration 12" in found.source
     assert same_tensors(found.model, expected.model) and same_tensors(found.optimizer, expected.optimizer)
@@ -67,10 +66,10 @@ def test_resume_imports_nanogpts_checkpoint_and_says_so(tmp_path: Path):
 
 
 @pytest.mark.parametrize("form", ["native", "nanogpt", "hf", "llmc"])
-def test_a_path_of_each_format(tmp_path: Path, form: weights.Format):
+def test_a_path_of_each_format(tmp_path: Path, form: formats.Format):
     activation = "gelu_tanh" if form == "llmc" else "gelu"
     expected = random_weights(bias=True, activation=activation, vocab_size=128)
-    path = weights.write(expected, tmp_path / ("model.bin" if form == "llmc" else "x"), form)
+    path = formats.write(expected, tmp_path / ("model.bin" if form == "llmc" else "x"), form)
     found = restore(str(path), "not looked at")
     assert same_tensors(found.model, expected.model) and str(path) in found.source
     assert (found.optimizer is not None) == (form in ("native", "nanogpt"))
@@ -80,7 +79,7 @@ def test_a_path_of_each_format(tmp_path: Path, form: weights.Format):
 
 def test_a_hub_name_comes_before_a_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     expected = random_weights(bias=True, vocab_size=50257)
-    weights.write(expected, tmp_path / "cache", "hf")
+    formats.write(expected, tmp_path / "cache", "hf")
     fetched = []
     monkeypatch.setattr(huggingface, "_fetch", lambda repository: fetched.append(repository) or tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
@@ -95,7 +94,7 @@ def test_a_hub_name_comes_before_a_folder_of_that_name(tmp_path: Path, monkeypat
 def test_best_is_the_checkpoint_of_the_lowest_validation_loss(tmp_path: Path):
     """Not the newest, not one that was never evaluated, and not a folder of that name."""
     for step, val_loss in ((5, 2.5), (6, 1.5), (7, 3.5), (8, None)):
-        content = checkpoint.load(weights.write(char_weights(seed=step), tmp_path / f"source{step}", "native"))
+        content = checkpoint.load(formats.write(char_weights(seed=step), tmp_path / f"source{step}", "native"))
         content.step, content.state["val_loss"] = step, val_loss
         checkpoint.save(tmp_path / "out", content, keep_last=9)
     (tmp_path / "best").mkdir()
@@ -109,7 +108,7 @@ def test_no_best_checkpoint_says_what_there_is(tmp_path: Path):
     with pytest.raises(CheckpointError, match="no best") as error:
         restore("best", str(tmp_path / "out"))
     assert error.value.found == "no checkpoint"
-    weights.write(char_weights(), tmp_path / "out", "native")
+    formats.write(char_weights(), tmp_path / "out", "native")
     with pytest.raises(CheckpointError, match="no best") as error:
         restore("best", str(tmp_path / "out"))
     assert error.value.found == "none with one among 1" and "resume" in error.value.hint
@@ -134,7 +133,7 @@ def test_nothing_to_resume_names_what_was_looked_for_and_the_runs_nearby(tmp_pat
         restore("resume", str(tmp_path / "out"))
     assert "checkpoints/step_" in error.value.expected and "ckpt.pt" in error.value.expected
     assert "nanogpt_fast.train" in error.value.hint
-    weights.write(char_weights(), tmp_path / "out-shakespeare", "native")
+    formats.write(char_weights(), tmp_path / "out-shakespeare", "native")
     with pytest.raises(CheckpointError) as error:
         restore("resume", str(tmp_path / "out"))
     assert error.value.hint == f"--out_dir={tmp_path / 'out-shakespeare'}"
@@ -146,8 +145,8 @@ def test_a_path_without_weights(tmp_path: Path):
 
 
 def test_all_checkpoints_damaged_is_an_error_even_beside_nanogpts(tmp_path: Path):
-    step = weights.write(char_weights(), tmp_path / "out", "native")
-    weights.write(char_weights(), tmp_path / "out", "nanogpt")
+    step = formats.write(char_weights(), tmp_path / "out", "native")
+    formats.write(char_weights(), tmp_path / "out", "nanogpt")
     (step / "manifest.json").write_text("{}")
     with pytest.raises(CheckpointError, match="no checkpoint can be used"):
         restore("resume", str(tmp_path / "out"))
@@ -158,7 +157,7 @@ def test_all_checkpoints_damaged_is_an_error_even_beside_nanogpts(tmp_path: Path
 
 def with_dataset(name: object, tmp_path: Path, vocab_size: int = 20) -> str:
     """The path of a ckpt.pt whose configuration names this dataset."""
-    path = weights.write(random_weights(vocab_size=vocab_size), tmp_path / "x", "nanogpt")
+    path = formats.write(random_weights(vocab_size=vocab_size), tmp_path / "x", "nanogpt")
     saved = torch.load(path, weights_only=True)
     saved["config"]["dataset"] = name
     torch.save(saved, path)
@@ -166,7 +165,7 @@ def with_dataset(name: object, tmp_path: Path, vocab_size: int = 20) -> str:
 
 
 def test_the_checkpoints_tokenizer_comes_before_the_datasets(tmp_path: Path):
-    weights.write(char_weights(tokenizer={"kind": "char", "itos": LETTERS[::-1]}), tmp_path / "out", "native")
+    formats.write(char_weights(tokenizer={"kind": "char", "itos": LETTERS[::-1]}), tmp_path / "out", "native")
     found = restore("resume", str(tmp_path / "out"), str(dataset(tmp_path / "data")))
     assert found.tokenizer().decode([0]) == "t"
 
@@ -199,7 +198,7 @@ def test_without_a_dataset_gpt2s_vocabulary_is_told_by_its_size(tmp_path: Path, 
 
 
 def test_a_tokenizer_too_large_for_the_model(tmp_path: Path):
-    weights.write(random_weights(vocab_size=19), tmp_path / "out", "nanogpt")
+    formats.write(random_weights(vocab_size=19), tmp_path / "out", "nanogpt")
     found = restore("resume", str(tmp_path / "out"), str(dataset(tmp_path / "data")))
     with pytest.raises(DataError, match="more ids") as error:
         found.tokenizer()
@@ -207,12 +206,12 @@ def test_a_tokenizer_too_large_for_the_model(tmp_path: Path):
 
 
 def test_a_padded_vocabulary_fits(tmp_path: Path):
-    weights.write(random_weights(vocab_size=64, tokenizer=CHAR), tmp_path / "out", "native")
+    formats.write(random_weights(vocab_size=64, tokenizer=CHAR), tmp_path / "out", "native")
     assert isinstance(restore("resume", str(tmp_path / "out")).tokenizer(), CharTokenizer)
 
 
 def test_a_crafted_shape_is_refused(tmp_path: Path):
-    step = weights.write(char_weights(), tmp_path / "out", "native")
+    step = formats.write(char_weights(), tmp_path / "out", "native")
     content = checkpoint.load(step)
     content.model_args["n_layer"] = -1
     checkpoint.save(tmp_path / "out", content, keep_last=2)
@@ -226,7 +225,7 @@ def test_a_crafted_shape_is_refused(tmp_path: Path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_built_model_computes_what_the_weights_say(tmp_path: Path, dtype: torch.dtype):
     loaded = random_weights(bias=True, tokenizer={"kind": "gpt2"})
-    weights.write(loaded, tmp_path / "out", "native")
+    formats.write(loaded, tmp_path / "out", "native")
     model = build_model(restore("resume", str(tmp_path / "out")), torch.device("cpu"), dtype, dropout=0.25)
     assert not model.training and model.config.dropout == 0.25
     assert {p.dtype for p in model.parameters() if p.dim() > 1} == {dtype}
@@ -242,5 +241,5 @@ def test_the_built_model_computes_what_the_weights_say(tmp_path: Path, dtype: to
 
 
 def test_state_is_json(tmp_path: Path):
-    weights.write(char_weights(), tmp_path / "out", "nanogpt")
+    formats.write(char_weights(), tmp_path / "out", "nanogpt")
     json.dumps(restore("resume", str(tmp_path / "out")).state, allow_nan=False)

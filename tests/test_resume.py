@@ -12,7 +12,7 @@ from tiny_run import metrics, train, write_dataset
 from nanogpt_fast.errors import DataError
 from nanogpt_fast.run import checkpoint
 from nanogpt_fast.train import main
-from nanogpt_fast.weights import formats as weights
+from nanogpt_fast.weights import formats
 
 CUT, END = 100, 200
 
@@ -99,14 +99,14 @@ def test_finetuning_starts_at_zero_with_fresh_moments(folder: Path):
 
 
 @pytest.mark.parametrize("forms", [["nanogpt"], ["nanogpt", "native"], ["native"]], ids=" then ".join)
-def test_a_converted_run_goes_on_as_the_run_itself(folder: Path, forms: list[weights.Format]):
+def test_a_converted_run_goes_on_as_the_run_itself(folder: Path, forms: list[formats.Format]):
     """Also without what nanoGPT does not keep: the samples seen, the data's fingerprint, the loss scale."""
     train(folder, max_iters=20)
     losses = metrics(folder, "train", "loss")
     whole = checkpoint.load(folder / "out/checkpoints/step_00000020")
     path = folder / "out/checkpoints/step_00000010"
     for form in forms:
-        weights.write(weights.read(path), folder / form, form)
+        formats.write(formats.read(path), folder / form, form)
         path = folder / form
     shutil.rmtree(folder / "out")
     shutil.move(path, folder / "out")
@@ -122,14 +122,14 @@ def test_a_converted_run_goes_on_as_the_run_itself(folder: Path, forms: list[wei
 def test_a_copy_by_conversion_keeps_all_of_the_state(folder: Path):
     train(folder, max_iters=10)
     state = checkpoint.load(folder / "out/checkpoints/step_00000010").state
-    copy = weights.write(weights.read(folder / "out"), folder / "copy", "native")
+    copy = formats.write(formats.read(folder / "out"), folder / "copy", "native")
     assert checkpoint.load(copy).state == state and state["fingerprint"]
     assert checkpoint.best(folder / "copy") == copy
 
 
 def test_a_nanogpt_checkpoint_with_no_best_loss_and_no_moments_is_resumed(folder: Path):
     train(folder, max_iters=10)
-    path = weights.write(weights.read(folder / "out"), folder / "theirs", "nanogpt")
+    path = formats.write(formats.read(folder / "out"), folder / "theirs", "nanogpt")
     saved = torch.load(path, weights_only=True)
     shutil.rmtree(folder / "out")
     (folder / "out").mkdir()

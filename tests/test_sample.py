@@ -16,10 +16,11 @@ from twin import Twin
 from nanogpt_fast import sample
 from nanogpt_fast.data.tokenizer import CharTokenizer, Tokenizer, cached_vocab_bpe, gpt2_tokenizer
 from nanogpt_fast.errors import ConfigError, DataError
+from nanogpt_fast.generate import decode_pieces, prompt_ids, sample_text
 from nanogpt_fast.model import GPT
 from nanogpt_fast.restore import build_model, restore
-from nanogpt_fast.sample import decode_pieces, main, prompt_ids, sample_text
-from nanogpt_fast.weights import formats as weights
+from nanogpt_fast.sample import main
+from nanogpt_fast.weights import formats
 from nanogpt_fast.weights.canonical import Weights
 
 LETTERS = ["\n", *map(chr, range(97, 97 + 19))]
@@ -56,7 +57,7 @@ def loaded() -> Weights:
 @pytest.fixture
 def run(loaded: Weights, tmp_path: Path) -> list[str]:
     """Flags that sample from a saved run."""
-    weights.write(loaded, tmp_path / "out", "native")
+    formats.write(loaded, tmp_path / "out", "native")
     return [f"--out_dir={tmp_path / 'out'}", "--device=cpu", "--max_new_tokens=12", "--num_samples=2"]
 
 

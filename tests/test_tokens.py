@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from nanogpt_fast.data import tokens as tokens_module
-from nanogpt_fast.data.tokens import TokenSource, check_fingerprint, open_split
+from nanogpt_fast.data.splits import open_split
+from nanogpt_fast.data.tokens import TokenSource, check_fingerprint
 from nanogpt_fast.errors import DataError
 from nanogpt_fast.settings.config import DataConfig
 

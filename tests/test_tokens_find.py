@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanogpt_fast.data.tokens import dataset_folder, open_split
+from nanogpt_fast.data.splits import dataset_folder, open_split
 from nanogpt_fast.errors import ConfigError, DataError
 from nanogpt_fast.settings.config import DataConfig
 

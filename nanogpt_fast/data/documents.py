@@ -21,8 +21,6 @@ from typing import Any, Protocol
 from nanogpt_fast.errors import DataError, did_you_mean
 from nanogpt_fast.files import write_atomic
 
-# What prepare makes by name; here, because tokens suggests one where a dataset is missing.
-RECIPE_NAMES = ("stdlib", "shakespeare_char", "shakespeare", "openwebtext", "fineweb", "finewebedu")
 PLAIN = (".txt", ".md", ".py")
 SUFFIXES = (*PLAIN, ".jsonl", ".parquet")
 DOWNLOAD_TIMEOUT = 20.0  # seconds without a byte

@@ -1,13 +1,11 @@
-"""Reading tokens: an ordered list of token files, and where a split's files are.
+"""Reading tokens: an ordered list of token files as one source.
 
 Positioned reads, never np.memmap: a file cut short under a memmap kills Python with SIGBUS, a short read is an error
 that names the file. Files are opened on first use and at most MAX_OPEN_FILES stay open (100B tokens are 1030 shards,
 the usual limit is 1024 descriptors). A TokenSource may be read from several threads.
 """
 
-import difflib
 import errno
-import glob
 import hashlib
 import logging
 import os
@@ -15,15 +13,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, TypeVar
 
 import numpy as np
 
-from nanogpt_fast.data.documents import RECIPE_NAMES
-from nanogpt_fast.data.token_format import identity_of, inspect, prepare_hint, unreadable
-from nanogpt_fast.errors import ConfigError, DataError, did_you_mean
-from nanogpt_fast.settings.config import DataConfig
+from nanogpt_fast.data.token_format import identity_of, inspect, unreadable
+from nanogpt_fast.errors import DataError
 
 MAX_OPEN_FILES = 256
 READ_TRIES = 4  # on EIO and ESTALE, as network file systems give while a server restarts
@@ -193,108 +188,6 @@ def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
         expected=show(saved, ours),
         found=show(current, theirs),
         hint="restore the data, or accept the change with --ignore_fingerprint=True",
-    )
-
-
-# ---- Finding a split's files ----
-
-
-@overload
-def open_split(data: DataConfig, split: Literal["train"]) -> TokenSource: ...
-@overload
-def open_split(data: DataConfig, split: Literal["val"], *, required: Literal[True]) -> TokenSource: ...
-@overload
-def open_split(data: DataConfig, split: Literal["train", "val"], *, required: bool = ...) -> TokenSource | None: ...
-def open_split(data: DataConfig, split: Literal["train", "val"], *, required: bool = False) -> TokenSource | None:
-    """The split's files, from data_dir/dataset, a folder, or a pattern that holds {split}.
-
-    In a folder: train.bin, else NAME_train.bin, train_*.bin, NAME_train_*.bin, else the same with .npy. A missing
-    validation split gives None and one warning, or DataError where it is required; train is always required.
-    """
-    paths, looked = _find_split(data, split)
-    if paths:
-        return TokenSource(paths)
-    if split == "val" and not required:
-        log.warning("no validation tokens (%s): evaluation is off", looked)
-        return None
-    folder = os.path.dirname(looked)
-    near = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    close = difflib.get_close_matches(os.path.basename(looked), near, n=3, cutoff=0.4) or near[:8]
-    raise DataError(
-        f"no {split} tokens found",
-        where=f"{looked} (from {os.getcwd()})",
-        found=(f"in {folder}: " + ", ".join(close)) if close else f"{folder} is empty or missing",
-        hint=prepare_hint(looked),
-    )
-
-
-def dataset_folder(data: DataConfig) -> Path | None:
-    """The folder that holds the dataset and its meta.json: data_dir/NAME, else NAME as a path; of a pattern that
-    matches files, the part before {split}. None when nothing is there. Raises ConfigError as open_split does."""
-    places = _places(data)
-    if "{split}" in data.dataset:
-        here = (place for place in places if glob.glob(place.replace("{split}", "*")))
-        places = [os.path.dirname(place.partition("{split}")[0]) for place in here]
-    return next((Path(place) for place in places if os.path.isdir(place)), None)
-
-
-def _places(data: DataConfig) -> list[str]:
-    """The paths that --dataset may mean, the first that is there counts."""
-    name = data.dataset
-    if os.path.isabs(name):
-        return [name]
-    if ".." in name.replace("\\", "/").split("/"):
-        raise ConfigError(
-            "--dataset climbs out of --data_dir",
-            where=f"dataset = {name!r}",
-            expected="a folder's name, or an absolute path",
-            hint=f"--dataset={os.path.abspath(os.path.join(data.data_dir, name))}",
-        )
-    return [os.path.join(data.data_dir, name)] + [name] * bool(os.path.dirname(name))
-
-
-def _find_split(data: DataConfig, split: str) -> tuple[list[str], str]:
-    """(the split's files in order, the pattern that was looked for)."""
-    name, places = data.dataset, _places(data)
-    if "{split}" in name:
-        patterns = [place.replace("{split}", split) for place in places]
-        looked = patterns[-1]
-    elif folder := dataset_folder(data):
-        stems = (split, f"*_{split}", f"{split}_*", f"*_{split}_*")
-        patterns = [os.path.join(glob.escape(str(folder)), stem + end) for end in (".bin", ".npy") for stem in stems]
-        looked = str(folder / f"{split}.bin")
-    elif glob.has_magic(name) or any(os.path.isfile(place) for place in places):
-        raise ConfigError(
-            "--dataset names files without saying which split",
-            where=f"dataset = {name!r}",
-            expected="a folder, or a pattern with {split} in it",
-            hint="--dataset='data/fineweb10B/fineweb_{split}_*.bin'",
-        )
-    else:
-        raise _no_dataset(name, places)
-    matches = ([p for p in sorted(glob.glob(pattern)) if os.path.isfile(p)] for pattern in patterns)
-    return next((paths for paths in matches if paths), []), looked
-
-
-def _no_dataset(name: str, places: list[str]) -> DataError:
-    places = [place.rstrip("/") for place in places]
-    place = next((place for place in places if os.path.isdir(os.path.dirname(place))), places[0])
-    parent, base = os.path.split(place)
-    folders = sorted(e.name for e in os.scandir(parent) if e.is_dir()) if os.path.isdir(parent) else []
-    known = list(dict.fromkeys([*folders, *RECIPE_NAMES]))
-    nearest = next(iter(difflib.get_close_matches(base, known, n=1)), base)
-    out = os.path.join(parent, nearest)
-    if nearest in folders:
-        hint = f"--dataset={os.path.join(os.path.dirname(name.rstrip('/')), nearest)}"
-    else:
-        hint = f"python -m nanogpt_fast.prepare {nearest}"
-        hint += " --source FILE" * (nearest not in RECIPE_NAMES)
-        hint += f" --out {out}" * (out != os.path.join("data", nearest))
-    return DataError(
-        f"there is no dataset {name!r}" + did_you_mean(base, known) * (base not in known),
-        where=f"{place} (from {os.getcwd()})",
-        found=f"in {parent or '.'}: " + (", ".join(folders[:12]) or "no folders"),
-        hint=hint,
     )
 
 

@@ -11,7 +11,6 @@ Nothing is used before its hashes are checked, because a flipped bit in a tensor
 checkpoint is the latest is computed from the step numbers, never from times or a stored pointer.
 """
 
-import dataclasses
 import errno
 import json
 import logging
@@ -19,7 +18,7 @@ import math
 import os
 import platform
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,11 +29,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nanogpt_fast import __version__
-from nanogpt_fast.errors import CheckpointError, did_you_mean
+from nanogpt_fast.errors import CheckpointError
 from nanogpt_fast.files import sync
 from nanogpt_fast.run.manifest import Chunks, read_json, read_manifest, verify, write_files
 from nanogpt_fast.run.rundir import aside, clean_stale, publish
-from nanogpt_fast.settings.config import GPTConfig
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 REQUIRED, OPTIONAL = (MODEL, STATE), (OPTIMIZER,)
@@ -249,72 +247,6 @@ def _prune(out_dir: Path, saved: int, keep_last: int) -> None:
     sync(out_dir / "checkpoints")
 
 
-def _some(items: Iterable[str], limit: int = 5) -> str:
-    items = list(items)
-    return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")
-
-
 def _in_one_line(error: CheckpointError) -> str:
     sides = [f"{label} {text}" for label, text in (("expected", error.expected), ("found", error.found)) if text]
     return ", ".join([error.what, *sides])
-
-
-def check_model(checkpoint: Checkpoint, config: GPTConfig) -> Checkpoint:
-    """The checkpoint with its tensors in the order of `config`'s parameters, fit for a model of `config`.
-
-    Raises CheckpointError for missing or unexpected names, shapes other than the config's, anything but float32,
-    and NaN or infinity, in the weights and in the optimizer's moments.
-    """
-    shapes = config.parameter_shapes()
-    differing = ", ".join(
-        f"{key}: checkpoint {checkpoint.model_args[key]!r}, run {value!r}"
-        for key, value in dataclasses.asdict(config).items()
-        if key in checkpoint.model_args and checkpoint.model_args[key] != value
-    )
-    hint = f"the configurations differ in {differing}" if differing else ""
-    moments = {f"{m}.{name}": shape for m in ("exp_avg", "exp_avg_sq") for name, shape in shapes.items()}
-    model = _check_tensors(checkpoint.model, "", shapes, hint)
-    optimizer = _check_tensors(checkpoint.optimizer, "optimizer ", moments, hint) if checkpoint.optimizer else {}
-    return dataclasses.replace(checkpoint, model=model, optimizer=optimizer)
-
-
-def _check_tensors(
-    tensors: dict[str, Tensor], kind: str, shapes: dict[str, tuple[int, ...]], hint: str
-) -> dict[str, Tensor]:
-    """The tensors in the order of `shapes`."""
-    missing, unexpected = [n for n in shapes if n not in tensors], [n for n in tensors if n not in shapes]
-    if missing or unexpected:
-        raise CheckpointError(
-            f"the checkpoint's {kind}tensors are not the model's",
-            expected=_some(f"{name} (missing{did_you_mean(name, unexpected)})" for name in missing),
-            found=_some(f"{name} (unexpected)" for name in unexpected),
-            hint=hint,
-        )
-    for name, shape in shapes.items():
-        tensor = tensors[name]
-        if tuple(tensor.shape) != shape:
-            raise CheckpointError(
-                f"a {kind}tensor of the checkpoint has another shape than the model's",
-                where=name,
-                expected=str(shape),
-                found=str(tuple(tensor.shape)),
-                hint=hint,
-            )
-        if tensor.dtype != torch.float32:
-            raise CheckpointError(
-                f"a {kind}tensor of the checkpoint has the wrong dtype",
-                where=name,
-                expected="float32",
-                found=str(tensor.dtype).removeprefix("torch."),
-                hint="checkpoints hold float32 masters; convert the weights explicitly",
-            )
-        low, high = tensor.aminmax()  # both become nan when one element is; no temporary, unlike isfinite
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise CheckpointError(
-                f"a {kind}tensor of the checkpoint holds NaN or infinity",
-                where=name,
-                expected="finite numbers",
-                found=f"values from {low.item()} to {high.item()}",
-                hint="the run had diverged when it was saved: go on from an earlier checkpoint",
-            )
-    return {name: tensors[name] for name in shapes}

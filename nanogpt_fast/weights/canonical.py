@@ -3,23 +3,18 @@
 import math
 import pickle
 import re
-import shutil
-import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from nanogpt_fast.data.dataset import Meta, check_name, read_meta
-from nanogpt_fast.errors import CheckpointError, ConfigError, DataError
-from nanogpt_fast.files import sync
-from nanogpt_fast.run.checkpoint import Checkpoint, check_model
+from nanogpt_fast.errors import CheckpointError, ConfigError, DataError, did_you_mean
+from nanogpt_fast.run.checkpoint import Checkpoint
 from nanogpt_fast.settings.config import GPTConfig, ModelConfig
 
 GPT2_VOCAB = 50257  # GPT-2's tokens, <|endoftext|> included
@@ -177,39 +172,67 @@ def load_pickle(path: Path) -> Any:
         ) from error
 
 
-@contextmanager
-def written_beside(dst: Path, force: bool = False) -> Iterator[Path]:
-    """A path beside dst to write the file or folder to; when the block succeeds it is fsynced and renamed to dst.
+def check_model(checkpoint: Checkpoint, config: GPTConfig) -> Checkpoint:
+    """The checkpoint with its tensors in the order of `config`'s parameters, fit for a model of `config`.
 
-    Raises CheckpointError when dst exists and force is not set. What dst held is gone only after the new is in place.
-    A folder is replaced by two renames: killed between them, both are whole, as old and new in `.NAME.*` beside dst.
+    Raises CheckpointError for missing or unexpected names, shapes other than the config's, anything but float32,
+    and NaN or infinity, in the weights and in the optimizer's moments.
     """
-    empty = dst.is_dir() and not any(dst.iterdir())
-    if dst.exists() and not (force or empty):
+    shapes = config.parameter_shapes()
+    differing = ", ".join(
+        f"{key}: checkpoint {checkpoint.model_args[key]!r}, run {value!r}"
+        for key, value in asdict(config).items()
+        if key in checkpoint.model_args and checkpoint.model_args[key] != value
+    )
+    hint = f"the configurations differ in {differing}" if differing else ""
+    moments = {f"{m}.{name}": shape for m in ("exp_avg", "exp_avg_sq") for name, shape in shapes.items()}
+    model = _check_tensors(checkpoint.model, "", shapes, hint)
+    optimizer = _check_tensors(checkpoint.optimizer, "optimizer ", moments, hint) if checkpoint.optimizer else {}
+    return replace(checkpoint, model=model, optimizer=optimizer)
+
+
+def _check_tensors(
+    tensors: dict[str, Tensor], kind: str, shapes: dict[str, tuple[int, ...]], hint: str
+) -> dict[str, Tensor]:
+    """The tensors in the order of `shapes`."""
+    missing, unexpected = [n for n in shapes if n not in tensors], [n for n in tensors if n not in shapes]
+    if missing or unexpected:
         raise CheckpointError(
-            "the destination exists", where=str(dst), hint="choose another name, or add --force to replace it"
+            f"the checkpoint's {kind}tensors are not the model's",
+            expected=_some(f"{name} (missing{did_you_mean(name, unexpected)})" for name in missing),
+            found=_some(f"{name} (unexpected)" for name in unexpected),
+            hint=hint,
         )
-    try:
-        dst.parent.mkdir(parents=True, exist_ok=True)
-        workshop = Path(tempfile.mkdtemp(prefix=f".{dst.name}.", dir=dst.parent))
-    except OSError as error:
-        raise CheckpointError("cannot write there", where=str(dst), found=str(error)) from error
-    new, old = workshop / "new", workshop / "old"
-    try:
-        yield new
-        for path in [*new.rglob("*"), new]:
-            sync(path)
-        if dst.is_dir():  # a rename replaces a file, but no folder that holds something
-            dst.rename(old)
-        new.replace(dst)
-        sync(dst.parent)
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # the last two are how torch and safetensors say "disk full"
-        raise CheckpointError("could not be written", where=str(dst), found=str(error).split("\n")[0]) from error
-    finally:
-        if old.exists() and not dst.exists():
-            old.rename(dst)
-        shutil.rmtree(workshop, ignore_errors=True)
+    for name, shape in shapes.items():
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shape:
+            raise CheckpointError(
+                f"a {kind}tensor of the checkpoint has another shape than the model's",
+                where=name,
+                expected=str(shape),
+                found=str(tuple(tensor.shape)),
+                hint=hint,
+            )
+        if tensor.dtype != torch.float32:
+            raise CheckpointError(
+                f"a {kind}tensor of the checkpoint has the wrong dtype",
+                where=name,
+                expected="float32",
+                found=str(tensor.dtype).removeprefix("torch."),
+                hint="checkpoints hold float32 masters; convert the weights explicitly",
+            )
+        low, high = tensor.aminmax()  # both become nan when one element is; no temporary, unlike isfinite
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise CheckpointError(
+                f"a {kind}tensor of the checkpoint holds NaN or infinity",
+                where=name,
+                expected="finite numbers",
+                found=f"values from {low.item()} to {high.item()}",
+                hint="the run had diverged when it was saved: go on from an earlier checkpoint",
+            )
+    return {name: tensors[name] for name in shapes}
+
+
+def _some(items: Iterable[str], limit: int = 5) -> str:
+    items = list(items)
+    return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")

@@ -5,22 +5,28 @@ nanogpt   nanoGPT's ckpt.pt, or the out_dir around it  llmc   llm.c's model file
 """
 
 import math
+import shutil
 import struct
 import sys
+import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 
 from nanogpt_fast.data.token_format import LLMC_LAYOUTS
 from nanogpt_fast.errors import CheckpointError
+from nanogpt_fast.files import sync
 from nanogpt_fast.run import checkpoint
 from nanogpt_fast.run.checkpoint import Checkpoint
 from nanogpt_fast.settings.config import GPTConfig
 from nanogpt_fast.weights import huggingface, llmc, nanogpt_ckpt
-from nanogpt_fast.weights.canonical import Weights, checked, model_config, written_beside
+from nanogpt_fast.weights.canonical import Weights, check_model, checked, model_config
 from nanogpt_fast.weights.huggingface import HUB, load_pretrained
 
 __all__ = ["FORMATS", "Format", "Weights", "load_pretrained", "read", "read_native", "sniff", "write"]
@@ -127,7 +133,7 @@ def read_native(path: Path) -> tuple[Weights, Path, list[str]]:
         path = checkpoint.list_steps(path)[found.step]
     known = {f.name for f in fields(GPTConfig)}
     config = model_config(str(path), **{key: value for key, value in found.model_args.items() if key in known})
-    found, state = checkpoint.check_model(found, config), found.state
+    found, state = check_model(found, config), found.state
     best, run, tokenizer = (state.get(key) for key in ("best_val_loss", "config", "tokenizer"))
     weights = Weights(
         model_args=config,
@@ -157,3 +163,41 @@ def _write_native(weights: Weights, out_dir: Path, force: bool) -> Path:
         state["tokenizer"] = weights.tokenizer
     new = Checkpoint(weights.step, asdict(weights.model_args), weights.model, weights.optimizer or {}, state)
     return checkpoint.save(out_dir, new, keep_last=sys.maxsize)
+
+
+@contextmanager
+def written_beside(dst: Path, force: bool = False) -> Iterator[Path]:
+    """A path beside dst to write the file or folder to; when the block succeeds it is fsynced and renamed to dst.
+
+    Raises CheckpointError when dst exists and force is not set. What dst held is gone only after the new is in place.
+    A folder is replaced by two renames: killed between them, both are whole, as old and new in `.NAME.*` beside dst.
+    """
+    empty = dst.is_dir() and not any(dst.iterdir())
+    if dst.exists() and not (force or empty):
+        raise CheckpointError(
+            "the destination exists", where=str(dst), hint="choose another name, or add --force to replace it"
+        )
+    try:
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        workshop = Path(tempfile.mkdtemp(prefix=f".{dst.name}.", dir=dst.parent))
+    except OSError as error:
+        raise CheckpointError("cannot write there", where=str(dst), found=str(error)) from error
+    new, old = workshop / "new", workshop / "old"
+    try:
+        yield new
+        for path in [*new.rglob("*"), new]:
+            sync(path)
+        if dst.is_dir():  # a rename replaces a file, but no folder that holds something
+            dst.rename(old)
+        new.replace(dst)
+        sync(dst.parent)
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # the last two are how torch and safetensors say "disk full"
+        raise CheckpointError("could not be written", where=str(dst), found=str(error).split("\n")[0]) from error
+    finally:
+        if old.exists() and not dst.exists():
+            old.rename(dst)
+        shutil.rmtree(workshop, ignore_errors=True)
