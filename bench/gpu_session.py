@@ -11,7 +11,6 @@ another folder, where each call gets an empty one. The GPU's settings are never 
 import argparse
 import importlib.util
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -54,14 +53,15 @@ class Stage:
 
 
 def gpu_test_slices() -> dict[str, list[str]]:
-    """{slice: files} of tests that run on a GPU: those of the Triton ops, and those marked so."""
+    """{slice: files} of tests that run on a GPU: those of the Triton ops (tests/ops), and those marked so."""
     found: dict[str, list[str]] = {name: [] for name in (*SLICES, "others")}
-    for path in sorted((machine.ROOT / "tests").glob("test_*.py")):
-        if not re.search(r"^import kernel_case|^from \w+_case import|mark\.gpu", path.read_text(), re.MULTILINE):
+    tests = machine.ROOT / "tests"
+    for path in sorted(tests.rglob("test_*.py")):
+        if path.parent != tests / "ops" and "mark.gpu" not in path.read_text():
             continue
         stem = f"{path.stem.removeprefix('test_')}."
         name = next((name for name, starts in SLICES.items() if stem.startswith(starts)), "others")
-        found[name].append(f"tests/{path.name}")
+        found[name].append(str(path.relative_to(machine.ROOT)))
     return {name: files for name, files in found.items() if files}
 
 

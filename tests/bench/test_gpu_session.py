@@ -15,7 +15,7 @@ from gpu_session import Stage, run_session
 
 from nanogpt_fast.errors import ConfigError, DeviceError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def python(code: str) -> list[str]:
@@ -176,10 +176,10 @@ def test_results_of_an_earlier_folder_are_taken_over(out: Path):
 
 def test_every_gpu_test_is_in_one_slice():
     sliced = [file for files in gpu_session.gpu_test_slices().values() for file in files]
-    mentioning = [p for p in (ROOT / "tests").glob("test_*.py") if "\nimport kernel_case" in p.read_text()]
-    assert len(sliced) == len(set(sliced)) and {f"tests/{p.name}" for p in mentioning} <= set(sliced)
-    assert "tests/test_train_gpu.py" in gpu_session.gpu_test_slices()["others"]
-    assert "tests/test_norm.py" in gpu_session.gpu_test_slices()["norm"]
+    ops = {f"tests/ops/{p.name}" for p in (ROOT / "tests/ops").glob("test_*.py")}
+    assert len(sliced) == len(set(sliced)) and ops <= set(sliced)
+    assert "tests/commands/test_train_gpu.py" in gpu_session.gpu_test_slices()["others"]
+    assert "tests/ops/test_norm.py" in gpu_session.gpu_test_slices()["norm"]
 
 
 def test_scripts_of_the_stages_accept_their_flags(tmp_path: Path, capsys: pytest.CaptureFixture):

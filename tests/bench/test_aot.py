@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 OTHER_TRITON = "3.6.0"
 ARCHES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
 
@@ -78,7 +78,7 @@ def test_every_call_on_every_architecture_by_another_triton(arch: str, other_tri
 
 
 def test_the_rules_see_what_breaks_them():
-    run = run_compiler("tests/bad_kernels.py")
+    run = run_compiler("tests/helpers/bad_kernels.py")
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
     verdicts = found["verdicts"]

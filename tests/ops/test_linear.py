@@ -1,6 +1,5 @@
 """linear of the Triton set: cuBLAS products, and where the weight's gradient goes."""
 
-import kernel_case  # noqa: F401  (its import marks these as GPU tests where there is one)
 import pytest
 import torch
 from kernel_case import DEVICE, DTYPES, assert_op, randn

@@ -1,7 +1,7 @@
 """--data_order=nanogpt trains as nanoGPT does: same weights, same batches, same losses.
 
-The always-run cases compare with tests/twin.py, nanoGPT's algorithm written again on torch.nn. With NANOGPT_DIR set to
-a checkout of karpathy/nanoGPT, its own train.py is run and compared with too.
+The always-run cases compare with tests/helpers/twin.py, nanoGPT's algorithm written again on torch.nn. With
+NANOGPT_DIR set to a checkout of karpathy/nanoGPT, its own train.py is run and compared with too.
 """
 
 import os

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import kernel_case  # noqa: F401  (makes these gpu tests where there is one)
 import pytest
 import torch
 from hypothesis import given, settings

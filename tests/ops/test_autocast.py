@@ -1,6 +1,5 @@
 """torch.autocast around the Triton ops changes nothing: they compute in their operands' dtypes."""
 
-import kernel_case  # noqa: F401  (its import marks these as GPU tests where there is one)
 import pytest
 import torch
 from kernel_case import DEVICE

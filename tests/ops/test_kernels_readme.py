@@ -5,7 +5,7 @@ from pathlib import Path
 
 from kernel_case import DEVICE
 
-README = Path(__file__).resolve().parent.parent / "kernels" / "README.md"
+README = Path(__file__).resolve().parents[2] / "kernels" / "README.md"
 
 
 def test_the_example_runs():

@@ -1,6 +1,5 @@
 """The interpreter's bfloat16, bit for bit torch's."""
 
-import kernel_case  # noqa: F401  (patches the interpreter)
 import pytest
 import torch
 import triton

@@ -1,6 +1,5 @@
 """The persistent GEMMs with GELU or its derivative in the epilogue: tiles, descriptors, partial sums."""
 
-import kernel_case  # noqa: F401  (makes these gpu tests where there is one)
 import pytest
 import torch
 import torch.nn.functional as F

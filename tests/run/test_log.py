@@ -14,7 +14,7 @@ from nanogpt_fast.errors import ConfigError
 from nanogpt_fast.run.log import RunLog
 from nanogpt_fast.settings.config import LogConfig
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FULL = Path("/dev/full")
 needs_dev_full = pytest.mark.skipif(not FULL.exists(), reason="/dev/full, a disk without space, exists on Linux only")
 

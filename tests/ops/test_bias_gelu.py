@@ -1,6 +1,5 @@
 """bias_gelu: GELU of a biased tensor in one elementwise pass, and the pass that the MLP takes beside cuBLAS."""
 
-import kernel_case  # noqa: F401  (makes these gpu tests where there is one)
 import pytest
 import torch
 import torch.nn.functional as F

@@ -22,7 +22,7 @@ from nanogpt_kernels.launch import Row
 
 from nanogpt_fast.errors import ConfigError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ROW = Row(80, dict(ROWS=4, BLOCK=8), 4, num_stages=2, up_to=1024, choices=dict(fused=True, programs_per_sm=2))
 
 

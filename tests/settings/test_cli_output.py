@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from nanogpt_fast.settings import cli
 from nanogpt_fast.settings.config import SECTION_OF, Config
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 values = {
     "out_dir": st.text(st.characters(exclude_categories=["Cs"])),
@@ -43,7 +43,7 @@ def test_flags_load_back_equal(changes):
     assert cli.load_config(argv) == config
 
 
-def run(*argv: str, module: str = "cli", **env: str) -> subprocess.CompletedProcess[str]:
+def run(*argv: str, module: str = "settings.cli", **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", f"nanogpt_fast.{module}", *argv], cwd=ROOT, text=True, capture_output=True, check=False,
         env=os.environ | {"COLUMNS": "80", "PYTHONPATH": str(ROOT / "kernels"), "PYTHONIOENCODING": "utf-8", **env},

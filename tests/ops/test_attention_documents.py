@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import kernel_case  # noqa: F401  (its name marks these tests gpu where there is one)
 import pytest
 import torch
 from attention_case import attention_same_dtype, seed_tensor, tiles

@@ -13,7 +13,7 @@ from roofline import GPUS, MODELS, adamw_bytes, add_norm_bytes, norm_bytes, step
 from nanogpt_fast.hardware import PEAK_TFLOPS, flops_per_token
 from nanogpt_fast.settings.config import GPTConfig
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PEAK, BANDWIDTH, EXPS = 989e12, 3.35e12, 132 * 16 * 1.83e9  # an H100 SXM; 132 SMs at 1.83 GHz
 L, C, T, V, F = 12, 768, 1024, 50304, 3072
 TOKENS = 64 * T * 8

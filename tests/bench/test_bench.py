@@ -24,7 +24,7 @@ from harness import Arm, Bound, Contestant, plain
 
 from nanogpt_fast.errors import ConfigError, DeviceError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DEVICE = kernel_case.DEVICE
 
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import kernel_case  # noqa: F401  (its name marks these tests gpu where there is one)
 import pytest
 import torch
 import triton
