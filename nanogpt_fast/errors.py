@@ -1,12 +1,15 @@
 """Errors a user can act on: what, where, expected against found, the next command; one exit code a kind.
 
 Every command's main() runs inside `run_command`, which prints such an error without a traceback
-(with one under --debug) and exits with the code of its kind.
+(with one under --debug) and exits with the code of its kind. What is worth a warning goes to the module's logger,
+which `run_command` shows on stderr.
 """
 
 import difflib
+import logging
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 
 class NanogptError(Exception):
@@ -54,6 +57,17 @@ class DivergedError(NanogptError):
     exit_code = 6
 
 
+class WarningLines(logging.Handler):
+    """WARNING: and the text, on whatever sys.stderr is by then: a live progress bar takes its place for a while.
+
+    With `2>&1 | tee`, Ctrl-C has closed the pipe: then nobody reads, and that is no error.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):
+            print(f"{record.levelname}: {record.getMessage()}", file=sys.stderr, flush=True)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """', did you mean "x"?' for the closest known names, or '' when none is close."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
@@ -63,6 +77,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def run_command(main: Callable[[list[str]], int | None]) -> None:
     """Run main(argv) and exit: its return value, or the code of the error it raised."""
     argv = sys.argv[1:]
+    logging.getLogger("nanogpt_fast").addHandler(WarningLines())
     try:
         code = main(argv)
     except NanogptError as error:

@@ -85,8 +85,6 @@ def main(argv: list[str]) -> None:
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device, comparable=True)
     restored = restore(config.init_from, config.out_dir, config.data_dir)
-    for line in restored.skipped:
-        print(f"WARNING: {line}", file=sys.stderr)
     config = resolve(config, restored)
     model = build_model(restored, device, dtype, select_ops(config.kernels, device.type))
     generator = torch.Generator().manual_seed(config.seed)

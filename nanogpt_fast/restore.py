@@ -8,7 +8,7 @@ anything else    a path: a run of ours or one step of it, nanoGPT's ckpt.pt, a H
 
 import dataclasses
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,6 @@ class Restored:
     run_config: dict[str, Any]  # flat configuration of the run they come from, {} when unknown
     tokenizer_json: dict[str, Any] | None  # None: no file says what the ids stand for
     source: str  # what was loaded, for people
-    skipped: list[str] = field(default_factory=list)  # newer checkpoints that did not verify, and why
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer the model was trained with. Raises DataError when it is unknown or does not fit the model."""
@@ -128,10 +127,8 @@ def _runs_near(out_dir: Path) -> list[str]:
 
 
 def _from_native(path: Path, data_dir: str) -> Restored:
-    found, path, skipped = formats.read_native(path)
-    restored = _from_weights(found, f"{path}, iteration {found.step}", data_dir)
-    restored.skipped = skipped
-    return restored
+    found, path = formats.read_native(path)
+    return _from_weights(found, f"{path}, iteration {found.step}", data_dir)
 
 
 def _from_weights(found: Weights, source: str, data_dir: str) -> Restored:

@@ -75,8 +75,6 @@ def main(argv: list[str]) -> None:
     dtype = resolve_dtype(config.dtype, device, comparable=True)
     restored = restore(config.init_from, config.out_dir, config.data_dir)
     tokenizer = restored.tokenizer()
-    for line in restored.skipped:
-        print(f"WARNING: {line}", file=sys.stderr)
     model = build_model(restored, device, dtype, select_ops(config.kernels, device.type))
     ids, block_size = prompt_ids(tokenizer, prompt), restored.config.block_size
     print(f"sampling from {restored.source}, {device}, {str(dtype).removeprefix('torch.')}", file=sys.stderr)

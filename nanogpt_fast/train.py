@@ -1,6 +1,7 @@
 """Train or finetune a GPT: `python -m nanogpt_fast.train --config NAME [--flag=value ...]`. Flags are nanoGPT's."""
 
 import dataclasses
+import logging
 import math
 import shlex
 import sys
@@ -36,6 +37,8 @@ from nanogpt_fast.settings.config import Config, GPTConfig
 from nanogpt_fast.step import TrainStep
 from nanogpt_fast.trainer import Trainer
 
+log = logging.getLogger(__name__)
+
 
 def main(argv: list[str]) -> int:
     """Build the parts in order, then train. Returns the exit code."""
@@ -47,6 +50,7 @@ def main(argv: list[str]) -> int:
         world = distributed.join(config.system.device, config.system.backend, config.data.gradient_accumulation_steps)
         stack.callback(world.close)
         say = print if world.is_main else lambda *_: None
+        logging.getLogger("nanogpt_fast").setLevel(logging.WARNING if world.is_main else logging.ERROR)
         ops = select_ops(config.system.kernels, world.device.type)
         say(f"tokens per iteration will be: {config.tokens_per_iter:,}")
         sources, vocab_size, tokenizer = open_data(config, stack, say)
@@ -54,7 +58,7 @@ def main(argv: list[str]) -> int:
         restored = None if config.run.init_from == "scratch" else load_weights(config, say)
         shape = shape_of(config, restored, vocab_size, say)
         if restored and restored.tokenizer_json not in (None, tokenizer):
-            say("WARNING: the data were made with another tokenizer than the one these weights were trained with")
+            log.warning("the data were made with another tokenizer than the one these weights were trained with")
         generator = torch.Generator().manual_seed(config.run.seed + world.rank)
         dtype = distributed.resolve_dtype(
             config.system.dtype, world.device, comparable=config.data.data_order == "nanogpt"
@@ -86,30 +90,30 @@ def main(argv: list[str]) -> int:
         )
         peak, peak_source = resolve_peak(world.device, dtype) if world.is_main else (None, "")
         say(f"device {world.device}, dtype {str(dtype).removeprefix('torch.')}, peak for MFU: {peak_source}")
-        log = RunLog(
+        run_log = RunLog(
             Path(config.run.out_dir), config.log, config.flat(), total=config.optim.max_iters + 1, enabled=world.is_main
         )
-        stack.callback(log.close)
+        stack.callback(run_log.close)
         if not config.run.eval_only:  # an evaluation adds a line to the run's metrics, it is no new run
-            log.run(**run_facts(config, shape, start, dtype, peak_source))
+            run_log.run(**run_facts(config, shape, start, dtype, peak_source))
         trainer = Trainer(
-            config,
-            world,
-            TrainStep(model, optimizer, world, config.run.seed),
-            loader,
-            sources,
-            generator if config.data.data_order == "nanogpt" else None,
-            log,
-            tokenizer,
-            fingerprint,
-            peak,
-            start,
-            best_val_loss_of(resumed),
+            config=config,
+            world=world,
+            step=TrainStep(model, optimizer, world, config.run.seed),
+            loader=loader,
+            sources=sources,
+            generator=generator if config.data.data_order == "nanogpt" else None,
+            log=run_log,
+            tokenizer=tokenizer,
+            fingerprint=fingerprint,
+            peak=peak,
+            start=start,
+            best_val_loss=best_val_loss_of(resumed),
         )
         if world.is_main and not config.run.eval_only:
             begin_out_dir(config, shape, start)
         code = trainer.run()
-        log.close()
+        run_log.close()
         if code == 0 and world.is_main and not config.run.eval_only:
             finish(config, model, tokenizer)
     return code
@@ -142,8 +146,6 @@ def begin_out_dir(config: Config, shape: GPTConfig, start: int) -> None:
 def load_weights(config: Config, say: Any) -> Restored:
     """The weights that --init_from names."""
     restored = restore(config.run.init_from, config.run.out_dir, config.data.data_dir)
-    for line in restored.skipped:
-        say(f"WARNING: {line}")
     if config.run.init_from != "resume":
         say(f"Initializing from {restored.source}")
         return restored
@@ -202,7 +204,7 @@ def build_optimizer(
         shapes = [shape for shape in flat.shapes.values() if (len(shape) > 1) == wanted]
         say(f"num {text} parameter tensors: {len(shapes)}, with {sum(s.numel() for s in shapes):,} parameters")
     if config.run.init_from == "resume" and restored is not None and not restored.optimizer:
-        say("WARNING: the checkpoint has no optimizer state; AdamW starts anew")
+        log.warning("the checkpoint has no optimizer state; AdamW starts anew")
     elif config.run.init_from == "resume" and restored is not None and restored.optimizer:
         rows = model.config.block_size
         cropped = {k: t[:rows] if k.endswith("wpe.weight") else t for k, t in restored.optimizer.items()}

@@ -1,5 +1,6 @@
 """The training loop: schedule, evaluate, save, step, log; nanoGPT's order of events and meanings."""
 
+import logging
 import math
 import shlex
 import time
@@ -22,11 +23,12 @@ from nanogpt_fast.scoring import estimate_loss
 from nanogpt_fast.settings.config import Config
 from nanogpt_fast.step import StepResult, TrainStep
 
+log = logging.getLogger(__name__)
 MAX_BAD_STEPS = 10  # non-finite gradients in a row before the run stops; float16's scale settles within them
 MAX_FAILED_SAVES = 3
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Trainer:
     """The parts of a run; run() trains. start: iterations done before this process began."""
 
@@ -176,7 +178,7 @@ class Trainer:
             self._failed_saves += 1
             if must or self._failed_saves >= MAX_FAILED_SAVES:
                 raise
-            self.log.warn(f"{error}\n  training goes on; the next evaluation tries again")
+            log.warning("%s\n  training goes on; the next evaluation tries again", error)
         else:
             self._failed_saves, self._saved_step = 0, step
             self.log.line(f"saving checkpoint to {path}")

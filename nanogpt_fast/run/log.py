@@ -5,8 +5,8 @@ or a pipe whose reader is gone (Ctrl-C ends `| tee` too), stops that sink, once 
 """
 
 import json
+import logging
 import math
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,6 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from nanogpt_fast.errors import ConfigError
 from nanogpt_fast.settings.config import LogConfig
+
+log = logging.getLogger(__name__)
 
 
 class RunLog:
@@ -70,10 +72,6 @@ class RunLog:
         else:
             self._attempt("console", lambda: print(text, flush=True))
 
-    def warn(self, text: str) -> None:
-        """One line that asks for attention."""
-        self.line(f"WARNING: {text}")
-
     def run(self, **facts: Any) -> None:
         """The header line of metrics.jsonl: what this process is about to do."""
         self._write({"kind": "run", **facts})
@@ -115,8 +113,7 @@ class RunLog:
             write()
         except OSError as error:
             self._lost.add(sink)
-            with suppress(OSError):
-                print(f"WARNING: {sink}: {error.strerror}; training goes on without it", file=sys.stderr)
+            log.warning("%s: %s; training goes on without it", sink, error.strerror)
 
     def _write(self, record: dict[str, Any]) -> None:
         if file := self._file:

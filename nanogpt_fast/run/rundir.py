@@ -8,12 +8,12 @@ a checkpoint and the next start knows whose it was. KIND is `tmp` (being written
 
 import errno
 import json
+import logging
 import os
 import re
 import secrets
 import shutil
 import socket
-import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +22,7 @@ import filelock
 from nanogpt_fast.errors import CheckpointError
 from nanogpt_fast.files import sync
 
+log = logging.getLogger(__name__)
 _ASIDE = re.compile(r"\.(tmp|trash|replaced)-(step_\d{8,})-(\d+)@(.+)-[0-9a-f]{8}")
 
 
@@ -53,7 +54,7 @@ class RunLock:
             self._lock.release()
             if isinstance(error, OSError) and error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
                 raise _unwritable(self.out_dir, error) from error
-            warnings.warn(f"{self.out_dir}: this filesystem has no locks, two runs could mix here", stacklevel=2)
+            log.warning("%s: this filesystem has no locks, two runs could mix here", self.out_dir)
         return self
 
     def __exit__(self, *_: object) -> None:

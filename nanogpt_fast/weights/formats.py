@@ -4,12 +4,12 @@ native    our out_dir, or one step folder of it       hf     a Hugging Face GPT-
 nanogpt   nanoGPT's ckpt.pt, or the out_dir around it  llmc   llm.c's model file
 """
 
+import logging
 import math
 import shutil
 import struct
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -31,6 +31,7 @@ from nanogpt_fast.weights.huggingface import HUB, load_pretrained
 
 __all__ = ["FORMATS", "Format", "Weights", "load_pretrained", "read", "read_native", "sniff", "write"]
 
+log = logging.getLogger(__name__)
 Format = Literal["native", "nanogpt", "hf", "llmc"]
 FORMATS: dict[Format, str] = {
     "native": "nanogpt_fast checkpoint",
@@ -77,9 +78,7 @@ def read(path: str | Path) -> Weights:
     """The weights at path, whatever their format; see sniff. Raises CheckpointError."""
     kind, path = sniff(path), Path(path)
     if kind == "native":
-        weights, path, skipped = read_native(path)
-        for line in skipped:
-            warnings.warn(line, stacklevel=2)
+        weights, path = read_native(path)
         return checked(weights, str(path))  # formats to write need tensors with storages of their own
     if kind == "nanogpt":
         return nanogpt_ckpt.read(path / "ckpt.pt" if path.is_dir() else path)
@@ -121,15 +120,17 @@ def _replaceable(dst: Path, to: Format) -> bool:
         return False
 
 
-def read_native(path: Path) -> tuple[Weights, Path, list[str]]:
-    """(weights, step folder, a line for each newer checkpoint that does not verify) of a run or one step of it.
+def read_native(path: Path) -> tuple[Weights, Path]:
+    """(weights, step folder) of a run or one step of it, with a warning for each newer one that does not verify.
 
     Tensors are mapped from the file. Raises CheckpointError, also where the tensors do not fit the configuration.
     """
     if (path / checkpoint.STATE).is_file():
-        found, skipped = checkpoint.load(path), []
+        found = checkpoint.load(path)
     else:
         found, skipped = checkpoint.newest(path)
+        for line in skipped:
+            log.warning(line)
         path = checkpoint.list_steps(path)[found.step]
     known = {f.name for f in fields(GPTConfig)}
     config = model_config(str(path), **{key: value for key, value in found.model_args.items() if key in known})
@@ -146,7 +147,7 @@ def read_native(path: Path) -> tuple[Weights, Path, list[str]]:
         tokenizer=tokenizer if isinstance(tokenizer, dict) else None,
         state=state,
     )
-    return weights, path, skipped
+    return weights, path
 
 
 def _write_native(weights: Weights, out_dir: Path, force: bool) -> Path:
