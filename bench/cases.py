@@ -86,7 +86,7 @@ class Case:
     """One op. work: (forward, backward) of a shape and an element size; no backward: the op is not differentiable.
     What it `mutates` (positions of its arguments) is part of its result."""
 
-    files: tuple[str, ...]  # of nanogpt_kernels, where the function may live
+    files: tuple[str, ...]  # of nanogpt_kernels/ops, where the function may live
     inputs: Callable[[Setting], tuple[Any, ...]]
     work: Callable[[Shape, int], tuple[Work, Work | None]]
     mutates: tuple[int, ...] = ()
@@ -244,13 +244,13 @@ def ours(op: str) -> Callable[..., Any]:
     problems = []
     for file in CASES[op].files:
         try:
-            module = importlib.import_module(f"nanogpt_kernels.{file}")
+            module = importlib.import_module(f"nanogpt_kernels.ops.{file}")
         except ModuleNotFoundError as problem:
             problems.append(str(problem))
             continue
         if hasattr(module, op):
             return getattr(module, op)
-        problems.append(f"nanogpt_kernels.{file} has no {op}")
+        problems.append(f"nanogpt_kernels.ops.{file} has no {op}")
     raise ImportError("; ".join(problems))
 
 

@@ -4,13 +4,13 @@ REFERENCE is plain PyTorch and needs torch alone. TRITON is our own kernels; Tri
 """
 
 import dataclasses
-import importlib
 import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import nanogpt_kernels
 from nanogpt_kernels import reference
 from nanogpt_kernels.reference import GRAD_NORM, LOSS_SCALE, LR, MAX_NORM, STEP  # slots of adamw_'s scalars
 
@@ -55,7 +55,7 @@ class Ops:
 
 
 OP_NAMES = tuple(f.name for f in dataclasses.fields(Ops))
-OP_FILES = {  # {file of nanogpt_kernels: its ops}; --kernels takes the names of both
+OP_FILES = {  # {file of nanogpt_kernels/ops: its ops}; --kernels takes the names of both
     "embedding": ("embedding",),
     "norm": ("norm", "add_norm"),
     "attention": ("qkv_attention", "cached_attention"),
@@ -72,11 +72,7 @@ def __getattr__(name: str) -> Any:
     """TRITON, made on first use."""
     if name != "TRITON":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    functions = {}
-    for file, names in OP_FILES.items():
-        module = importlib.import_module(f"nanogpt_kernels.{file}")
-        functions |= {op: getattr(module, op) for op in names}
-    globals()["TRITON"] = triton_ops = Ops(**functions)
+    globals()["TRITON"] = triton_ops = Ops(**{op: getattr(nanogpt_kernels, op) for op in OP_NAMES})
     return triton_ops
 
 

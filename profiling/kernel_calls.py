@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 from nanogpt_kernels import launch
-from nanogpt_kernels.adamw import adamw_, grad_norm
-from nanogpt_kernels.attention import attention, cached_attention, qkv_attention
-from nanogpt_kernels.cross_entropy import cross_entropy
-from nanogpt_kernels.embedding import embedding
-from nanogpt_kernels.linear import linear
-from nanogpt_kernels.linear_cross_entropy import linear_cross_entropy
-from nanogpt_kernels.mlp import bias_gelu, mlp
-from nanogpt_kernels.norm import add_norm, norm
-from nanogpt_kernels.residual import dropout_add
+from nanogpt_kernels.ops.adamw import adamw_, grad_norm
+from nanogpt_kernels.ops.attention import attention, cached_attention, qkv_attention
+from nanogpt_kernels.ops.cross_entropy import cross_entropy
+from nanogpt_kernels.ops.embedding import embedding
+from nanogpt_kernels.ops.linear import linear
+from nanogpt_kernels.ops.linear_cross_entropy import linear_cross_entropy
+from nanogpt_kernels.ops.mlp import bias_gelu, mlp
+from nanogpt_kernels.ops.norm import add_norm, norm
+from nanogpt_kernels.ops.residual import dropout_add
 from torch import Tensor
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

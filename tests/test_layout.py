@@ -106,20 +106,20 @@ def test_kernels_import_torch_and_triton_only():
         assert {name.split(".")[0] for name in imports(path)} <= allowed, path
 
 
-SHARED_KERNEL_FILES = {"contract", "launch", "primitives", "registry", "linear", "column_sums", "reference"}
-FAMILIES = {
-    "attention": {"attention"},
-    "launch": {"launch_rows"},
-    "linear_cross_entropy": {"cross_entropy"},
-    "mlp": {"gemm_gelu"},
-}
+SHARED_OP_FILES = {"linear", "column_sums"}
+FAMILIES = {"attention": {"attention"}, "linear_cross_entropy": {"cross_entropy"}, "mlp": {"gemm_gelu"}}
 
 
-def test_op_files_import_one_another_only_within_a_family():
+def test_op_files_import_what_they_stand_on_and_one_another_only_within_a_family():
     for path in python_files("kernels"):
-        own = path.relative_to(KERNELS).parts[0].removesuffix(".py")
-        used = {name.split(".")[1] for name in imports(path) if name.startswith("nanogpt_kernels.")}
-        assert used <= SHARED_KERNEL_FILES | FAMILIES.get(own, set()), path
+        own = path.relative_to(KERNELS).with_suffix("").parts
+        used = {tuple(name.split(".")[1:3]) for name in imports(path) if name.startswith("nanogpt_kernels.")}
+        op_files = {parts[1] for parts in used if parts[0] == "ops" and len(parts) > 1}
+        if own[0] == "ops":
+            assert op_files <= SHARED_OP_FILES | FAMILIES.get(own[1], set()), path
+        elif own != ("__init__",):  # which names them, lazily
+            assert not op_files, path
+        assert own == ("launch",) or not any(parts[0] == "launch_rows" for parts in used), path
 
 
 def test_nobody_imports_bench_or_profiling():

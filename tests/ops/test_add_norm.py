@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kernel_case import DEVICE, DTYPES, assert_op, gradients, guarded, randn
 from nanogpt_kernels import launch, reference
 from nanogpt_kernels.contract import ContractError
-from nanogpt_kernels.norm import add_norm
+from nanogpt_kernels.ops.norm import add_norm
 from torch import Tensor
 
 SEED, SITE, EPS = torch.tensor([(5 << 32) + 9], device=DEVICE), 1, 1e-5  # a site of 1, which Triton would specialise on

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_case import DEVICE, DTYPES, assert_op, between_margins, guarded, randn
 from nanogpt_kernels import launch, reference
-from nanogpt_kernels.attention import attention, op, qkv_attention
-from nanogpt_kernels.attention.forward import attention_fwd
-from nanogpt_kernels.attention.tiles import query_tile
 from nanogpt_kernels.contract import ContractError
+from nanogpt_kernels.ops.attention import attention, op, qkv_attention
+from nanogpt_kernels.ops.attention.forward import attention_fwd
+from nanogpt_kernels.ops.attention.tiles import query_tile
 from parity import assert_parity
 
 # B, T, H, D, BLOCK_M, BLOCK_N

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_case import DEVICE, DTYPES, between_margins, guarded, randn
 from nanogpt_kernels import launch
-from nanogpt_kernels.attention import backward
-from nanogpt_kernels.attention.tiles import head_offsets, tile_at
 from nanogpt_kernels.contract import ContractError
+from nanogpt_kernels.ops.attention import backward
+from nanogpt_kernels.ops.attention.tiles import head_offsets, tile_at
 from parity import assert_parity
 from torch import Tensor
 

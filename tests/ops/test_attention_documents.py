@@ -8,10 +8,10 @@ import torch
 from attention_case import attention_same_dtype, seed_tensor, tiles
 from kernel_case import DEVICE, assert_op, randn
 from nanogpt_kernels import launch
-from nanogpt_kernels.attention import attention
-from nanogpt_kernels.attention.backward import attention_bwd
-from nanogpt_kernels.attention.documents import document_spans
-from nanogpt_kernels.attention.forward import attention_fwd
+from nanogpt_kernels.ops.attention import attention
+from nanogpt_kernels.ops.attention.backward import attention_bwd
+from nanogpt_kernels.ops.attention.documents import document_spans
+from nanogpt_kernels.ops.attention.forward import attention_fwd
 from torch import Tensor
 from triton.runtime import interpreter
 

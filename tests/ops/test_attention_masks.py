@@ -6,8 +6,8 @@ import torch
 from attention_case import attention_same_dtype, documents, seed_tensor, tiles
 from kernel_case import DEVICE, DTYPES, assert_op, randn
 from nanogpt_kernels import reference
-from nanogpt_kernels.attention import attention
-from nanogpt_kernels.attention.forward import attention_fwd
+from nanogpt_kernels.ops.attention import attention
+from nanogpt_kernels.ops.attention.forward import attention_fwd
 from parity import assert_parity
 
 

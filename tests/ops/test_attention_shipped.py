@@ -6,7 +6,7 @@ import torch
 from attention_case import attention_same_dtype, seed_tensor
 from kernel_case import assert_op, randn
 from nanogpt_kernels import launch
-from nanogpt_kernels.attention import attention
+from nanogpt_kernels.ops.attention import attention
 
 MASKED = pytest.mark.parametrize("masked", [False, True], ids=["plain", "documents and dropout"])
 

@@ -9,7 +9,7 @@ from interpreter import counting_bytes
 from kernel_case import DEVICE, DTYPES, assert_op, gradients, guarded, randn
 from nanogpt_kernels import launch
 from nanogpt_kernels.contract import ContractError
-from nanogpt_kernels.mlp import ACTIVATIONS, bias_gelu, bias_gelu_bwd, bias_gelu_fwd, mlp_bwd
+from nanogpt_kernels.ops.mlp import ACTIVATIONS, bias_gelu, bias_gelu_bwd, bias_gelu_fwd, mlp_bwd
 from torch import Tensor
 
 # So that a handful of rows make several tiles and several strides of one program; 16 columns are not all of 23 or 40.

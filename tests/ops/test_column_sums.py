@@ -9,10 +9,11 @@ from byte_counter import counting_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_case import DEVICE, DTYPES, between_margins, guarded, randn
-from nanogpt_kernels import column_sums, launch
-from nanogpt_kernels.column_sums import column_sums_, vector_grad_of, vector_grads
+from nanogpt_kernels import launch
 from nanogpt_kernels.contract import ContractError
-from nanogpt_kernels.norm import add_norm
+from nanogpt_kernels.ops import column_sums
+from nanogpt_kernels.ops.column_sums import column_sums_, vector_grad_of, vector_grads
+from nanogpt_kernels.ops.norm import add_norm
 from parity import assert_parity
 from torch import Tensor
 

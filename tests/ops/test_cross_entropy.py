@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kernel_case import DEVICE, DTYPES, randn
 from nanogpt_kernels import launch
 from nanogpt_kernels.contract import ContractError, checked
-from nanogpt_kernels.cross_entropy import cross_entropy, cross_entropy_bwd, cross_entropy_fwd
+from nanogpt_kernels.ops.cross_entropy import cross_entropy, cross_entropy_bwd, cross_entropy_fwd
 from torch import Tensor
 
 NAN, INF = math.nan, math.inf

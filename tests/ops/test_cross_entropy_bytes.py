@@ -8,7 +8,7 @@ import torch
 from interpreter import counting_bytes
 from kernel_case import DEVICE, randn
 from nanogpt_kernels import launch
-from nanogpt_kernels.cross_entropy import cross_entropy, cross_entropy_in_place
+from nanogpt_kernels.ops.cross_entropy import cross_entropy, cross_entropy_in_place
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="bytes are counted by the interpreter")
 

@@ -13,7 +13,7 @@ from interpreter import counting_bytes
 from kernel_case import DEVICE, DTYPES, assert_op, guarded, randn
 from nanogpt_kernels import contract, launch, reference
 from nanogpt_kernels.contract import ContractError
-from nanogpt_kernels.embedding import embedding
+from nanogpt_kernels.ops.embedding import embedding
 from parity import assert_parity
 from torch import Tensor
 

@@ -8,10 +8,11 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_case import DEVICE, guarded, randn
-from nanogpt_kernels import gemm_gelu, launch
-from nanogpt_kernels.gemm_gelu import gemm_gelu_bwd, gemm_gelu_fwd
+from nanogpt_kernels import launch
 from nanogpt_kernels.launch import Row
-from nanogpt_kernels.mlp import bias_gelu_fwd
+from nanogpt_kernels.ops import gemm_gelu
+from nanogpt_kernels.ops.gemm_gelu import gemm_gelu_bwd, gemm_gelu_fwd
+from nanogpt_kernels.ops.mlp import bias_gelu_fwd
 from parity import assert_parity
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor

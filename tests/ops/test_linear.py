@@ -3,7 +3,8 @@
 import pytest
 import torch
 from kernel_case import DEVICE, DTYPES, assert_op, randn
-from nanogpt_kernels import linear, reference
+from nanogpt_kernels import reference
+from nanogpt_kernels.ops import linear
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

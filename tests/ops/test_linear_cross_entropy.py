@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kernel_case import DEVICE, DTYPES, randn
 from nanogpt_kernels import launch, reference
 from nanogpt_kernels.contract import ContractError, checked
-from nanogpt_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_fwd
+from nanogpt_kernels.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_fwd
 from parity import assert_parity
 from torch import Tensor
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kernel_case import DEVICE, DTYPES, assert_op, gradients, guarded, randn
 from nanogpt_kernels import launch, reference
 from nanogpt_kernels.contract import ContractError
-from nanogpt_kernels.mlp import ACTIVATIONS, mlp, mlp_fwd
+from nanogpt_kernels.ops.mlp import ACTIVATIONS, mlp, mlp_fwd
 
 # Several tiles of small operands; wgmma wants 64 rows, an epilogue quarter 16 columns.
 GEMM = dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, GROUP_M=2)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kernel_case import DEVICE, DTYPES, assert_op, gradients, guarded, randn
 from nanogpt_kernels import launch, reference
 from nanogpt_kernels.contract import ContractError
-from nanogpt_kernels.norm import layernorm, norm
+from nanogpt_kernels.ops.norm import layernorm, norm
 from parity import assert_parity
 from torch import Tensor
 

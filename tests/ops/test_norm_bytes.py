@@ -7,7 +7,7 @@ import torch
 from byte_counter import counting_bytes
 from kernel_case import DEVICE, randn
 from nanogpt_kernels import launch
-from nanogpt_kernels.norm import add_norm, norm
+from nanogpt_kernels.ops.norm import add_norm, norm
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(kernel_case.DEVICE.type != "cpu", reason="the interpreter counts")

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from attention_case import attention_same_dtype
 from kernel_case import DEVICE, DTYPES
-from nanogpt_kernels.attention import attention
-from nanogpt_kernels.cross_entropy import cross_entropy
-from nanogpt_kernels.embedding import embedding
-from nanogpt_kernels.mlp import bias_gelu
-from nanogpt_kernels.norm import norm
+from nanogpt_kernels.ops.attention import attention
+from nanogpt_kernels.ops.cross_entropy import cross_entropy
+from nanogpt_kernels.ops.embedding import embedding
+from nanogpt_kernels.ops.mlp import bias_gelu
+from nanogpt_kernels.ops.norm import norm
 from torch import Tensor
 
 pytestmark = pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -9,8 +9,8 @@ import torch
 from attention_case import documents, qkv_attention_same_dtype, seed_tensor, tiles
 from kernel_case import DEVICE, DTYPES, assert_op, randn
 from nanogpt_kernels import launch, reference
-from nanogpt_kernels.attention import cached_attention, qkv_attention
 from nanogpt_kernels.contract import ContractError
+from nanogpt_kernels.ops.attention import cached_attention, qkv_attention
 from parity import assert_parity
 from torch import Tensor
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from kernel_case import DEVICE, DTYPES, assert_op, gradients, randn
 from nanogpt_kernels import launch, reference
 from nanogpt_kernels.contract import ContractError
-from nanogpt_kernels.norm import add_norm
-from nanogpt_kernels.residual import dropout_add
+from nanogpt_kernels.ops.norm import add_norm
+from nanogpt_kernels.ops.residual import dropout_add
 from torch import Tensor
 
 SEED, SITE = torch.tensor([(5 << 32) + 9], device=DEVICE), 1

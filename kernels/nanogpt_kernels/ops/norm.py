@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanogpt_kernels.column_sums import vector_grad_of, vector_grads
 from nanogpt_kernels.contract import (
     FLOATS,
     require,
@@ -25,6 +24,7 @@ from nanogpt_kernels.contract import (
     require_same_device,
 )
 from nanogpt_kernels.launch import Row, launch, persistent, pick
+from nanogpt_kernels.ops.column_sums import vector_grad_of, vector_grads
 from nanogpt_kernels.primitives import keep_mask, piece, row_pieces, vector_pieces, zero_pieces
 from nanogpt_kernels.registry import differentiating, once, register
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nanogpt_kernels.contract import require, require_dropout, require_float, require_in_range, require_same_device
 from nanogpt_kernels.launch import launch, pick
-from nanogpt_kernels.linear import gradient_of
+from nanogpt_kernels.ops.linear import gradient_of
 from nanogpt_kernels.primitives import keep_mask
 from nanogpt_kernels.registry import once, register
 

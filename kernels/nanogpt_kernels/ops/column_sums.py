@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nanogpt_kernels.contract import require, require_float, require_same_device
 from nanogpt_kernels.launch import launch, pick
-from nanogpt_kernels.linear import GradientOf, gradient_of
+from nanogpt_kernels.ops.linear import GradientOf, gradient_of
 from nanogpt_kernels.registry import register
 
 

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanogpt_kernels.column_sums import vector_grad_of, vector_grads
 from nanogpt_kernels.contract import require_addends, require_dropout, require_same_device
 from nanogpt_kernels.launch import Row, launch, persistent, pick
+from nanogpt_kernels.ops.column_sums import vector_grad_of, vector_grads
 from nanogpt_kernels.primitives import keep_mask, piece
 from nanogpt_kernels.registry import differentiating, once, register
 

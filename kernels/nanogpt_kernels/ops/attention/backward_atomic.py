@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanogpt_kernels.attention.tiles import head_offsets, load_tile, store_tile, tile_at
 from nanogpt_kernels.launch import launch, pick
+from nanogpt_kernels.ops.attention.tiles import head_offsets, load_tile, store_tile, tile_at
 
 
 @triton.jit

@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanogpt_kernels.attention.documents import document_spans
-from nanogpt_kernels.attention.tiles import load_where, query_tile
 from nanogpt_kernels.contract import require, require_dropout, require_float, require_same_device
 from nanogpt_kernels.launch import launch, pick
+from nanogpt_kernels.ops.attention.documents import document_spans
+from nanogpt_kernels.ops.attention.tiles import load_where, query_tile
 from nanogpt_kernels.primitives import keep_mask
 from nanogpt_kernels.registry import register
 

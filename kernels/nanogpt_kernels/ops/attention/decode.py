@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanogpt_kernels.attention.forward import MAX_D, attend, block_d, dot_precision, log2_scale
 from nanogpt_kernels.contract import require, require_float, require_same_device
 from nanogpt_kernels.launch import launch, pick
+from nanogpt_kernels.ops.attention.forward import MAX_D, attend, block_d, dot_precision, log2_scale
 from nanogpt_kernels.registry import register
 
 
