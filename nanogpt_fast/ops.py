@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import nanogpt_kernels
 from nanogpt_kernels import reference
-from nanogpt_kernels.reference import GRAD_NORM, LOSS_SCALE, LR, MAX_NORM, STEP  # slots of adamw_'s scalars
+from nanogpt_kernels.contract import GRAD_NORM, LOSS_SCALE, LR, MAX_NORM, STEP  # slots of adamw_'s scalars
 
 from nanogpt_fast.errors import ConfigError, DeviceError, did_you_mean
 

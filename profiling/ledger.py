@@ -26,12 +26,12 @@ import roofline
 import torch
 from byte_counter import accept_new_numpy, counting_bytes
 from nanogpt_kernels import launch
+from nanogpt_kernels.contract import GRAD_NORM, LOSS_SCALE, LR
 from nanogpt_kernels.ops.adamw import adamw_, grad_norm
 from nanogpt_kernels.ops.cross_entropy import cross_entropy_in_place
 from nanogpt_kernels.ops.embedding import embedding
 from nanogpt_kernels.ops.mlp import bias_gelu
 from nanogpt_kernels.ops.norm import add_norm, norm
-from nanogpt_kernels.reference import GRAD_NORM, LOSS_SCALE, LR
 from torch import Tensor
 
 C, F, V, VALID = 768, 3072, 50304, 50257  # GPT-2 124M

@@ -120,6 +120,7 @@ def test_op_files_import_what_they_stand_on_and_one_another_only_within_a_family
         elif own != ("__init__",):  # which names them, lazily
             assert not op_files, path
         assert own == ("launch",) or not any(parts[0] == "launch_rows" for parts in used), path
+        assert not any(parts[0] == "reference" for parts in used), path
 
 
 def test_nobody_imports_bench_or_profiling():

@@ -1,4 +1,4 @@
-"""What an op demands of its operands, checked before anything is launched."""
+"""What an op demands of its operands, checked before anything is launched, and what it finds on them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+LR, STEP, MAX_NORM, LOSS_SCALE, GRAD_NORM = range(5)  # slots of adamw_'s scalars, a float64 [5] tensor on the device
 
 _checking_values = False
 
@@ -60,6 +62,11 @@ def require_addends(op: str, r: Tensor, delta: Tensor, delta_bias: Tensor | None
     require(ok, op, "delta must have r's dtype, or r be float32", r=r, delta=delta)
     ok = delta_bias is None or delta_bias.shape == r.shape[-1:]
     require(ok, op, "delta_bias must be [C]", r=r, delta_bias=delta_bias)
+
+
+def main_grad_of(w: Tensor) -> Tensor | None:
+    """The float32 buffer that w's gradient is to be added to, if it has one."""
+    return getattr(w, "main_grad", None)
 
 
 @contextmanager

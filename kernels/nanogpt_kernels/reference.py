@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanogpt_kernels.contract import STEP, main_grad_of
+
 _MASK32 = 0xFFFFFFFF
 
 
@@ -60,11 +62,6 @@ def dropout(x: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
 
 
 # ---- linear ----
-
-
-def main_grad_of(w: Tensor) -> Tensor | None:
-    """The float32 buffer that w's gradient is to be added to, if it has one."""
-    return getattr(w, "main_grad", None)
 
 
 class _Linear(torch.autograd.Function):
@@ -275,9 +272,6 @@ def grad_norm(g: Tensor) -> Tensor:
     return torch.linalg.vector_norm(g)
 
 
-LR, STEP, MAX_NORM, LOSS_SCALE, GRAD_NORM = range(5)  # slots of adamw_'s scalars, a float64 [5] tensor on the device
-
-
 def adamw_(
     p: Tensor | None,
     master: Tensor,
@@ -292,8 +286,9 @@ def adamw_(
 ) -> None:
     """One AdamW update, in place, of flat float32 buffers [N]; p, when given, receives master in its own dtype.
 
-    scalars: LR, STEP (updates applied so far; this call adds 1), MAX_NORM (0 switches clipping off), LOSS_SCALE (g is
-    multiplied by it), GRAD_NORM (norm of g as it stands, LOSS_SCALE included). segments: (start, end, weight decay).
+    scalars, by contract.py's slots: LR, STEP (updates applied so far; this call adds 1), MAX_NORM (0 switches clipping
+    off), LOSS_SCALE (g is multiplied by it), GRAD_NORM (norm of g as it stands, LOSS_SCALE included). segments: (start,
+    end, weight decay).
     A non-finite GRAD_NORM writes nothing at all. g is left in any state: the step zeroes it.
     Source: Loshchilov and Hutter, arXiv 1711.05101; clipping as torch.nn.utils.clip_grad_norm_.
     """

@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_case import DEVICE, DTYPES, guarded
 from nanogpt_kernels import launch, reference
-from nanogpt_kernels.contract import ContractError
+from nanogpt_kernels.contract import GRAD_NORM, LOSS_SCALE, LR, MAX_NORM, STEP, ContractError
 from nanogpt_kernels.ops import adamw
 from nanogpt_kernels.ops.adamw import adamw_, grad_norm
-from nanogpt_kernels.reference import GRAD_NORM, LOSS_SCALE, LR, MAX_NORM, STEP
 from parity import assert_parity
 from torch import Tensor
 

@@ -4,8 +4,8 @@ import kernel_case
 import pytest
 import torch
 from interpreter import counting_bytes
+from nanogpt_kernels.contract import GRAD_NORM, LOSS_SCALE, LR
 from nanogpt_kernels.ops.adamw import adamw_, grad_norm
-from nanogpt_kernels.reference import GRAD_NORM, LOSS_SCALE, LR
 
 pytestmark = pytest.mark.skipif(kernel_case.DEVICE.type != "cpu", reason="the interpreter counts")
 N = 9 * 2048

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from nanogpt_kernels.reference import GRAD_NORM, LOSS_SCALE, LR, MAX_NORM, STEP, adamw_, grad_norm
+from nanogpt_kernels.contract import GRAD_NORM, LOSS_SCALE, LR, MAX_NORM, STEP
+from nanogpt_kernels.reference import adamw_, grad_norm
 from torch import Tensor
 
 N, BETAS, EPS = 700, (0.9, 0.95), 1e-8

@@ -1,1 +1,1 @@
-"""The ops' files; what they stand on (contract, registry, launch, primitives, reference) is in the package above."""
+"""The ops' files; what they stand on (contract, registry, launch, primitives) is in the package above."""

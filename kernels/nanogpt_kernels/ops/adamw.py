@@ -18,9 +18,18 @@ import triton.language as tl
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from nanogpt_kernels.contract import FLOATS, require, require_float, require_same_device
+from nanogpt_kernels.contract import (
+    FLOATS,
+    GRAD_NORM,
+    LOSS_SCALE,
+    LR,
+    MAX_NORM,
+    STEP,
+    require,
+    require_float,
+    require_same_device,
+)
 from nanogpt_kernels.launch import launch, persistent, pick
-from nanogpt_kernels.reference import GRAD_NORM, LOSS_SCALE, LR, MAX_NORM, STEP
 from nanogpt_kernels.registry import register
 
 VECTOR = 16  # elements: tiles that begin and end at multiples of it are read 16 bytes at a time, in any dtype
@@ -218,7 +227,7 @@ def adamw_(
 ) -> None:
     """One AdamW update, in place, of flat float32 buffers [N]; p, when given, receives master in its own dtype.
 
-    scalars: float64 [5] on the device, slots as in reference.py: LR, STEP (this call adds 1), MAX_NORM (0 switches
+    scalars: float64 [5] on the device, by contract.py's slots: LR, STEP (this call adds 1), MAX_NORM (0 switches
     clipping off), LOSS_SCALE (g is multiplied by it), GRAD_NORM (of g as it stands). segments: (start, end, weight
     decay), apart from one another; elements in none of them are left alone, in p too. A non-finite GRAD_NORM writes
     nothing at all. Segments of bounds divisible by 16 are the fast ones.

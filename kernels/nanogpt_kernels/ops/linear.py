@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from nanogpt_kernels.reference import main_grad_of
+from nanogpt_kernels.contract import main_grad_of
 from nanogpt_kernels.registry import once, register, without_autocast
 
 

@@ -11,10 +11,17 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from nanogpt_kernels.contract import ContractError, checking_values, require, require_float, require_same_device
+from nanogpt_kernels.contract import (
+    ContractError,
+    checking_values,
+    main_grad_of,
+    require,
+    require_float,
+    require_same_device,
+)
 from nanogpt_kernels.launch import pick
 from nanogpt_kernels.ops.cross_entropy import check, cross_entropy_in_place, scale_on_device
-from nanogpt_kernels.ops.linear import accumulate_weight_grad_, main_grad_of
+from nanogpt_kernels.ops.linear import accumulate_weight_grad_
 from nanogpt_kernels.registry import differentiating, once, register
 
 LANES = 64  # logits' rows start at multiples of so many elements: 128-byte lines, whatever V is
