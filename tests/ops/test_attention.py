@@ -16,7 +16,7 @@ from nanogpt_kernels import launch, reference
 from nanogpt_kernels.contract import ContractError
 from nanogpt_kernels.ops.attention import attention, op, qkv_attention
 from nanogpt_kernels.ops.attention.forward import attention_fwd
-from nanogpt_kernels.ops.attention.tiles import query_tile
+from nanogpt_kernels.ops.attention.tile_access import query_tile
 from parity import assert_parity
 
 # B, T, H, D, BLOCK_M, BLOCK_N

@@ -16,7 +16,7 @@ from kernel_case import DEVICE, DTYPES, between_margins, guarded, randn
 from nanogpt_kernels import launch
 from nanogpt_kernels.contract import ContractError
 from nanogpt_kernels.ops.attention import backward
-from nanogpt_kernels.ops.attention.tiles import head_offsets, tile_at
+from nanogpt_kernels.ops.attention.tile_access import head_offsets, tile_at
 from parity import assert_parity
 from torch import Tensor
 

@@ -18,7 +18,7 @@ from nanogpt_kernels.launch import launch, pick
 from nanogpt_kernels.ops.attention.backward_atomic import delta_and_zeros, write_dq
 from nanogpt_kernels.ops.attention.documents import document_spans
 from nanogpt_kernels.ops.attention.forward import block_d, check_attention, dot_precision, log2_scale
-from nanogpt_kernels.ops.attention.tiles import head_offsets, load_tile, query_tile, store_tile, tile_at
+from nanogpt_kernels.ops.attention.tile_access import head_offsets, load_tile, query_tile, store_tile, tile_at
 from nanogpt_kernels.primitives import keep_mask
 from nanogpt_kernels.registry import register
 

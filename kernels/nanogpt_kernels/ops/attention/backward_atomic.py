@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanogpt_kernels.launch import launch, pick
-from nanogpt_kernels.ops.attention.tiles import head_offsets, load_tile, store_tile, tile_at
+from nanogpt_kernels.ops.attention.tile_access import head_offsets, load_tile, store_tile, tile_at
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from torch import Tensor
 from nanogpt_kernels.contract import require, require_dropout, require_float, require_same_device
 from nanogpt_kernels.launch import launch, pick
 from nanogpt_kernels.ops.attention.documents import document_spans
-from nanogpt_kernels.ops.attention.tiles import load_where, query_tile
+from nanogpt_kernels.ops.attention.tile_access import load_where, query_tile
 from nanogpt_kernels.primitives import keep_mask
 from nanogpt_kernels.registry import register
 
