@@ -95,6 +95,11 @@ def sm_count(device: torch.device) -> int:
     return SMS[_recorded_arch] if _recorded is not None else INTERPRETER_SMS
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. Called on the host, triton.cdiv takes 3.9 us (3.7.1, a slow core), this 0.1."""
+    return -(-a // b)
+
+
 def persistent(tiles: int, per_sm: int, device: torch.device, abreast: int = 1) -> int:
     """Programs that stride over `tiles`: as many as run at once, which `abreast` such columns of programs share, and no
     more than there are tiles."""

@@ -29,6 +29,8 @@ _GEMM_128 = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8)
 _GEMM_256 = dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8)
 _STRIP = dict(BLOCK_M=8, BLOCK_N=256)
 _CUBLAS = dict(fused=False, programs_per_sm=1, least_rows=2048)
+# with dy in float32 and C above this, dres is loaded late: loaded with dy, it spilled 40 bytes a thread at C = 8192
+_WIDE_NORM_BWD = dict(programs_per_sm=1, float32_dres_late_above=4096)
 _SPLIT = dict(keys_a_split=128)  # one token of GPT-2 124M at position 1023 has 12 heads: 96 programs
 
 TABLE: dict[str, tuple[Row, ...]] = {
@@ -55,7 +57,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(80, dict(ROWS=4, BLOCK_C=256), num_warps=4, up_to=768, choices=dict(programs_per_sm=2)),
         Row(80, dict(ROWS=2, BLOCK_C=256), num_warps=4, up_to=1280, choices=dict(programs_per_sm=2)),
         Row(80, dict(ROWS=1, BLOCK_C=512), num_warps=4, up_to=2048, choices=dict(programs_per_sm=3)),
-        Row(80, dict(ROWS=1, BLOCK_C=2048), num_warps=8, up_to=8192, choices=dict(programs_per_sm=1)),
+        Row(80, dict(ROWS=1, BLOCK_C=2048), num_warps=8, up_to=8192, choices=_WIDE_NORM_BWD),
     ),
     # column_sums: up_to is the longest vector's C. About a program an SM (144 for the norm's three of GPT-2 124M), its
     # first 384 or 192 rows in flight at once: latency bounds such a launch, not its 2.4 MB from L2
@@ -97,8 +99,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(80, dict(BLOCK_V=1024), num_warps=4, up_to=4096, choices=dict(chunk_rows=8192)),
         Row(80, dict(BLOCK_V=4096), num_warps=16, choices=dict(chunk_rows=8192)),
     ),
-    # attention: up_to is D; dropout and documents need registers, hence rows of their own. On sm_90 4 warps have 64
-    # rows of their own (in dK, dV: keys): two groups of 4 that share 64 both make all of QK^T and dP
+    # attention: up_to is D; with dropout or documents, which take registers, it has launch rows of its own. On sm_90
+    # each 4 warps have 64 queries (in dK, dV: keys): two groups of 4 that share 64 both compute all of QK^T and dP
     "attention_fwd": (
         Row(80, dict(BLOCK_M=64, BLOCK_N=32), num_warps=8, num_stages=2, up_to=64),
         Row(80, dict(BLOCK_M=32, BLOCK_N=16), num_warps=8, num_stages=2, up_to=128),
@@ -114,7 +116,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(120, dict(BLOCK_M=64, BLOCK_N=64), num_warps=4, num_stages=3, itemsize=2, up_to=64),
         Row(120, dict(BLOCK_M=128, BLOCK_N=32), num_warps=8, num_stages=2, itemsize=2, up_to=128),
     ),
-    "attention_fwd_masked": (
+    "attention_fwd_dropout_or_docs": (
         Row(80, dict(BLOCK_M=32, BLOCK_N=32), num_warps=4, num_stages=2, up_to=64),
         Row(80, dict(BLOCK_M=32, BLOCK_N=16), num_warps=8, up_to=128),
         Row(80, dict(BLOCK_M=64, BLOCK_N=64), num_warps=4, num_stages=3, itemsize=2, up_to=64),
@@ -138,7 +140,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(100, dict(BLOCK_M=128, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=64),
         Row(100, dict(BLOCK_M=64, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
     ),
-    "attention_bwd_dq_masked": (
+    "attention_bwd_dq_dropout_or_docs": (
         Row(80, dict(BLOCK_M=32, BLOCK_N=32), num_warps=8, up_to=64),
         Row(80, dict(BLOCK_M=16, BLOCK_N=16), num_warps=8, up_to=128),
         Row(80, dict(BLOCK_M=128, BLOCK_N=32), num_warps=8, num_stages=2, itemsize=2, up_to=64),
@@ -159,7 +161,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(120, dict(BLOCK_M=32, BLOCK_N=128), num_warps=8, num_stages=2, itemsize=2, up_to=64),
         Row(120, dict(BLOCK_M=32, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
     ),
-    "attention_bwd_dkdv_masked": (
+    "attention_bwd_dkdv_dropout_or_docs": (
         Row(80, dict(BLOCK_M=32, BLOCK_N=32), num_warps=8, up_to=64),
         Row(80, dict(BLOCK_M=32, BLOCK_N=16), num_warps=4, up_to=128),
         Row(80, dict(BLOCK_M=32, BLOCK_N=128), num_warps=8, itemsize=2, up_to=64),
@@ -182,7 +184,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(120, dict(BLOCK_M=32, BLOCK_N=128), num_warps=8, num_stages=2, itemsize=2, up_to=64),
         Row(120, dict(BLOCK_M=32, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
     ),
-    "attention_bwd_atomic_masked": (
+    "attention_bwd_atomic_dropout_or_docs": (
         Row(80, dict(BLOCK_M=32, BLOCK_N=32), num_warps=8, up_to=64),
         Row(80, dict(BLOCK_M=16, BLOCK_N=32), num_warps=8, up_to=128),
         Row(80, dict(BLOCK_M=32, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=64),

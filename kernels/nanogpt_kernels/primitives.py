@@ -1,7 +1,14 @@
-"""Device functions that two or more ops share: the dropout mask, rows in pieces, GELU and its derivative."""
+"""What two or more ops share in device code: the dropout mask, rows in pieces, GELU and its derivative."""
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+
+def dropout_args(p: float, seed: Tensor | None) -> tuple[Tensor | None, int, float]:
+    """What kernels take for dropout with probability p: (seed, or None where p is 0; keep_mask's threshold; the scale
+    1 / (1 - p) of what is kept)."""
+    return seed if p > 0.0 else None, int(p * 2**32), 1.0 / (1.0 - p)
 
 
 @triton.jit
@@ -20,21 +27,21 @@ def keep_mask(seed, site, threshold, m, n, groups_a_row, BLOCK_M: tl.constexpr, 
 
 
 @triton.jit
-def vector_pieces(ptr, C: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr):
-    """The vector [C] at ptr in float32, as TILES pieces [1, BLOCK_C] with zeros past its end; () for None."""
+def vector_pieces(ptr, C: tl.constexpr, BLOCK_C: tl.constexpr, PIECES: tl.constexpr):
+    """The vector [C] at ptr in float32, as PIECES pieces [1, BLOCK_C] with zeros past its end; () for None."""
     pieces = ()
     if ptr is not None:
-        for i in tl.static_range(TILES):  # type: ignore[misc]
+        for i in tl.static_range(PIECES):  # type: ignore[misc]
             c = i * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
             pieces += (tl.load(ptr + c, mask=c < C, other=0.0).to(tl.float32),)
     return pieces
 
 
 @triton.jit
-def zero_pieces(ROWS: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr):
-    """TILES float32 pieces [ROWS, BLOCK_C] of zeros: a sum over rows."""
+def zero_pieces(ROWS: tl.constexpr, BLOCK_C: tl.constexpr, PIECES: tl.constexpr):
+    """PIECES float32 pieces [ROWS, BLOCK_C] of zeros: a sum over rows."""
     pieces = ()
-    for _ in tl.static_range(TILES):  # type: ignore[misc]
+    for _ in tl.static_range(PIECES):  # type: ignore[misc]
         pieces += (tl.zeros([ROWS, BLOCK_C], tl.float32),)
     return pieces
 
@@ -47,15 +54,15 @@ def piece(m, M, i, C: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def row_pieces(ptr, m, M, C: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr):
-    """Rows m of the tensor [M, C] at ptr, as TILES pieces [ROWS, BLOCK_C] with zeros outside; () for None.
+def row_pieces(ptr, m, M, C: tl.constexpr, BLOCK_C: tl.constexpr, PIECES: tl.constexpr):
+    """Rows m of the tensor [M, C] at ptr, as PIECES pieces [ROWS, BLOCK_C] with zeros outside; () for None.
 
     All loads of a tile are made before its first store: the compiler moves no load over a store, and one after the
     other each piece would wait for memory.
     """
     pieces = ()
     if ptr is not None:
-        for i in tl.static_range(TILES):  # type: ignore[misc]
+        for i in tl.static_range(PIECES):  # type: ignore[misc]
             at, inside = piece(m, M, i, C, BLOCK_C)  # type: ignore[misc]
             pieces += (tl.load(ptr + at, mask=inside, other=0.0),)
     return pieces

@@ -182,9 +182,9 @@ def test_the_table_of_tiles_is_built_once():
     """A captured graph holds its address; building it copies from the host, which a capture forbids."""
     ours = flat()
     ours.update(normal(1))
-    built = adamw._tiles.cache_info().misses
+    built = adamw._tile_table.cache_info().misses
     ours.update(normal(2))
-    assert adamw._tiles.cache_info().misses == built
+    assert adamw._tile_table.cache_info().misses == built
 
 
 def test_nothing_waits_for_the_device():

@@ -232,7 +232,7 @@ def test_registration():
         ops.norm_fwd.default, (r, delta, delta_bias, w, b, EPS, 0.3, SEED, SITE, torch.bfloat16, True)
     )
     for dy, dtype in ((delta, torch.bfloat16), (None, None)):
-        arguments = (dy, r, r, mean, rstd, w, SEED, 0.3, SITE, dtype, [True, dy is not None, False, True])
+        arguments = (dy, r, r, mean, rstd, w, SEED, 0.3, SITE, dtype, True, dy is not None, False, True)
         torch.library.opcheck(ops.norm_bwd.default, arguments)
 
 

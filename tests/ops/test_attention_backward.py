@@ -31,9 +31,9 @@ def form(atomic: bool, BLOCK_M: int = 16, BLOCK_N: int = 32) -> Iterator[None]:
         stack.enter_context(launch.override("attention_bwd", choices=dict(atomic=atomic)))
         stack.enter_context(launch.override("attention_bwd_rows", blocks=dict(ROWS=16)))
         for name in ("dq", "dkdv", "atomic"):
-            for masked in ("", "_masked"):
+            for variant in ("", "_dropout_or_docs"):
                 blocks = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
-                stack.enter_context(launch.override(f"attention_bwd_{name}{masked}", blocks=blocks))
+                stack.enter_context(launch.override(f"attention_bwd_{name}{variant}", blocks=blocks))
         yield
 
 

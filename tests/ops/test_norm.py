@@ -225,7 +225,7 @@ def test_registration():
         arguments = (r, None, None, w, b, 1e-5, 0.0, None, 0, torch.bfloat16, statistics)
         torch.library.opcheck(ops.norm_fwd.default, arguments)
     for wanted in ([True, True, True, False], [False, True, False, False], [True, False, False, False]):
-        arguments = (r, None, r, mean, rstd, w, None, 0.0, 0, None, wanted)
+        arguments = (r, None, r, mean, rstd, w, None, 0.0, 0, None, *wanted)
         torch.library.opcheck(ops.norm_bwd.default, arguments)
 
 

@@ -29,7 +29,7 @@ from nanogpt_kernels.contract import (
     require_float,
     require_same_device,
 )
-from nanogpt_kernels.launch import launch, persistent, pick
+from nanogpt_kernels.launch import cdiv, launch, persistent, pick
 from nanogpt_kernels.registry import register
 
 VECTOR = 16  # elements: tiles that begin and end at multiples of it are read 16 bytes at a time, in any dtype
@@ -118,10 +118,10 @@ def _adamw_kernel(
     tile, lane = tl.program_id(0), tl.arange(0, BLOCK)
     start = tl.multiple_of(tl.load(starts_ptr + tile), ALIGNMENT)
     length = tl.where(tl.load(factors_ptr + 4) > 0.0, tl.load(lengths_ptr + tile), 0)  # 0 masks every load and store
-    scale, lr, step_size = tl.load(factors_ptr), tl.load(factors_ptr + 1), tl.load(factors_ptr + 2)
+    g_scale, lr, step_size = tl.load(factors_ptr), tl.load(factors_ptr + 1), tl.load(factors_ptr + 2)
     inverse_root = tl.load(factors_ptr + 3)
     at, mask = start + lane, lane < tl.multiple_of(length, ALIGNMENT)
-    g = tl.load(g_ptr + at, mask=mask, other=0.0) * scale
+    g = tl.load(g_ptr + at, mask=mask, other=0.0) * g_scale
     m = tl.load(m_ptr + at, mask=mask, other=0.0)
     v = tl.load(v_ptr + at, mask=mask, other=0.0)
     w = tl.load(master_ptr + at, mask=mask, other=0.0)
@@ -145,7 +145,7 @@ def _grad_norm(g: Tensor) -> Tensor:
     N = g.numel()
     norm = torch.empty((), dtype=torch.float32, device=g.device)
     row = pick("grad_norm", g, N)
-    tiles = (N + row.blocks["BLOCK"] - 1) // row.blocks["BLOCK"]
+    tiles = cdiv(N, row.blocks["BLOCK"])
     programs = persistent(tiles, row.choices["programs_per_sm"], g.device)
     partial = torch.empty(programs, dtype=torch.float32, device=g.device)
     launch("grad_norm", _grad_norm_partial_kernel, (programs,), g, partial, N, row=row)
@@ -162,7 +162,7 @@ def grad_norm(g: Tensor) -> Tensor:
 
 
 @functools.cache  # for good: a captured graph holds these tensors' addresses
-def _tiles(segments: tuple[tuple[int, int, float], ...], block: int, device: torch.device) -> tuple[Tensor, ...]:
+def _tile_table(segments: tuple[tuple[int, int, float], ...], block: int, device: torch.device) -> tuple[Tensor, ...]:
     """(starts int64, lengths int32, decays float32) of tiles of at most `block` elements, each inside one segment."""
     starts = [torch.arange(start, end, block) for start, end, _ in segments]
     lengths = [(end - at).clamp(max=block).int() for at, (_, end, _) in zip(starts, segments)]
@@ -193,8 +193,8 @@ def _adamw_(
         LR=LR, STEP=STEP, MAX_NORM=MAX_NORM, LOSS_SCALE=LOSS_SCALE, GRAD_NORM=GRAD_NORM,
     )  # fmt: skip
     row = pick("adamw", master, master.numel())
-    tiles = _tiles.__wrapped__ if isinstance(master, FakeTensor) else _tiles
-    table = tiles(segments, row.blocks["BLOCK"], master.device)
+    make_table = _tile_table.__wrapped__ if isinstance(master, FakeTensor) else _tile_table
+    table = make_table(segments, row.blocks["BLOCK"], master.device)
     aligned = all(bound % VECTOR == 0 for bound in bounds[1:-1])
     launch(
         "adamw", _adamw_kernel, (len(table[0]),), p, master, m, v, g, factors, *table, 1.0 - beta1, 1.0 - beta2, eps,

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanogpt_kernels.contract import require, require_float, require_same_device
-from nanogpt_kernels.launch import launch, pick
+from nanogpt_kernels.launch import cdiv, launch, pick
 from nanogpt_kernels.ops.linear import GradientOf, gradient_of
 from nanogpt_kernels.registry import register
 
@@ -115,7 +115,7 @@ def column_sums_(
     row, absent = pick(op, slots[0][1], widest), 3 - len(slots)
     P, C = ([part.size(i) for _, part in slots] + [0] * absent for i in (0, 1))
     launch(
-        op, _column_sums_kernel, (triton.cdiv(widest, row.blocks["BLOCK_C"]), len(slots)),
+        op, _column_sums_kernel, (cdiv(widest, row.blocks["BLOCK_C"]), len(slots)),
         *(t for slot in slots for t in slot), *[None] * (2 * absent), *P, *C,
         row=row, STAGES=row.num_stages, ACCUMULATE=accumulate,
     )  # fmt: skip

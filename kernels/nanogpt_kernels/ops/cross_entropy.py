@@ -22,20 +22,26 @@ _LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32: unlike -inf, its d
 
 
 @triton.jit
-def _load_logits(row_ptr, v, columns, valid):
-    """Logits z[v] of a row in float32, -inf from column `valid` on."""
-    # The load's own mask ends at `columns`, a multiple of the vector width: at `valid` it would split the vectors.
-    z = tl.load(row_ptr + v, mask=v < columns).to(tl.float32)
-    return tl.where(v < valid, z, float("-inf"))
+def _multiple(x, ALIGN: tl.constexpr):
+    """x itself, which ALIGN divides (the launcher saw to that), in a form by which the compiler knows it."""
+    return x // ALIGN * ALIGN
 
 
 @triton.jit
-def _peak_and_total(row_ptr, columns, valid, BLOCK_V: tl.constexpr):
+def _load_logits(row_ptr, v, width, valid_vocab):
+    """Logits z[v] of a row in float32, -inf from column `valid_vocab` on."""
+    # The load's own mask ends at `width`, a multiple of ALIGN: at `valid_vocab` it would split vectors.
+    z = tl.load(row_ptr + v, mask=v < width).to(tl.float32)
+    return tl.where(v < valid_vocab, z, float("-inf"))
+
+
+@triton.jit
+def _peak_and_total(row_ptr, width, valid_vocab, BLOCK_V: tl.constexpr):
     """max z and sum exp(z - max z) over the row; the sum is NaN where torch's log_softmax is, 0 if all z are -inf."""
     peak = tl.full([BLOCK_V], _LOWEST, tl.float32)
     total = tl.zeros([BLOCK_V], tl.float32)
-    for start in range(0, valid, BLOCK_V):
-        z = _load_logits(row_ptr, start + tl.arange(0, BLOCK_V), columns, valid)
+    for start in range(0, valid_vocab, BLOCK_V):
+        z = _load_logits(row_ptr, start + tl.arange(0, BLOCK_V), width, valid_vocab)
         above = z - peak
         smaller, higher = tl.exp(-tl.abs(above)), above > 0.0
         total = total * tl.where(higher, smaller, 1.0) + tl.where(higher, 1.0, smaller)
@@ -46,21 +52,22 @@ def _peak_and_total(row_ptr, columns, valid, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def _write_gradient(
-    row_ptr, out_ptr, columns, valid, target, ignore_index, peak, total, grad_scale_ptr, BLOCK_V: tl.constexpr
+    row_ptr, out_ptr, width, valid_vocab, target, ignore_index, peak, total, grad_scale_ptr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """out[v] = (exp(z[v] - peak) / total - (v == target)) * scale; 0 from column `valid` on and in an ignored row."""
+    """out[v] = (exp(z[v] - peak) / total - (v == target)) * grad_scale for v < width; 0 from `valid_vocab` on and in an
+    ignored row."""
     if target == ignore_index:
-        for start in range(0, columns, BLOCK_V):
+        for start in range(0, width, BLOCK_V):
             v = start + tl.arange(0, BLOCK_V)
-            tl.store(out_ptr + v, tl.zeros([BLOCK_V], out_ptr.dtype.element_ty), mask=v < columns)
+            tl.store(out_ptr + v, tl.zeros([BLOCK_V], out_ptr.dtype.element_ty), mask=v < width)
     else:
-        scale = tl.where((target >= 0) & (target < valid), tl.load(grad_scale_ptr), float("nan"))
-        factor = scale / total
-        for start in range(0, columns, BLOCK_V):
+        grad_scale = tl.where((target >= 0) & (target < valid_vocab), tl.load(grad_scale_ptr), float("nan"))
+        factor = grad_scale / total
+        for start in range(0, width, BLOCK_V):
             v = start + tl.arange(0, BLOCK_V)
-            p = tl.exp(_load_logits(row_ptr, v, columns, valid) - peak) * factor
-            dz = tl.where(v < valid, tl.where(v == target, p - scale, p), 0.0)
-            tl.store(out_ptr + v, dz.to(out_ptr.dtype.element_ty), mask=v < columns)
+            p = tl.exp(_load_logits(row_ptr, v, width, valid_vocab) - peak) * factor
+            dz = tl.where(v < valid_vocab, tl.where(v == target, p - grad_scale, p), 0.0)
+            tl.store(out_ptr + v, dz.to(out_ptr.dtype.element_ty), mask=v < width)
 
 
 @triton.jit
@@ -72,24 +79,25 @@ def _cross_entropy_fwd_kernel(
     peak_ptr,  # [M] float32, or None
     total_ptr,  # [M] float32, or None
     stride,
-    columns,
-    valid,
+    width,  # columns of a row that are read and written: V, or more of a padded row
+    valid_vocab,
     ignore_index,
     ALIGN: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """nll of each row; its statistics into peak and total if given; its gradient over the logits if grad_scale is."""
     m = tl.program_id(0).to(tl.int64)
-    row_ptr = logits_ptr + m * (stride // ALIGN * ALIGN)
-    columns = columns // ALIGN * ALIGN
+    row_ptr = logits_ptr + m * _multiple(stride, ALIGN)
+    width = _multiple(width, ALIGN)  # type: ignore[misc]
     target = tl.load(targets_ptr + m)
     peak = 0.0
     total = 0.0
     nll = 0.0
     if target != ignore_index:
         # Here, before the gradient overwrites it: the reductions below are barriers.
-        z_target = tl.load(row_ptr + target, mask=(target >= 0) & (target < valid), other=float("nan")).to(tl.float32)
-        peak, total = _peak_and_total(row_ptr, columns, valid, BLOCK_V)  # type: ignore[misc]
+        in_range = (target >= 0) & (target < valid_vocab)
+        z_target = tl.load(row_ptr + target, mask=in_range, other=float("nan")).to(tl.float32)
+        peak, total = _peak_and_total(row_ptr, width, valid_vocab, BLOCK_V)  # type: ignore[misc]
         nll = tl.log(total) - (z_target - peak)
     tl.store(nll_ptr + m, nll)
     if peak_ptr is not None:
@@ -97,7 +105,7 @@ def _cross_entropy_fwd_kernel(
         tl.store(total_ptr + m, total)
     if grad_scale_ptr is not None:
         _write_gradient(
-            row_ptr, row_ptr, columns, valid, target, ignore_index, peak, total, grad_scale_ptr, BLOCK_V
+            row_ptr, row_ptr, width, valid_vocab, target, ignore_index, peak, total, grad_scale_ptr, BLOCK_V
         )  # fmt: skip
 
 
@@ -108,19 +116,19 @@ def _cross_entropy_bwd_kernel(
     grad_scale_ptr,  # [1] float32
     peak_ptr,  # [M] float32
     total_ptr,  # [M] float32
-    dlogits_ptr,  # [M, V]
+    dlogits_ptr,  # [M, width]
     stride,
-    columns,
-    valid,
+    width,  # columns of a row that are read and written: V, or more of a padded row
+    valid_vocab,
     ignore_index,
     ALIGN: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     m = tl.program_id(0).to(tl.int64)
-    columns = columns // ALIGN * ALIGN
+    width = _multiple(width, ALIGN)
     _write_gradient(
-        logits_ptr + m * (stride // ALIGN * ALIGN), dlogits_ptr + m * columns, columns, valid, tl.load(targets_ptr + m),
-        ignore_index, tl.load(peak_ptr + m), tl.load(total_ptr + m), grad_scale_ptr, BLOCK_V,
+        logits_ptr + m * _multiple(stride, ALIGN), dlogits_ptr + m * width, width, valid_vocab,  # type: ignore[misc]
+        tl.load(targets_ptr + m), ignore_index, tl.load(peak_ptr + m), tl.load(total_ptr + m), grad_scale_ptr, BLOCK_V,
     )  # fmt: skip
 
 
@@ -130,7 +138,13 @@ def _alignment(*sizes: int) -> int:
 
 
 def cross_entropy_in_place(
-    logits: Tensor, width: int, targets: Tensor, grad_scale: Tensor | None, nll: Tensor, ignore_index: int, valid: int
+    logits: Tensor,
+    width: int,
+    targets: Tensor,
+    grad_scale: Tensor | None,
+    nll: Tensor,
+    ignore_index: int,
+    valid_vocab: int,
 ) -> None:
     """nll [M] of logits [M, V], which their gradient replaces if grad_scale is given.
 
@@ -140,7 +154,7 @@ def cross_entropy_in_place(
     stride = logits.stride(0)
     launch(
         "cross_entropy", _cross_entropy_fwd_kernel, (logits.size(0),), logits, targets, grad_scale, nll, None, None,
-        stride, width, valid, ignore_index, row=row, ALIGN=_alignment(stride, width),
+        stride, width, valid_vocab, ignore_index, row=row, ALIGN=_alignment(stride, width),
     )  # fmt: skip
 
 

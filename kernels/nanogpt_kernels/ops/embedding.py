@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from nanogpt_kernels.contract import require, require_dropout, require_float, require_in_range, require_same_device
-from nanogpt_kernels.launch import launch, pick
+from nanogpt_kernels.launch import cdiv, launch, pick
 from nanogpt_kernels.ops.linear import gradient_of
-from nanogpt_kernels.primitives import keep_mask
+from nanogpt_kernels.primitives import dropout_args, keep_mask
 from nanogpt_kernels.registry import once, register
 
 OP = "embedding"
@@ -27,12 +27,12 @@ OP = "embedding"
 def _dropout(
     x,
     seed_ptr,  # [1] int64
-    m, c0, C, site, threshold, scale,
+    m, c0, C, site, threshold, keep_scale,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Dropout of x [ROWS, BLOCK_C], rows m and columns from c0 of [M, C]."""
     keep = keep_mask(tl.load(seed_ptr), site, threshold, m, c0, tl.cdiv(C, 4), ROWS, BLOCK_C)
-    return tl.where(keep, x * scale, 0.0)
+    return tl.where(keep, x * keep_scale, 0.0)
 
 
 @triton.jit(do_not_specialize=["start", "site", "threshold"])
@@ -42,7 +42,7 @@ def _embedding_fwd_kernel(
     wpe_ptr,  # [positions, C]
     r_ptr,  # [B, T, C]
     seed_ptr,  # [1] int64, or None
-    B, T, V, C, stride_b, stride_t, start, site, threshold, scale,
+    B, T, V, C, stride_b, stride_t, start, site, threshold, keep_scale,
     SEQUENCES: tl.constexpr, BLOCK_C: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -56,7 +56,7 @@ def _embedding_fwd_kernel(
     position = tl.load(wpe_ptr + (start + t) * C + c, mask=c < C, other=0.0).to(tl.float32)
     r, m = token + position[None, :], b * T + t
     if DROPOUT:
-        r = _dropout(r, seed_ptr, m, c0, C, site, threshold, scale, SEQUENCES, BLOCK_C)
+        r = _dropout(r, seed_ptr, m, c0, C, site, threshold, keep_scale, SEQUENCES, BLOCK_C)
     r = tl.where(known[:, None], r, float("nan"))
     mask = (b < B)[:, None] & (c < C)[None, :]
     tl.store(r_ptr + m[:, None] * C + c[None, :], r.to(r_ptr.dtype.element_ty), mask=mask)
@@ -75,7 +75,7 @@ def _embedding_bwd_kernel(
     dwte_ptr,  # [V, C]
     pieces_ptr,  # [2, runs, C] float32: of the segment that began before the run, of the one that goes on after it
     seed_ptr,  # [1] int64, or None
-    M, V, C, site, threshold, scale,
+    M, V, C, site, threshold, keep_scale,
     RUN: tl.constexpr, BLOCK_C: tl.constexpr, DROPOUT: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     run = tl.program_id(0).to(tl.int64)
@@ -91,7 +91,7 @@ def _embedding_bwd_kernel(
     inside = known[:, None] & (c < C)[None, :]
     dr = tl.load(dr_ptr + m[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
     if DROPOUT:
-        dr = _dropout(dr, seed_ptr, m, c0, C, site, threshold, scale, RUN, BLOCK_C)
+        dr = _dropout(dr, seed_ptr, m, c0, C, site, threshold, keep_scale, RUN, BLOCK_C)
     keys = tl.broadcast_to(tl.where(known, ids, -1).to(tl.int32)[:, None], [RUN, BLOCK_C])
     sums, _ = tl.associative_scan((dr, keys), 0, _add_if_same)
 
@@ -142,7 +142,7 @@ def _embedding_bwd_positions_kernel(
     dr_ptr,  # [B, T, C]
     dwpe_ptr,  # [positions, C]
     seed_ptr,  # [1] int64, or None
-    B, T, V, C, stride_b, stride_t, start, site, threshold, scale,
+    B, T, V, C, stride_b, stride_t, start, site, threshold, keep_scale,
     SEQUENCES: tl.constexpr, BLOCK_C: tl.constexpr, DROPOUT: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
@@ -156,7 +156,7 @@ def _embedding_bwd_positions_kernel(
         inside = ((ids >= 0) & (ids < V))[:, None] & (c < C)[None, :]
         dr = tl.load(dr_ptr + m[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
         if DROPOUT:
-            dr = _dropout(dr, seed_ptr, m, c0, C, site, threshold, scale, SEQUENCES, BLOCK_C)
+            dr = _dropout(dr, seed_ptr, m, c0, C, site, threshold, keep_scale, SEQUENCES, BLOCK_C)
         sums += dr
     total = tl.sum(sums, axis=0)
     at = (start + t) * C + c
@@ -199,12 +199,13 @@ def embedding_fwd(
     require_in_range(OP, "idx", idx, V)
     r = torch.empty(B, T, C, dtype=out_dtype or wte.dtype, device=wte.device)
     require_float(OP, r=r)
+    seed, threshold, keep_scale = dropout_args(p, seed)
     row = pick("embedding_fwd", r, C)
     launch(
         "embedding_fwd", _embedding_fwd_kernel,
-        (T * triton.cdiv(B, row.blocks["SEQUENCES"]), triton.cdiv(C, row.blocks["BLOCK_C"])),
+        (T * cdiv(B, row.blocks["SEQUENCES"]), cdiv(C, row.blocks["BLOCK_C"])),
         idx, wte.contiguous(), wpe.contiguous(), r, seed, B, T, V, C, *idx.stride(), start, site,
-        int(p * 2**32), 1.0 / (1.0 - p), row=row, DROPOUT=p > 0.0,
+        threshold, keep_scale, row=row, DROPOUT=p > 0.0,
     )  # fmt: skip
     return r
 
@@ -221,19 +222,20 @@ def embedding_bwd_tokens_(
     _require_grad_buffer("dwte", dwte, C)
     ids, order = torch.sort(idx.reshape(-1), stable=True)
     dr = dr.contiguous()
+    seed, threshold, keep_scale = dropout_args(p, seed)
     row = pick("embedding_bwd", dr, C)
-    run, columns = row.blocks["RUN"], triton.cdiv(C, row.blocks["BLOCK_C"])
-    runs = (M + run - 1) // run
+    run, columns = row.blocks["RUN"], cdiv(C, row.blocks["BLOCK_C"])
+    runs = cdiv(M, run)
     pieces = torch.empty(2, runs, C, dtype=torch.float32, device=dr.device)
     launch(
         "embedding_bwd", _embedding_bwd_kernel, (runs, columns),
-        ids, order, dr, dwte, pieces, seed, M, V, C, site, int(p * 2**32), 1.0 / (1.0 - p),
+        ids, order, dr, dwte, pieces, seed, M, V, C, site, threshold, keep_scale,
         row=row, DROPOUT=p > 0.0, ACCUMULATE=accumulate,
     )  # fmt: skip
     row = pick("embedding_bwd_pieces", pieces, C)
     launch(
         "embedding_bwd_pieces", _embedding_bwd_pieces_kernel,
-        (max(runs - 1, 0), triton.cdiv(C, row.blocks["BLOCK_C"])),
+        (max(runs - 1, 0), cdiv(C, row.blocks["BLOCK_C"])),
         ids, pieces, dwte, M, V, C, runs, row=row, RUN=run, ACCUMULATE=accumulate,
     )  # fmt: skip
 
@@ -250,10 +252,11 @@ def embedding_bwd_positions_(
     B, T, C = dr.shape
     _require_grad_buffer("dwpe", dwpe, C)
     dr = dr.contiguous()
+    seed, threshold, keep_scale = dropout_args(p, seed)
     row = pick("embedding_bwd_positions", dr, C)
     launch(
-        "embedding_bwd_positions", _embedding_bwd_positions_kernel, (T, triton.cdiv(C, row.blocks["BLOCK_C"])),
-        idx, dr, dwpe, seed, B, T, V, C, *idx.stride(), start, site, int(p * 2**32), 1.0 / (1.0 - p),
+        "embedding_bwd_positions", _embedding_bwd_positions_kernel, (T, cdiv(C, row.blocks["BLOCK_C"])),
+        idx, dr, dwpe, seed, B, T, V, C, *idx.stride(), start, site, threshold, keep_scale,
         row=row, DROPOUT=p > 0.0, ACCUMULATE=accumulate,
     )  # fmt: skip
 

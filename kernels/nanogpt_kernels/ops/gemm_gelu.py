@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nanogpt_kernels.launch import Row, architecture, launch, persistent
+from nanogpt_kernels.launch import Row, architecture, cdiv, launch, persistent
 from nanogpt_kernels.primitives import gelu, gelu_derivative
 
 
@@ -188,7 +188,7 @@ def _operands(tensors_and_tiles: list[tuple[Tensor | None, list[int]]]) -> tuple
 
 
 def _persistent_grid(row: Row, M: int, N: int, device: torch.device) -> tuple[Any]:
-    tiles = -(-M // row.blocks["BLOCK_M"]) * -(-N // row.blocks["BLOCK_N"])
+    tiles = cdiv(M, row.blocks["BLOCK_M"]) * cdiv(N, row.blocks["BLOCK_N"])
     return (persistent(tiles, row.choices["programs_per_sm"], device),)
 
 
@@ -222,7 +222,7 @@ def gemm_gelu_bwd(
     (M, K), N = ddelta.shape, w.size(1)
     dpre, act = torch.empty_like(pre), torch.empty_like(pre) if rebuild_act else None
     block_m, block_n, block_k = (row.blocks[f"BLOCK_{letter}"] for letter in "MNK")
-    tiles_m = (M + block_m - 1) // block_m
+    tiles_m = cdiv(M, block_m)
     partials = torch.empty(tiles_m if bias_grad else 0, N, dtype=torch.float32, device=pre.device)
     quarter = [block_m, block_n // 4]
     tma, (ddelta_, w_, pre_, dpre_, act_) = _operands(

@@ -19,7 +19,7 @@ from nanogpt_kernels.contract import (
     require_float,
     require_same_device,
 )
-from nanogpt_kernels.launch import pick
+from nanogpt_kernels.launch import cdiv, pick
 from nanogpt_kernels.ops.cross_entropy import check, cross_entropy_in_place, scale_on_device
 from nanogpt_kernels.ops.linear import accumulate_weight_grad_
 from nanogpt_kernels.registry import differentiating, once, register
@@ -45,8 +45,8 @@ def linear_cross_entropy_fwd(
     """loss [], nll [M], dx, dw: empty where not wanted; dw is empty too where main_grad received it."""
     _check(x, w, targets, grad_scale, main_grad, ignore_index, valid_vocab)
     V, C = w.shape
-    rows, targets = x.flatten(0, -2), targets.flatten()
-    M = rows.size(0)
+    x_rows, targets = x.flatten(0, -2), targets.flatten()
+    M = x_rows.size(0)
     nll = torch.empty(M, dtype=torch.float32, device=x.device)
     dx = torch.empty(x.shape if wants_dx else (0,), dtype=x.dtype, device=x.device)
     sums_to = main_grad if main_grad is not None else torch.zeros(
@@ -55,10 +55,10 @@ def linear_cross_entropy_fwd(
     if not isinstance(x, FakeTensor):  # whose M may be a symbol, and cannot be counted to
         scale = grad_scale if wants_dx or wants_dw else None
         chunk = min(pick("cross_entropy", x, V).choices["chunk_rows"], M)
-        width = (V + LANES - 1) // LANES * LANES
+        width = cdiv(V, LANES) * LANES
         buffer = torch.empty(chunk, width, dtype=x.dtype, device=x.device)
         for part in (slice(start, start + chunk) for start in range(0, M, max(chunk, 1))):
-            x_c = rows[part]
+            x_c = x_rows[part]
             logits = buffer[: x_c.size(0), :V]
             torch.mm(x_c, w.t(), out=logits)
             cross_entropy_in_place(logits, width, targets[part], scale, nll[part], ignore_index, valid_vocab)
@@ -71,14 +71,20 @@ def linear_cross_entropy_fwd(
 
 
 def _check(
-    x: Tensor, w: Tensor, targets: Tensor, grad_scale: Tensor, main_grad: Tensor | None, ignore_index: int, valid: int
+    x: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    grad_scale: Tensor,
+    main_grad: Tensor | None,
+    ignore_index: int,
+    valid_vocab: int,
 ) -> None:
     op = "linear_cross_entropy"
     require_float(op, x=x, w=w)
     require(x.dtype == w.dtype, op, "x and w must have one dtype", x=x, w=w)
     require(x.dim() >= 2 and w.dim() == 2 and x.size(-1) == w.size(1), op, "x is [..., C] and w [V, C]", x=x, w=w)
     require_same_device(op, x=x, w=w, targets=targets, grad_scale=grad_scale, main_grad=main_grad)
-    check(op, targets, x.shape[:-1].numel(), grad_scale, ignore_index, w.size(0), valid)
+    check(op, targets, x.shape[:-1].numel(), grad_scale, ignore_index, w.size(0), valid_vocab)
     if main_grad is not None:
         require(
             main_grad.dtype == torch.float32 and main_grad.shape == w.shape,

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanogpt_kernels.contract import main_grad_of, require, require_float, require_same_device
-from nanogpt_kernels.launch import Row, launch, persistent, pick
+from nanogpt_kernels.launch import Row, cdiv, launch, persistent, pick
 from nanogpt_kernels.ops.column_sums import column_sums_, vector_grad_of, vector_grads
 from nanogpt_kernels.ops.gemm_gelu import describable, gemm_gelu_bwd, gemm_gelu_fwd
 from nanogpt_kernels.ops.linear import weight_grad
@@ -106,7 +106,7 @@ def bias_gelu_fwd(x: Tensor, b: Tensor | None, activation: str) -> Tensor:
     x, b = x.contiguous(), None if b is None else b.contiguous()
     y, row = torch.empty_like(x), pick("bias_gelu_fwd", x, N)
     M = x.shape[:-1].numel()
-    tiles = triton.cdiv(M, row.blocks["BLOCK_M"]) * triton.cdiv(N, row.blocks["BLOCK_N"])
+    tiles = cdiv(M, row.blocks["BLOCK_M"]) * cdiv(N, row.blocks["BLOCK_N"])
     launch("bias_gelu_fwd", _bias_gelu_fwd_kernel, (tiles,), x, b, y, M, N, row=row, TANH=activation == "gelu_tanh")
     return y
 
@@ -122,8 +122,8 @@ def _gelu_bwd(
     # a smaller tile lies in several warps at once, and in place one may load what another has stored
     whole = dx is not dy or row.blocks["BLOCK_M"] * row.blocks["BLOCK_N"] >= 32 * row.num_warps
     require(whole, "mlp", "in place, a tile must have an element a thread", row=row)
-    strips = (N + row.blocks["BLOCK_N"] - 1) // row.blocks["BLOCK_N"]
-    tiles = (M + row.blocks["BLOCK_M"] - 1) // row.blocks["BLOCK_M"]
+    strips = cdiv(N, row.blocks["BLOCK_N"])
+    tiles = cdiv(M, row.blocks["BLOCK_M"])
     per_sm = row.choices["programs_per_sm" if y is None else "rebuilding_per_sm"]
     programs = persistent(tiles, per_sm, x.device, abreast=strips)
     partials = torch.empty(programs if bias_grad else 0, N, dtype=torch.float32, device=x.device)
@@ -171,12 +171,12 @@ def mlp_fwd(
     shapes = y.size(-1) == C and w_proj.size(1) == F_ and C > 0 and F_ > 0
     require(shapes, "mlp", "y must be [..., C], w_fc [F, C], w_proj [C, F], none of them 0", **operands)
     _require_bias("mlp", b_fc, F_, y.dtype)
-    rows = y.reshape(-1, C).contiguous()
-    row = _fused("mlp_fwd", C, rows, w_fc, w_proj)
+    y_rows = y.reshape(-1, C).contiguous()
+    row = _fused("mlp_fwd", C, y_rows, w_fc, w_proj)
     if row is not None:
-        pre, act = gemm_gelu_fwd(row, rows, w_fc, b_fc, activation == "gelu_tanh", keep_pre)
+        pre, act = gemm_gelu_fwd(row, y_rows, w_fc, b_fc, activation == "gelu_tanh", keep_pre)
     else:
-        pre = F.linear(rows, w_fc, None if b_fc is None else b_fc.to(y.dtype))
+        pre = F.linear(y_rows, w_fc, None if b_fc is None else b_fc.to(y.dtype))
         act = bias_gelu_fwd(pre, None, activation)
     delta = (act @ w_proj.t()).view(*y.shape[:-1], C_out)
     return delta, pre if pre is not None and keep_pre else y.new_empty(0), act if keep_act else y.new_empty(0)

@@ -3,7 +3,7 @@
 norm:      y = (r - mean(r)) / sqrt(var(r) + eps) * w + b
 add_norm:  r' = r + dropout(delta + delta_bias), y = norm(r')
 Backward:  dr = rstd (g - mean(g) - n mean(g n)) + dr', with g = dy w, n = (r' - mean) rstd; ddelta = dropout'(dr)
-A fixed number of programs stride over tiles of ROWS rows, w and b in registers. A row lies in TILES pieces of BLOCK_C
+A fixed number of programs stride over tiles of ROWS rows, w and b in registers. A row lies in PIECES pieces of BLOCK_C
 columns, read once: its mean, then its centred variance, come from registers. The gradients of w, b and delta_bias are
 float32 sums in each program's registers, written once a program; column_sums.py adds the programs' rows.
 Numerics: float32, rounded once at each store; y's statistics are those of r' as stored. Every row's result depends on
@@ -23,9 +23,9 @@ from nanogpt_kernels.contract import (
     require_float,
     require_same_device,
 )
-from nanogpt_kernels.launch import Row, launch, persistent, pick
+from nanogpt_kernels.launch import Row, cdiv, launch, persistent, pick
 from nanogpt_kernels.ops.column_sums import vector_grad_of, vector_grads
-from nanogpt_kernels.primitives import keep_mask, piece, row_pieces, vector_pieces, zero_pieces
+from nanogpt_kernels.primitives import dropout_args, keep_mask, piece, row_pieces, vector_pieces, zero_pieces
 from nanogpt_kernels.registry import differentiating, once, register
 
 
@@ -43,24 +43,24 @@ def _norm_fwd_kernel(
     rstd_ptr,  # [M] float32, or None with mean
     M,
     eps,
-    scale,
+    keep_scale,
     threshold,
     site,
     C: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    TILES: tl.constexpr,
+    PIECES: tl.constexpr,
 ):
-    w, b = vector_pieces(w_ptr, C, BLOCK_C, TILES), vector_pieces(b_ptr, C, BLOCK_C, TILES)
-    delta_bias = vector_pieces(delta_bias_ptr, C, BLOCK_C, TILES)
+    w, b = vector_pieces(w_ptr, C, BLOCK_C, PIECES), vector_pieces(b_ptr, C, BLOCK_C, PIECES)
+    delta_bias = vector_pieces(delta_bias_ptr, C, BLOCK_C, PIECES)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     for start in range(tl.program_id(0).to(tl.int64) * ROWS, M, tl.num_programs(0) * ROWS):
         m = start + tl.arange(0, ROWS).to(tl.int64)
-        r_in, deltas = row_pieces(r_ptr, m, M, C, BLOCK_C, TILES), row_pieces(delta_ptr, m, M, C, BLOCK_C, TILES)
+        r_in, deltas = row_pieces(r_ptr, m, M, C, BLOCK_C, PIECES), row_pieces(delta_ptr, m, M, C, BLOCK_C, PIECES)
         rs = ()
         total = tl.zeros([ROWS, BLOCK_C], tl.float32)
-        for i in tl.static_range(TILES):
+        for i in tl.static_range(PIECES):
             r = r_in[i].to(tl.float32)
             if delta_ptr is not None:
                 delta = deltas[i].to(tl.float32)
@@ -68,7 +68,7 @@ def _norm_fwd_kernel(
                     delta += delta_bias[i]
                 if seed_ptr is not None:
                     keep = keep_mask(seed, site, threshold, m, i * BLOCK_C, tl.cdiv(C, 4), ROWS, BLOCK_C)
-                    delta = tl.where(keep, delta * scale, 0.0)
+                    delta = tl.where(keep, delta * keep_scale, 0.0)
                 at, inside = piece(m, M, i, C, BLOCK_C)
                 stored = (r + delta).to(r_out_ptr.dtype.element_ty)
                 tl.store(r_out_ptr + at, stored, mask=inside)
@@ -77,13 +77,13 @@ def _norm_fwd_kernel(
             total += r
         mean = tl.sum(total, axis=1, keep_dims=True) / C
         squares = tl.zeros([ROWS, BLOCK_C], tl.float32)
-        for i in tl.static_range(TILES):
+        for i in tl.static_range(PIECES):
             centred = rs[i] - mean
             if (i + 1) * BLOCK_C > C:
                 centred = tl.where(i * BLOCK_C + tl.arange(0, BLOCK_C)[None, :] < C, centred, 0.0)
             squares += centred * centred
         rstd = tl.rsqrt(tl.sum(squares, axis=1, keep_dims=True) / C + eps)
-        for i in tl.static_range(TILES):
+        for i in tl.static_range(PIECES):
             at, inside = piece(m, M, i, C, BLOCK_C)
             y = (rs[i] - mean) * rstd * w[i]
             if b_ptr is not None:
@@ -109,32 +109,32 @@ def _norm_bwd_kernel(
     db_ptr,  # [programs, C] float32, or None
     d_delta_bias_ptr,  # [programs, C] float32, or None
     M,
-    scale,
+    keep_scale,
     threshold,
     site,
     C: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    TILES: tl.constexpr,
+    PIECES: tl.constexpr,
     DRES_LATE: tl.constexpr,
 ):
-    w = vector_pieces(w_ptr, C, BLOCK_C, TILES)
-    zeros = zero_pieces(ROWS, BLOCK_C, TILES)
+    w = vector_pieces(w_ptr, C, BLOCK_C, PIECES)
+    zeros = zero_pieces(ROWS, BLOCK_C, PIECES)
     dw, db, d_delta_bias = zeros, zeros, zeros
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     for start in range(tl.program_id(0).to(tl.int64) * ROWS, M, tl.num_programs(0) * ROWS):
         m = start + tl.arange(0, ROWS).to(tl.int64)
         if not DRES_LATE:
-            drs = row_pieces(dres_ptr, m, M, C, BLOCK_C, TILES)
+            drs = row_pieces(dres_ptr, m, M, C, BLOCK_C, PIECES)
         if dy_ptr is not None:
-            dys, rs = row_pieces(dy_ptr, m, M, C, BLOCK_C, TILES), row_pieces(r_ptr, m, M, C, BLOCK_C, TILES)
+            dys, rs = row_pieces(dy_ptr, m, M, C, BLOCK_C, PIECES), row_pieces(r_ptr, m, M, C, BLOCK_C, PIECES)
             # a row's layout, then a column: loaded as a column, each thread reads every row's eight times over
             mean = tl.load(mean_ptr + m, mask=m < M, other=0.0)[:, None]
             rstd = tl.load(rstd_ptr + m, mask=m < M, other=0.0)[:, None]
             sum_g, sum_gn = tl.zeros([ROWS, BLOCK_C], tl.float32), tl.zeros([ROWS, BLOCK_C], tl.float32)
             gs, ns, next_dw, next_db = (), (), (), ()
-            for i in tl.static_range(TILES):
+            for i in tl.static_range(PIECES):
                 dy = dys[i].to(tl.float32)
                 n = (rs[i].to(tl.float32) - mean) * rstd  # not 0 in lanes past a row's end, but dy is
                 g = dy * w[i]
@@ -145,9 +145,9 @@ def _norm_bwd_kernel(
             dw, db = next_dw, next_db
             mean_g, mean_gn = tl.sum(sum_g, axis=1, keep_dims=True) / C, tl.sum(sum_gn, axis=1, keep_dims=True) / C
         if DRES_LATE:
-            drs = row_pieces(dres_ptr, m, M, C, BLOCK_C, TILES)
+            drs = row_pieces(dres_ptr, m, M, C, BLOCK_C, PIECES)
         next_d_delta_bias = ()
-        for i in tl.static_range(TILES):
+        for i in tl.static_range(PIECES):
             at, inside = piece(m, M, i, C, BLOCK_C)
             if dy_ptr is None:
                 dr = drs[i].to(tl.float32)
@@ -159,13 +159,13 @@ def _norm_bwd_kernel(
                 tl.store(dr_ptr + at, dr.to(dr_ptr.dtype.element_ty), mask=inside)
             if seed_ptr is not None:
                 keep = keep_mask(seed, site, threshold, m, i * BLOCK_C, tl.cdiv(C, 4), ROWS, BLOCK_C)
-                dr = tl.where(keep, dr * scale, 0.0)
+                dr = tl.where(keep, dr * keep_scale, 0.0)
             if ddelta_ptr is not None:
                 tl.store(ddelta_ptr + at, dr.to(ddelta_ptr.dtype.element_ty), mask=inside)
             next_d_delta_bias += (d_delta_bias[i] + dr,)
         d_delta_bias = next_d_delta_bias
     at_program = tl.program_id(0).to(tl.int64) * C
-    for i in tl.static_range(TILES):
+    for i in tl.static_range(PIECES):
         c = i * BLOCK_C + tl.arange(0, BLOCK_C)
         if dw_ptr is not None:
             tl.store(dw_ptr + at_program + c, tl.sum(dw[i], axis=0), mask=c < C)
@@ -175,11 +175,11 @@ def _norm_bwd_kernel(
             tl.store(d_delta_bias_ptr + at_program + c, tl.sum(d_delta_bias[i], axis=0), mask=c < C)
 
 
-def _tiles(row: Row, C: int) -> dict[str, int]:
+def _tile(row: Row, C: int) -> dict[str, int]:
     """The launch row's tile cut to C: where C is narrow, its lanes go to more rows."""
     BLOCK_C = min(row.blocks["BLOCK_C"], max(4, 1 << (C - 1).bit_length()))
     return dict(
-        C=C, ROWS=row.blocks["ROWS"] * row.blocks["BLOCK_C"] // BLOCK_C, BLOCK_C=BLOCK_C, TILES=-(-C // BLOCK_C)
+        C=C, ROWS=row.blocks["ROWS"] * row.blocks["BLOCK_C"] // BLOCK_C, BLOCK_C=BLOCK_C, PIECES=cdiv(C, BLOCK_C)
     )
 
 
@@ -216,20 +216,22 @@ def norm_fwd(
     r_out = torch.empty(0 if delta is None else r.shape, dtype=r.dtype, device=r.device)
     y = torch.empty(r.shape, dtype=y_dtype, device=r.device)
     mean, rstd = (torch.empty(M if statistics else 0, dtype=torch.float32, device=r.device) for _ in range(2))
+    seed, threshold, keep_scale = dropout_args(p, seed)
     row = pick("norm_fwd", r, C)
-    tiles = _tiles(row, C)
-    programs = persistent(-(-M // tiles["ROWS"]), row.choices["programs_per_sm"], r.device)
+    tile = _tile(row, C)
+    programs = persistent(cdiv(M, tile["ROWS"]), row.choices["programs_per_sm"], r.device)
     launch(
         "norm_fwd", _norm_fwd_kernel, (programs,),
-        r, delta, delta_bias, w, b, seed if p > 0.0 else None, None if delta is None else r_out, y,
-        mean if statistics else None, rstd if statistics else None, M, eps, 1.0 / (1.0 - p), int(p * 2**32), site,
-        row=row, **tiles,
+        r, delta, delta_bias, w, b, seed, None if delta is None else r_out, y,
+        mean if statistics else None, rstd if statistics else None, M, eps, keep_scale, threshold, site,
+        row=row, **tile,
     )  # fmt: skip
     return r_out, y, mean, rstd
 
 
 @register("norm_bwd(Tensor? dy, Tensor? dres, Tensor r, Tensor mean, Tensor rstd, Tensor w, Tensor? seed, float p, "
-          "int site, ScalarType? ddelta_dtype, bool[4] wanted) -> (Tensor, Tensor, Tensor)")  # fmt: skip
+          "int site, ScalarType? ddelta_dtype, bool wants_dr, bool wants_dw, bool wants_db, bool wants_d_delta_bias)"
+          " -> (Tensor, Tensor, Tensor)")  # fmt: skip
 def norm_bwd(
     dy: Tensor | None,
     dres: Tensor | None,
@@ -241,27 +243,34 @@ def norm_bwd(
     p: float,
     site: int,
     ddelta_dtype: torch.dtype | None,
-    wanted: list[bool],
+    wants_dr: bool,
+    wants_dw: bool,
+    wants_db: bool,
+    wants_d_delta_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dr, ddelta, partials [SUMS, programs, C] float32), empty what is not wanted: ddelta where ddelta_dtype is None,
-    and by `wanted` dr, dw, db and d_delta_bias, of which partials holds the last three."""
+    """(dr, ddelta, partials [0 to 3, programs, C] float32: of dw, db and d_delta_bias, those that are wanted).
+
+    What is not wanted is empty; of ddelta, ddelta_dtype None says so."""
     C = w.numel()
     M = r.numel() // C
     r, w = r.contiguous(), w.contiguous()
     dy, dres = (None if t is None else t.contiguous() for t in (dy, dres))
+    seed, threshold, keep_scale = dropout_args(p, seed)
     row = pick("norm_bwd", r, C)
-    tiles = _tiles(row, C)
-    programs = persistent(-(-M // tiles["ROWS"]), row.choices["programs_per_sm"], r.device)
-    dr = torch.empty(r.shape if wanted[0] else 0, dtype=r.dtype, device=r.device)
+    tile = _tile(row, C)
+    programs = persistent(cdiv(M, tile["ROWS"]), row.choices["programs_per_sm"], r.device)
+    dr = torch.empty(r.shape if wants_dr else 0, dtype=r.dtype, device=r.device)
     ddelta = torch.empty(0 if ddelta_dtype is None else r.shape, dtype=ddelta_dtype or r.dtype, device=r.device)
-    partials = torch.empty(sum(wanted[1:]), programs, C, dtype=torch.float32, device=r.device)
+    wanted = wants_dw, wants_db, wants_d_delta_bias
+    partials = torch.empty(sum(wanted), programs, C, dtype=torch.float32, device=r.device)
     slots = iter(partials)
-    late = C > 4096 and dy is not None and dy.element_size() == 4  # such rows spilled 40 bytes a thread at C = 8192
+    late_above = row.choices.get("float32_dres_late_above", C)  # never, where the launch row has none
+    late = late_above < C and dy is not None and dy.element_size() == 4
     launch(
         "norm_bwd", _norm_bwd_kernel, (programs,),
-        dy, dres, r, mean, rstd, w, seed if p > 0.0 else None, dr if wanted[0] else None,
-        None if ddelta_dtype is None else ddelta, *(next(slots) if sum_wanted else None for sum_wanted in wanted[1:]),
-        M, 1.0 / (1.0 - p), int(p * 2**32), site, row=row, **tiles, DRES_LATE=late,
+        dy, dres, r, mean, rstd, w, seed, dr if wants_dr else None,
+        None if ddelta_dtype is None else ddelta, *(next(slots) if want else None for want in wanted),
+        M, keep_scale, threshold, site, row=row, **tile, DRES_LATE=late,
     )  # fmt: skip
     return dr, ddelta, partials
 
@@ -271,17 +280,20 @@ class _Norm(torch.autograd.Function):
     def forward(ctx, r: Tensor, w: Tensor, b: Tensor | None, eps: float, out_dtype: torch.dtype):
         _, y, mean, rstd = norm_fwd(r, None, None, w, b, eps, 0.0, None, 0, out_dtype, True)
         ctx.save_for_backward(r, w, mean, rstd)
-        ctx.vectors = [vector_grad_of("norm", v) for v in (w, b, None)]
+        ctx.vectors = [vector_grad_of("norm", v) for v in (w, b)]
         return y
 
     @staticmethod
     @once
     def backward(ctx, *grads: Tensor):
         r, w, mean, rstd = ctx.saved_tensors
-        wanted = [*ctx.needs_input_grad[:3], False]
-        dr, _, partials = norm_bwd(grads[0], None, r, mean, rstd, w, None, 0.0, 0, None, wanted)
-        dw, db, _ = vector_grads(partials, wanted[1:], ctx.vectors)
-        return dr if wanted[0] else None, dw, db, None, None
+        wants_r, wants_w, wants_b = ctx.needs_input_grad[:3]
+        dr, _, partials = norm_bwd(
+            grads[0], None, r, mean, rstd, w, None, 0.0, 0, None,
+            wants_dr=wants_r, wants_dw=wants_w, wants_db=wants_b, wants_d_delta_bias=False,
+        )  # fmt: skip
+        dw, db = vector_grads(partials, (wants_w, wants_b), ctx.vectors)
+        return dr if wants_r else None, dw, db, None, None
 
 
 class _AddNorm(torch.autograd.Function):
@@ -302,13 +314,16 @@ class _AddNorm(torch.autograd.Function):
             return (None,) * 9
         r, w, mean, rstd, seed = ctx.saved_tensors
         wants_r, wants_delta, wants_delta_bias, wants_w, wants_b = ctx.needs_input_grad[:5]
-        differ = ctx.p > 0.0 or ctx.delta_dtype != r.dtype  # else dr and ddelta are one tensor
-        wanted = [wants_r or (wants_delta and not differ), wants_w and dy is not None, wants_b and dy is not None,
-                  wants_delta_bias]  # fmt: skip
-        ddelta_dtype = ctx.delta_dtype if wants_delta and differ else None
-        dr, ddelta, partials = norm_bwd(dy, dres, r, mean, rstd, w, seed, ctx.p, ctx.site, ddelta_dtype, wanted)
-        dw, db, d_delta_bias = vector_grads(partials, wanted[1:], ctx.vectors)
-        ddelta = ddelta if differ else dr
+        wants_w, wants_b = wants_w and dy is not None, wants_b and dy is not None
+        separate_ddelta = ctx.p > 0.0 or ctx.delta_dtype != r.dtype  # else dr and ddelta are one tensor
+        ddelta_dtype = ctx.delta_dtype if wants_delta and separate_ddelta else None
+        dr, ddelta, partials = norm_bwd(
+            dy, dres, r, mean, rstd, w, seed, ctx.p, ctx.site, ddelta_dtype,
+            wants_dr=wants_r or (wants_delta and not separate_ddelta), wants_dw=wants_w, wants_db=wants_b,
+            wants_d_delta_bias=wants_delta_bias,
+        )  # fmt: skip
+        dw, db, d_delta_bias = vector_grads(partials, (wants_w, wants_b, wants_delta_bias), ctx.vectors)
+        ddelta = ddelta if separate_ddelta else dr
         return (dr if wants_r else None, ddelta if wants_delta else None, d_delta_bias, dw, db, *[None] * 4)
 
 

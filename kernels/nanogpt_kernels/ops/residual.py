@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from nanogpt_kernels.contract import require_addends, require_dropout, require_same_device
-from nanogpt_kernels.launch import Row, launch, persistent, pick
+from nanogpt_kernels.launch import Row, cdiv, launch, persistent, pick
 from nanogpt_kernels.ops.column_sums import vector_grad_of, vector_grads
-from nanogpt_kernels.primitives import keep_mask, piece
+from nanogpt_kernels.primitives import dropout_args, keep_mask, piece
 from nanogpt_kernels.registry import differentiating, once, register
 
 
@@ -27,7 +27,7 @@ def _dropout_add_fwd_kernel(
     seed_ptr,  # [1] int64, or None: no dropout
     r_out_ptr,  # [M, C]
     M,
-    scale,
+    keep_scale,
     threshold,
     site,
     C: tl.constexpr,
@@ -49,7 +49,7 @@ def _dropout_add_fwd_kernel(
             delta += delta_bias
         if seed_ptr is not None:
             keep = keep_mask(seed, site, threshold, m, i * BLOCK_C, tl.cdiv(C, 4), ROWS, BLOCK_C)
-            delta = tl.where(keep, delta * scale, 0.0)
+            delta = tl.where(keep, delta * keep_scale, 0.0)
         tl.store(r_out_ptr + at, (r + delta).to(r_out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -60,7 +60,7 @@ def _dropout_add_bwd_kernel(
     ddelta_ptr,  # [M, C], or None: not wanted, or dr serves
     d_delta_bias_ptr,  # [programs, C] float32, or None: not wanted
     M,
-    scale,
+    keep_scale,
     threshold,
     site,
     C: tl.constexpr,
@@ -77,7 +77,7 @@ def _dropout_add_bwd_kernel(
         ddelta = tl.load(dr_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if seed_ptr is not None:
             keep = keep_mask(seed, site, threshold, m, i * BLOCK_C, tl.cdiv(C, 4), ROWS, BLOCK_C)
-            ddelta = tl.where(keep, ddelta * scale, 0.0)
+            ddelta = tl.where(keep, ddelta * keep_scale, 0.0)
         if ddelta_ptr is not None:
             tl.store(ddelta_ptr + at, ddelta.to(ddelta_ptr.dtype.element_ty), mask=inside)
         d_delta_bias += ddelta
@@ -89,8 +89,8 @@ def _dropout_add_bwd_kernel(
 
 def _grid(row: Row, M: int, C: int, device: torch.device) -> tuple[int, int]:
     """Programs over rows, as many as run at once with those over columns, and programs over columns."""
-    over_columns = max(1, -(-C // row.blocks["BLOCK_C"]))
-    tiles = -(-M // row.blocks["ROWS"])
+    over_columns = max(1, cdiv(C, row.blocks["BLOCK_C"]))
+    tiles = cdiv(M, row.blocks["ROWS"])
     return persistent(tiles, row.choices["programs_per_sm"], device, abreast=over_columns), over_columns
 
 
@@ -106,10 +106,11 @@ def dropout_add_fwd(
     C = r.size(-1)
     M = r.numel() // max(C, 1)
     r_out = torch.empty(r.shape, dtype=r.dtype, device=r.device)
+    seed, threshold, keep_scale = dropout_args(p, seed)
     row = pick("dropout_add", r, C)
     launch(
         "dropout_add_fwd", _dropout_add_fwd_kernel, _grid(row, M, C, r.device),
-        r, delta, delta_bias, seed if p > 0.0 else None, r_out, M, 1.0 / (1.0 - p), int(p * 2**32), site, row=row, C=C,
+        r, delta, delta_bias, seed, r_out, M, keep_scale, threshold, site, row=row, C=C,
     )  # fmt: skip
     return r_out
 
@@ -124,13 +125,14 @@ def dropout_add_bwd(
     C = dr.size(-1)
     M = dr.numel() // max(C, 1)
     ddelta = torch.empty(0 if ddelta_dtype is None else dr.shape, dtype=ddelta_dtype or dr.dtype, device=dr.device)
+    seed, threshold, keep_scale = dropout_args(p, seed)
     row = pick("dropout_add", dr, C)
     grid = _grid(row, M, C, dr.device)
     partials = torch.empty(grid[0] if wants_bias else 0, C, dtype=torch.float32, device=dr.device)
     launch(
         "dropout_add_bwd", _dropout_add_bwd_kernel, grid,
-        dr, seed if p > 0.0 else None, None if ddelta_dtype is None else ddelta, partials if wants_bias else None,
-        M, 1.0 / (1.0 - p), int(p * 2**32), site, row=row, C=C,
+        dr, seed, None if ddelta_dtype is None else ddelta, partials if wants_bias else None,
+        M, keep_scale, threshold, site, row=row, C=C,
     )  # fmt: skip
     return ddelta, partials
 
@@ -149,12 +151,12 @@ class _DropoutAdd(torch.autograd.Function):
         (dr,) = grads
         (seed,) = ctx.saved_tensors
         wants_r, wants_delta, wants_bias = ctx.needs_input_grad[:3]
-        differ = ctx.p > 0.0 or ctx.delta_dtype != dr.dtype  # else ddelta is dr
+        separate_ddelta = ctx.p > 0.0 or ctx.delta_dtype != dr.dtype  # else ddelta is dr
         ddelta, d_delta_bias = dr, None
-        if wants_bias or (wants_delta and differ):
-            dtype = ctx.delta_dtype if wants_delta and differ else None
+        if wants_bias or (wants_delta and separate_ddelta):
+            dtype = ctx.delta_dtype if wants_delta and separate_ddelta else None
             made, partials = dropout_add_bwd(dr, ctx.p, seed, ctx.site, dtype, wants_bias)
-            ddelta = made if differ else dr
+            ddelta = made if separate_ddelta else dr
             (d_delta_bias,) = vector_grads([partials], [wants_bias], [ctx.delta_bias])
         return dr if wants_r else None, ddelta if wants_delta else None, d_delta_bias, None, None, None
 

@@ -14,12 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from nanogpt_kernels.contract import require, require_same_device
-from nanogpt_kernels.launch import launch, pick
+from nanogpt_kernels.launch import cdiv, launch, pick
 from nanogpt_kernels.ops.attention.backward_atomic import delta_and_zeros, write_dq
 from nanogpt_kernels.ops.attention.documents import document_spans
-from nanogpt_kernels.ops.attention.forward import block_d, check_attention, dot_precision, log2_scale
+from nanogpt_kernels.ops.attention.forward import block_d, check_attention, dot_precision, launch_op, log2_scale
 from nanogpt_kernels.ops.attention.tile_access import head_offsets, load_tile, query_tile, store_tile, tile_at
-from nanogpt_kernels.primitives import keep_mask
+from nanogpt_kernels.primitives import dropout_args, keep_mask
 from nanogpt_kernels.registry import register
 
 
@@ -29,9 +29,9 @@ def _dq_over_keys(
     k_ptr,  # [T, D] of this head, as v_ptr
     v_ptr,
     doc_ids_ptr,  # [T] of this sequence, or None
-    seed, site, threshold, inv_keep, first_row, log2_scale, stride, T,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DIAGONAL: tl.constexpr,
-    RAGGED: tl.constexpr, DROPOUT: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
+    seed, site, threshold, keep_scale, first_row, log2_scale, stride, T,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, RAGGED: tl.constexpr,
+    DROPOUT: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
     """dq [BLOCK_M, BLOCK_D] of queries m... plus keys lo...hi - 1, all below the diagonal unless DIAGONAL."""
     i = m + tl.arange(0, BLOCK_M)
@@ -51,7 +51,7 @@ def _dq_over_keys(
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         if DROPOUT:
             keep = keep_mask(seed, site, threshold, first_row + i, n, tl.cdiv(T, 4), BLOCK_M, BLOCK_N)
-            dp = tl.where(keep, dp * inv_keep, 0.0)
+            dp = tl.where(keep, dp * keep_scale, 0.0)
         ds = (p * (dp - delta[:, None])).to(k.dtype)
         dq = tl.dot(ds, k, dq, input_precision=PRECISION)
     return dq
@@ -76,7 +76,7 @@ def _attention_bwd_dq_kernel(
     log2_scale,
     site,
     threshold,
-    inv_keep,
+    keep_scale,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     D: tl.constexpr,
@@ -108,13 +108,13 @@ def _attention_bwd_dq_kernel(
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     below = m // BLOCK_N * BLOCK_N
     dq = _dq_over_keys(
-        dq, q, do, lse, delta, m, start, below, k_ptr, v_ptr, doc_ids_ptr, seed, site, threshold, inv_keep, row_at,
-        log2_scale, stride, T, BLOCK_M, BLOCK_N, D, BLOCK_D, False, RAGGED, DROPOUT, DOCUMENTS, PRECISION,
+        dq, q, do, lse, delta, m, start, below, k_ptr, v_ptr, doc_ids_ptr, seed, site, threshold, keep_scale, row_at,
+        log2_scale, stride, T, BLOCK_M, BLOCK_N, D, BLOCK_D, RAGGED, DROPOUT, DOCUMENTS, PRECISION, DIAGONAL=False,
     )  # fmt: skip
     dq = _dq_over_keys(
         dq, q, do, lse, delta, m, below, tl.minimum(m + BLOCK_M, T), k_ptr, v_ptr, doc_ids_ptr, seed, site, threshold,
-        inv_keep, row_at, log2_scale, stride, T,
-        BLOCK_M, BLOCK_N, D, BLOCK_D, True, RAGGED, DROPOUT, DOCUMENTS, PRECISION,
+        keep_scale, row_at, log2_scale, stride, T,
+        BLOCK_M, BLOCK_N, D, BLOCK_D, RAGGED, DROPOUT, DOCUMENTS, PRECISION, DIAGONAL=True,
     )  # fmt: skip
     sums_ptr += (((head // H).to(tl.int64) * tl.cdiv(T, BLOCK_M) + tile) * H + head % H) * D
     store_tile(dqkv_ptr + qkv_at, sums_ptr, dq * scale, m, stride, T, BLOCK_M, D, BLOCK_D, SUMS)
@@ -129,10 +129,10 @@ def _dkdv_over_queries(
     delta_ptr,
     dq_ptr,  # [T, D] float32, or None
     doc_ids_ptr,  # [T] of this sequence, or None
-    seed, site, threshold, inv_keep, first_row, log2_scale, stride, do_stride, T,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DIAGONAL: tl.constexpr,
-    RAGGED: tl.constexpr, ATOMIC: tl.constexpr, DROPOUT: tl.constexpr, DOCUMENTS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    seed, site, threshold, keep_scale, first_row, log2_scale, stride, do_stride, T,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, RAGGED: tl.constexpr,
+    ATOMIC: tl.constexpr, DROPOUT: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
+    DIAGONAL: tl.constexpr,
 ):  # fmt: skip
     """dk, dv [BLOCK_N, BLOCK_D] of keys n... plus queries lo...hi - 1, all below the diagonal unless DIAGONAL.
 
@@ -161,7 +161,7 @@ def _dkdv_over_queries(
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         if DROPOUT:
             keep = tl.trans(keep_mask(seed, site, threshold, first_row + i, n, tl.cdiv(T, 4), BLOCK_M, BLOCK_N))
-            dp = tl.where(keep, dp * inv_keep, 0.0)
+            dp = tl.where(keep, dp * keep_scale, 0.0)
             kept = tl.where(keep, p, 0.0)
         else:
             kept = p
@@ -194,7 +194,7 @@ def _attention_bwd_dkdv_kernel(
     log2_scale,
     site,
     threshold,
-    inv_keep,
+    keep_scale,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     D: tl.constexpr,
@@ -208,7 +208,7 @@ def _attention_bwd_dkdv_kernel(
     PRECISION: tl.constexpr,
 ):
     head, from_last = query_tile(tl.program_id(0), heads, T, D, BLOCK_N, ITEMSIZE)  # type: ignore[misc]
-    tile = tl.cdiv(T, BLOCK_N) - 1 - from_last  # of keys the first tile is the longest
+    tile = tl.cdiv(T, BLOCK_N) - 1 - from_last  # the first keys have the most queries
     qkv_at, o_at, row_at, doc_at = head_offsets(head, T, H, D)  # type: ignore[misc]
     n, stride = tile * BLOCK_N, 3 * H * D
     q_ptr, do_ptr, lse_ptr, delta_ptr = qkv_ptr + qkv_at, do_ptr + o_at, lse_ptr + row_at, delta_ptr + row_at
@@ -226,18 +226,18 @@ def _attention_bwd_dkdv_kernel(
     first, below = n // BLOCK_M * BLOCK_M, tl.cdiv(n + BLOCK_N, BLOCK_M) * BLOCK_M
     dk, dv = _dkdv_over_queries(
         dk, dv, k, v, n, first, tl.minimum(below, T), q_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, doc_ids_ptr,
-        seed, site, threshold, inv_keep, row_at, log2_scale, stride, H * D, T,
-        BLOCK_M, BLOCK_N, D, BLOCK_D, True, RAGGED, ATOMIC, DROPOUT, DOCUMENTS, PRECISION,
+        seed, site, threshold, keep_scale, row_at, log2_scale, stride, H * D, T,
+        BLOCK_M, BLOCK_N, D, BLOCK_D, RAGGED, ATOMIC, DROPOUT, DOCUMENTS, PRECISION, DIAGONAL=True,
     )  # fmt: skip
     dk, dv = _dkdv_over_queries(
         dk, dv, k, v, n, below, end, q_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, doc_ids_ptr,
-        seed, site, threshold, inv_keep, row_at, log2_scale, stride, H * D, T,
-        BLOCK_M, BLOCK_N, D, BLOCK_D, False, RAGGED, ATOMIC, DROPOUT, DOCUMENTS, PRECISION,
+        seed, site, threshold, keep_scale, row_at, log2_scale, stride, H * D, T,
+        BLOCK_M, BLOCK_N, D, BLOCK_D, RAGGED, ATOMIC, DROPOUT, DOCUMENTS, PRECISION, DIAGONAL=False,
     )  # fmt: skip
     sums_ptr += (((head // H).to(tl.int64) * tl.cdiv(T, BLOCK_N) + tile) * 2 * H + head % H) * D
     dk_ptr = dqkv_ptr + qkv_at + H * D
     store_tile(dk_ptr, sums_ptr, dk * scale, n, stride, T, BLOCK_N, D, BLOCK_D, SUMS)
-    store_tile(dk_ptr + H * D, sums_ptr + H * D, dv * inv_keep, n, stride, T, BLOCK_N, D, BLOCK_D, SUMS)
+    store_tile(dk_ptr + H * D, sums_ptr + H * D, dv * keep_scale, n, stride, T, BLOCK_N, D, BLOCK_D, SUMS)
 
 
 @register(
@@ -271,11 +271,10 @@ def attention_bwd(
     )
     require_same_device(op, do=do, qkv=qkv, o=o, lse=lse)
     do, qkv, o, lse = do.contiguous(), qkv.contiguous(), o.contiguous(), lse.contiguous()
-    # launch_rows.py: up_to is D; dropout and documents need registers, hence rows of their own
-    masked = "" if p == 0.0 and doc_ids is None else "_masked"
     BLOCK_D = block_d(D)
-    doc_ids, seed = None if doc_ids is None else doc_ids.contiguous(), seed if p > 0.0 else None
-    numbers = (B * H, T, H, D**-0.5, log2_scale(D), site, int(p * 2**32), 1.0 / (1.0 - p))
+    doc_ids = None if doc_ids is None else doc_ids.contiguous()
+    seed, threshold, keep_scale = dropout_args(p, seed)
+    numbers = (B * H, T, H, D**-0.5, log2_scale(D), site, threshold, keep_scale)
     shape = dict(D=D, BLOCK_D=BLOCK_D, ITEMSIZE=qkv.element_size(), SUMS=bias_grad)
     shape |= dict(DROPOUT=p > 0.0, DOCUMENTS=doc_ids is not None, PRECISION=dot_precision(qkv))
 
@@ -283,7 +282,7 @@ def attention_bwd(
         return torch.empty((B * tiles, parts * H * D) if bias_grad else (0, 0), dtype=torch.float32, device=qkv.device)
 
     def ragged(blocks: dict[str, int]) -> bool:
-        # a symbolic T (a fake run, which launches nothing) is not asked: torch.compile would compile anew by the answer
+        # not of a symbolic T (a fake run, which launches nothing): torch.compile would compile again for each answer
         return isinstance(T, torch.SymInt) or T % blocks["BLOCK_M"] != 0 or T % blocks["BLOCK_N"] != 0
 
     dqkv = torch.empty_like(qkv)
@@ -292,18 +291,19 @@ def attention_bwd(
         delta, dq = delta_and_zeros(do, o, BLOCK_D)
     else:
         delta, dq = torch.empty_like(lse), None
-        row = pick(f"attention_bwd_dq{masked}", qkv, D)
-        tiles = -(-T // row.blocks["BLOCK_M"])
+        name = launch_op("attention_bwd_dq", p, doc_ids)
+        row = pick(name, qkv, D)
+        tiles = cdiv(T, row.blocks["BLOCK_M"])
         dq_sums = sums(tiles, 1)
         first, _ = document_spans(doc_ids, row.blocks["BLOCK_M"])
         launch(
-            f"attention_bwd_dq{masked}", _attention_bwd_dq_kernel, (tiles * B * H,),
+            name, _attention_bwd_dq_kernel, (tiles * B * H,),
             qkv, o, do, lse, doc_ids, first, seed, dqkv, delta, dq_sums, *numbers,
             row=row, RAGGED=ragged(row.blocks), **shape,
         )  # fmt: skip
-    name = f"attention_bwd_atomic{masked}" if atomic else f"attention_bwd_dkdv{masked}"
+    name = launch_op("attention_bwd_atomic" if atomic else "attention_bwd_dkdv", p, doc_ids)
     row = pick(name, qkv, D)
-    tiles = -(-T // row.blocks["BLOCK_N"])
+    tiles = cdiv(T, row.blocks["BLOCK_N"])
     dkdv_sums = sums(tiles, 2)
     _, end = document_spans(doc_ids, row.blocks["BLOCK_N"])
     launch(

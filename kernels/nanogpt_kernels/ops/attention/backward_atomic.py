@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanogpt_kernels.launch import launch, pick
+from nanogpt_kernels.launch import cdiv, launch, pick
 from nanogpt_kernels.ops.attention.tile_access import head_offsets, load_tile, store_tile, tile_at
 
 
@@ -62,7 +62,7 @@ def delta_and_zeros(do: Tensor, o: Tensor, BLOCK_D: int) -> tuple[Tensor, Tensor
     dq = torch.empty(B, H, T, D, dtype=torch.float32, device=o.device)
     row = pick("attention_bwd_rows", o, D)
     launch(
-        "attention_bwd_rows", _before_atomic_kernel, (B * H, -(-T // row.blocks["ROWS"])),
+        "attention_bwd_rows", _before_atomic_kernel, (B * H, cdiv(T, row.blocks["ROWS"])),
         o, do, delta, dq, T, H, row=row, D=D, BLOCK_D=BLOCK_D,
     )  # fmt: skip
     return delta, dq
@@ -72,7 +72,7 @@ def write_dq(dq: Tensor, dqkv: Tensor, BLOCK_D: int, bias_grad: bool) -> Tensor:
     """dQ's sums [B, H, T, D] into dqkv [B, T, 3, H, D]; returns partial sums over tokens [n, H*D], or [0, 0]."""
     B, H, T, D = dq.shape
     row = pick("attention_bwd_rows", dqkv, D)
-    tiles = -(-T // row.blocks["ROWS"])
+    tiles = cdiv(T, row.blocks["ROWS"])
     sums = torch.empty((B * tiles, H * D) if bias_grad else (0, 0), dtype=torch.float32, device=dq.device)
     launch(
         "attention_bwd_rows", _after_atomic_kernel, (B * H, tiles),

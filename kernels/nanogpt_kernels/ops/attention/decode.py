@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanogpt_kernels.contract import require, require_float, require_same_device
-from nanogpt_kernels.launch import launch, pick
+from nanogpt_kernels.launch import cdiv, launch, pick
 from nanogpt_kernels.ops.attention.forward import MAX_D, attend, block_d, dot_precision, log2_scale
 from nanogpt_kernels.registry import register
 
@@ -29,7 +29,7 @@ def _cached_attention_kernel(
     T,
     H,
     start,
-    scale,
+    log2_scale,
     to_values,
     to_b,
     to_head,
@@ -60,8 +60,8 @@ def _cached_attention_kernel(
     end = tl.minimum(split * KEYS + KEYS, start)
     for j in range(split * KEYS, end, BLOCK_N):
         acc, l, m = attend(
-            acc, l, m, q, k_ptr, k_ptr + to_values, at, first, j, end, scale, rows, qkv_ptr, 0, 0, 0, 0, T,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, False, True, False, False, PRECISION,
+            acc, l, m, q, k_ptr, k_ptr + to_values, at, first, j, end, log2_scale, rows, qkv_ptr, 0, 0, 0, 0,
+            T, D, BLOCK_D, BLOCK_M, BLOCK_N, False, False, PRECISION, DIAGONAL=False, RAGGED=True,
         )  # fmt: skip
         k_ptr += tl.cast(BLOCK_N, tl.int64) * to_token
 
@@ -70,8 +70,8 @@ def _cached_attention_kernel(
         new_at = keys[:, None] * (3 * H * D) + d[None, :]
         for j in range(0, tl.minimum(first + BLOCK_M, T), BLOCK_N):
             acc, l, m = attend(
-                acc, l, m, q, new_k_ptr, new_k_ptr + H * D, new_at, first, j, T, scale, rows, qkv_ptr, 0, 0, 0, 0, T,
-                D, BLOCK_D, BLOCK_M, BLOCK_N, True, True, False, False, PRECISION,
+                acc, l, m, q, new_k_ptr, new_k_ptr + H * D, new_at, first, j, T, log2_scale, rows, qkv_ptr, 0, 0,
+                0, 0, T, D, BLOCK_D, BLOCK_M, BLOCK_N, False, False, PRECISION, DIAGONAL=True, RAGGED=True,
             )  # fmt: skip
             new_k_ptr += BLOCK_N * (3 * H * D)
         into = cache_ptr + (start + first + rows).to(tl.int64)[:, None] * to_token + d[None, :] * to_d
@@ -136,7 +136,7 @@ def cached_attention_(qkv: Tensor, cache: Tensor, start: int) -> Tensor:
     qkv = qkv.contiguous()
     row = pick(op, qkv, T)
     keys = row.choices["keys_a_split"]
-    splits = max(1, (start + keys - 1) // keys)
+    splits = max(1, cdiv(start, keys))
     o = torch.empty(B, T, H, D, dtype=qkv.dtype, device=qkv.device)
     acc, m, l = o, None, None
     if splits > 1:
@@ -144,7 +144,7 @@ def cached_attention_(qkv: Tensor, cache: Tensor, start: int) -> Tensor:
         m = torch.empty((splits, B, T, H), dtype=torch.float32, device=qkv.device)
         l = torch.empty_like(m)
     launch(
-        op, _cached_attention_kernel, (B * H, splits, triton.cdiv(T, row.blocks["BLOCK_M"])),
+        op, _cached_attention_kernel, (B * H, splits, cdiv(T, row.blocks["BLOCK_M"])),
         qkv, cache, acc, m, l, B, T, H, start, log2_scale(D), *cache.stride(),
         row=row, D=D, BLOCK_D=block_d(D), KEYS=keys, SPLIT=splits > 1, PRECISION=dot_precision(qkv),
     )  # fmt: skip

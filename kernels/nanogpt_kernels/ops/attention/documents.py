@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanogpt_kernels.launch import launch
+from nanogpt_kernels.launch import cdiv, launch
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def document_spans(doc_ids: Tensor | None, ROWS: int) -> tuple[Tensor | None, Te
     if doc_ids is None:
         return None, None
     B, T = doc_ids.shape
-    tiles = -(-T // ROWS)
+    tiles = cdiv(T, ROWS)
     first, end = (torch.empty((B, tiles), dtype=torch.int32, device=doc_ids.device) for _ in range(2))
     launch(
         "document_spans", _document_spans_kernel, (B * tiles,), doc_ids, first, end, tiles, T,

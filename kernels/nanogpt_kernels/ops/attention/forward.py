@@ -15,26 +15,26 @@ import triton.language as tl
 from torch import Tensor
 
 from nanogpt_kernels.contract import require, require_dropout, require_float, require_same_device
-from nanogpt_kernels.launch import launch, pick
+from nanogpt_kernels.launch import cdiv, launch, pick
 from nanogpt_kernels.ops.attention.documents import document_spans
 from nanogpt_kernels.ops.attention.tile_access import load_where, query_tile
-from nanogpt_kernels.primitives import keep_mask
+from nanogpt_kernels.primitives import dropout_args, keep_mask
 from nanogpt_kernels.registry import register
 
 INTEGERS = (torch.int32, torch.int64)
-MAX_D = 128
+MAX_D = 128  # the widest head that launch_rows.py has rows for
 
 
 @triton.jit
 def attend(
-    acc, l, m, q, k_ptr, v_ptr, at, first, j, end, scale, doc_i, doc_ids_ptr, seed, site, threshold, first_row, T,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, RAGGED: tl.constexpr, DROPOUT: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
+    acc, l, m, q, k_ptr, v_ptr, at, first, j, end, log2_scale, doc_i, doc_ids_ptr, seed, site, threshold, first_row, T,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
+    DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr, DIAGONAL: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Running (acc, l, m) of queries `first`... after keys j..., which lie at k_ptr + at, their values at v_ptr + at.
 
-    CAUSAL: some of these keys come after some of these queries. RAGGED: some lie at `end` or beyond. scale includes
-    log2(e); first_row is the first query's row of the probabilities seen as [B*H*T, T].
+    DIAGONAL: some of these keys come after some of these queries. RAGGED: some lie at `end` or beyond. first_row is the
+    first query's row of the probabilities seen as [B*H*T, T].
     """
     rows, keys, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     left = end - j
@@ -43,16 +43,16 @@ def attend(
         inside = (keys < left)[:, None] & (d < D)[None, :] if D < BLOCK_D else (keys < left)[:, None]
     k = load_where(k_ptr + at, inside, RAGGED or D < BLOCK_D)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if CAUSAL:
+    if DIAGONAL:
         s = tl.where(rows[:, None] >= (keys + (j - first))[None, :], s, float("-inf"))
     elif RAGGED:
         s = tl.where((keys < left)[None, :], s, float("-inf"))
     if DOCUMENTS:
         doc_j = tl.load(doc_ids_ptr + j + keys, mask=keys < left, other=0)
         s = tl.where(doc_i[:, None] == doc_j[None, :], s, float("-inf"))
-    # m is never -inf (see its start), so -inf - m is no NaN; a NaN in s passes max by, but not the sum
-    m_next = tl.maximum(m, tl.max(s, 1) * scale)
-    p = tl.math.exp2(s * scale - m_next[:, None])
+    # m is never -inf (see its start), so -inf - m is no NaN; max ignores a NaN in s, the sum does not
+    m_next = tl.maximum(m, tl.max(s, 1) * log2_scale)
+    p = tl.math.exp2(s * log2_scale - m_next[:, None])
     shrink = tl.math.exp2(m - m_next)
     l = l * shrink + tl.sum(p, 1)
     if DROPOUT:
@@ -74,7 +74,7 @@ def _attention_fwd_kernel(
     heads,
     T,
     H,
-    scale,
+    log2_scale,
     site,
     threshold,
     keep_scale,
@@ -88,7 +88,7 @@ def _attention_fwd_kernel(
     PRECISION: tl.constexpr,
 ):
     head, tile = query_tile(tl.program_id(0), heads, T, D, BLOCK_M, ITEMSIZE)  # type: ignore[misc]
-    # 64-bit offsets are scalars, added to pointers; a tile's own offsets stay 32-bit. Both for want of registers.
+    # 64-bit offsets are scalars, added to pointers; a tile's own offsets stay 32-bit. Both save registers.
     b, h, first = (head // H).to(tl.int64), head % H, tile * BLOCK_M
     rows, d, left = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), T - first
     inside = (rows < left)[:, None] & (d < D)[None, :] if D < BLOCK_D else (rows < left)[:, None]
@@ -114,14 +114,16 @@ def _attention_fwd_kernel(
     for j in range(start, diagonal, BLOCK_N):
         to = tl.cast(j, tl.int64) * (3 * H * D)
         acc, l, m = attend(
-            acc, l, m, q, k_ptr + to, v_ptr + to, at, first, j, T, scale, doc_i, doc_ids_ptr, seed, site, threshold,
-            first_row, T, D, BLOCK_D, BLOCK_M, BLOCK_N, False, False, DROPOUT, DOCUMENTS, PRECISION,
+            acc, l, m, q, k_ptr + to, v_ptr + to, at, first, j, T, log2_scale, doc_i, doc_ids_ptr, seed, site,
+            threshold, first_row, T, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, DOCUMENTS, PRECISION,
+            DIAGONAL=False, RAGGED=False,
         )  # fmt: skip
     for j in range(diagonal, tl.minimum(first + BLOCK_M, T), BLOCK_N):
         to = tl.cast(j, tl.int64) * (3 * H * D)
         acc, l, m = attend(
-            acc, l, m, q, k_ptr + to, v_ptr + to, at, first, j, T, scale, doc_i, doc_ids_ptr, seed, site, threshold,
-            first_row, T, D, BLOCK_D, BLOCK_M, BLOCK_N, True, True, DROPOUT, DOCUMENTS, PRECISION,
+            acc, l, m, q, k_ptr + to, v_ptr + to, at, first, j, T, log2_scale, doc_i, doc_ids_ptr, seed, site,
+            threshold, first_row, T, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, DOCUMENTS, PRECISION,
+            DIAGONAL=True, RAGGED=True,
         )  # fmt: skip
 
     o = acc * (keep_scale / l)[:, None]
@@ -144,6 +146,11 @@ def block_d(D: int) -> int:
 def log2_scale(D: int) -> float:
     """log2(e) / sqrt(D): scores times this are exponents of two."""
     return math.log2(math.e) / math.sqrt(D)
+
+
+def launch_op(name: str, p: float, doc_ids: Tensor | None) -> str:
+    """Dropout and documents take registers, so with either of them a kernel has launch rows of its own."""
+    return name if p == 0.0 and doc_ids is None else f"{name}_dropout_or_docs"
 
 
 def check_attention(
@@ -171,14 +178,14 @@ def attention_fwd(
     qkv = qkv.contiguous()
     o = torch.empty(B, T, H, D, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=qkv.device)
-    op = "attention_fwd" if p == 0.0 and doc_ids is None else "attention_fwd_masked"
+    op = launch_op("attention_fwd", p, doc_ids)
     row = pick(op, qkv, D)
+    seed, threshold, keep_scale = dropout_args(p, seed)
     doc_ids = None if doc_ids is None else doc_ids.contiguous()
     first, _ = document_spans(doc_ids, row.blocks["BLOCK_M"])
     launch(
-        op, _attention_fwd_kernel, (triton.cdiv(T, row.blocks["BLOCK_M"]) * B * H,),
-        qkv, doc_ids, first, seed if p > 0.0 else None, o, lse,
-        B * H, T, H, log2_scale(D), site, int(p * 2**32), 1.0 / (1.0 - p),
+        op, _attention_fwd_kernel, (cdiv(T, row.blocks["BLOCK_M"]) * B * H,),
+        qkv, doc_ids, first, seed, o, lse, B * H, T, H, log2_scale(D), site, threshold, keep_scale,
         row=row, D=D, BLOCK_D=block_d(D), ITEMSIZE=qkv.element_size(),
         DROPOUT=p > 0.0, DOCUMENTS=doc_ids is not None, PRECISION=dot_precision(qkv),
     )  # fmt: skip
