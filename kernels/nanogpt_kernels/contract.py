@@ -73,7 +73,7 @@ def main_grad_of(w: Tensor) -> Tensor | None:
 def checked() -> Iterator[None]:
     """Within it, ops also check values (ids and targets in range, incoming gradients of 1), waiting for the device.
 
-    Outside it an id or target out of range reads nothing and gives NaN, so that it cannot pass unseen.
+    Outside it an id or target out of range reads nothing and gives NaN, so that it is noticed.
     """
     global _checking_values
     before, _checking_values = _checking_values, True

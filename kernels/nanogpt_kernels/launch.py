@@ -50,8 +50,8 @@ _recorded_arch = INTERPRETER_ARCH
 
 
 def pick(op: str, x: Tensor, size: int) -> Row:
-    """The row for an op on x's device: nearest architecture from below, then the smallest itemsize and up_to that
-    suffice."""
+    """The launch row for an op on x's device: nearest architecture from below, then the smallest itemsize and up_to
+    that suffice."""
     row, fields = _fitting(op, x, size), _overrides.get(op)
     if _recorded is not None:
         _recorded.rows.append((op, row))
@@ -100,17 +100,17 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def persistent(tiles: int, per_sm: int, device: torch.device, abreast: int = 1) -> int:
-    """Programs that stride over `tiles`: as many as run at once, which `abreast` such columns of programs share, and no
-    more than there are tiles."""
-    at_once = torch.sym_max(per_sm * sm_count(device) // torch.sym_max(abreast, 1), 1)
+def persistent(tiles: int, per_sm: int, device: torch.device, grid_columns: int = 1) -> int:
+    """Programs that stride over `tiles`: as many as the GPU runs at once, at most one a tile. A grid of `grid_columns`
+    such sets of programs shares the GPU among them."""
+    at_once = torch.sym_max(per_sm * sm_count(device) // torch.sym_max(grid_columns, 1), 1)
     return torch.sym_min(tiles, at_once)  # type: ignore[return-value]  # typed for floats too
 
 
 def launch(op: str, kernel: Any, grid: tuple[Any, ...], *args: Any, row: Row | None = None, **constexprs: Any) -> None:
     """kernel[grid](*args, **row.blocks, **constexprs), on the device of the first tensor or descriptor of one in args.
 
-    An empty grid launches nothing. FP fusion is said explicitly: its default changes in Triton 3.10."""
+    An empty grid launches nothing. FP fusion is set explicitly: its default changes in Triton 3.10."""
     x = next(a.base if isinstance(a, TensorDescriptor) else a for a in args if isinstance(a, Tensor | TensorDescriptor))
     options = dict(constexprs)
     if row is not None:

@@ -12,8 +12,8 @@ UNMEASURED = "from resources, unmeasured"
 
 @dataclass(frozen=True)
 class Row:
-    """One launch shape. It serves `arch` and later ones up to the next listed, elements up to `itemsize` bytes and
-    problems up to `up_to` (each op's docstring says what it counts)."""
+    """A launch row: one launch shape. It serves `arch` and later ones up to the next listed, elements up to `itemsize`
+    bytes and problems up to `up_to` (the comment above an op's rows says what it counts)."""
 
     arch: int
     blocks: dict[str, int]

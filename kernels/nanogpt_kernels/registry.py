@@ -1,4 +1,4 @@
-"""Registration of ops with PyTorch, so that torch.compile takes them whole.
+"""Registration of ops with PyTorch, so that torch.compile sees each as one node.
 
 A Python function on tensors becomes `torch.ops.nanogpt_kernels.NAME`: one dispatcher entry for CPU (the interpreter)
 and CUDA, and the same function as its own fake implementation, since `launch` launches nothing on tensors without data.

@@ -97,7 +97,7 @@ def _adamw_factors_kernel(
 @triton.jit
 def _lerp(x, y, weight):
     """(1 - weight) x + weight y. In float32 0.999 and 0.001 add up to 1 + 1.3e-8, which over the 1000 steps that v
-    remembers would be 1.3e-5 of it: hence one weight, and the smaller, else a y far below x is lost."""
+    remembers would be 1.3e-5 of it. So only one weight is used, the smaller: by the larger a y far below x is lost."""
     return tl.where(weight < 0.5, x + weight * (y - x), y - (1.0 - weight) * (y - x))
 
 
@@ -161,7 +161,7 @@ def grad_norm(g: Tensor) -> Tensor:
     return _grad_norm(g)
 
 
-@functools.cache  # for good: a captured graph holds these tensors' addresses
+@functools.cache  # kept forever: a captured graph holds these tensors' addresses
 def _tile_table(segments: tuple[tuple[int, int, float], ...], block: int, device: torch.device) -> tuple[Tensor, ...]:
     """(starts int64, lengths int32, decays float32) of tiles of at most `block` elements, each inside one segment."""
     starts = [torch.arange(start, end, block) for start, end, _ in segments]

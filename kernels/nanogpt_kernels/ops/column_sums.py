@@ -1,10 +1,10 @@
 """The second stage of a vector's gradient: into[c] = (into[c] +) the sum of partials[:, c], [P, C] float32.
 
-An op's backward leaves a row of partial sums a program or tile; one launch adds up those of its three vectors or fewer.
-Programs own BLOCK_C columns of one of them and stride down tiles of ROWS rows. Latency is what such a launch waits for,
-so STAGES - 1 tiles are copied to shared memory ahead. It is said explicitly: the compiler pipelines no loop without a
-product unasked, and of loads to registers ptxas keeps but one or two in flight. Numerics: float32, rounded once at the
-store, in an order that depends on P and the launch row alone; nothing is atomic, so repeated runs agree bit for bit.
+An op's backward writes a row of partial sums for each program or tile; one launch adds up those of up to three vectors.
+Programs own BLOCK_C columns of one vector and stride over tiles of ROWS rows. Latency bounds such a launch: STAGES - 1
+tiles are copied ahead to shared memory. The loop says num_stages: by default the compiler pipelines only loops with
+a tl.dot, and of loads to registers ptxas keeps one or two in flight. Numerics: float32, rounded once at the store, in
+an order that depends on P and the launch row alone; nothing is atomic, so repeated runs agree bit for bit.
 
 Where a vector carries `main_grad` (a view of the flat gradient buffer), its gradient is added there and autograd gets
 None, as linear.weight_grad does for matrices; otherwise autograd gets it, in the vector's dtype.

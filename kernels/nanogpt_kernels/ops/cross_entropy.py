@@ -148,7 +148,8 @@ def cross_entropy_in_place(
 ) -> None:
     """nll [M] of logits [M, V], which their gradient replaces if grad_scale is given.
 
-    width >= V columns of each row belong to the caller and are zeroed from V on: a wide row of whole vectors stays one.
+    width >= V: columns of a row in the caller's buffer; those from V on are set to 0. Where V is odd, a width that 16
+    divides still allows vectors.
     """
     row = pick("cross_entropy", logits, width)
     stride = logits.stride(0)

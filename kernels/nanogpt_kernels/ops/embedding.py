@@ -73,7 +73,7 @@ def _embedding_bwd_kernel(
     order_ptr,  # [M] int64, the row of dr that each belongs to
     dr_ptr,  # [M, C]
     dwte_ptr,  # [V, C]
-    pieces_ptr,  # [2, runs, C] float32: of the segment that began before the run, of the one that goes on after it
+    pieces_ptr,  # [2, runs, C] float32: of the segment that began before the run, of the one that continues after it
     seed_ptr,  # [1] int64, or None
     M, V, C, site, threshold, keep_scale,
     RUN: tl.constexpr, BLOCK_C: tl.constexpr, DROPOUT: tl.constexpr, ACCUMULATE: tl.constexpr,
@@ -115,7 +115,7 @@ def _embedding_bwd_pieces_kernel(
     M, V, C, runs,
     RUN: tl.constexpr, PIECES: tl.constexpr, BLOCK_C: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Program `run` finishes the segment that begins in that run and goes on after it, if there is one."""
+    """Program `run` finishes the segment that begins in that run and continues after it, if there is one."""
     run = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     token = tl.load(ids_ptr + (run + 1) * RUN - 1).to(tl.int64)
@@ -123,14 +123,14 @@ def _embedding_bwd_pieces_kernel(
     token_before = tl.load(ids_ptr + run * RUN - 1, mask=run > 0, other=-1).to(tl.int64)
     if (token == next_token) & (token != token_before) & (token >= 0) & (token < V):
         total = tl.load(pieces_ptr + (runs + run) * C + c, mask=c < C, other=0.0)
-        first, goes_on = run + 1, True
-        while goes_on:
+        first, continues = run + 1, True
+        while continues:
             later = first + tl.arange(0, PIECES)
             same = tl.load(ids_ptr + later * RUN, mask=later * RUN < M, other=-1).to(tl.int64) == token
             mask = same[:, None] & (c < C)[None, :]
             total += tl.sum(tl.load(pieces_ptr + later[:, None] * C + c[None, :], mask=mask, other=0.0), axis=0)
             first += PIECES
-            goes_on = tl.sum(same.to(tl.int32)) == PIECES
+            continues = tl.sum(same.to(tl.int32)) == PIECES
         if ACCUMULATE:
             total += tl.load(dwte_ptr + token * C + c, mask=c < C, other=0.0).to(tl.float32)
         tl.store(dwte_ptr + token * C + c, total.to(dwte_ptr.dtype.element_ty), mask=c < C)

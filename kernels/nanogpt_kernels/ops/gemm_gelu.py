@@ -3,9 +3,9 @@
 forward   pre = y w^T + b; act = gelu(pre)
 backward  dact = ddelta w; dpre = dact gelu'(pre); db partials = column sums of dpre over each row tile
 
-One program a multiprocessor walks the output tiles, GROUP_M row tiles deep (operands stay in L2), the loop over K
+Persistent programs stride over the output tiles, in bands of GROUP_M row tiles (operands stay in L2). The K loop is
 flattened into the loop over tiles, so that the next tile's loads overlap this one's epilogue. From sm_90 on, operands
-come and go by TMA descriptors made on the host, where bases and rows are 16-byte aligned; else by pointers.
+are read and written by TMA descriptors made on the host, where bases and rows are 16-byte aligned; else by pointers.
 Products of 16-bit operands are summed in float32 in an order that depends on K alone: a row does not depend on M.
 pre is rounded to its dtype once, and gelu and gelu' are taken of the rounded pre, as an elementwise pass would.
 """
@@ -26,10 +26,10 @@ from nanogpt_kernels.primitives import gelu, gelu_derivative
 @triton.jit
 def _tile_at(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     """(row tile, column tile) of the tile-th one: column by column within bands of GROUP_M row tiles."""
-    a_band = GROUP_M * tiles_n
-    first = tile // a_band * GROUP_M
-    deep = tl.minimum(tiles_m - first, GROUP_M)
-    return first + tile % a_band % deep, tile % a_band // deep
+    band_tiles = GROUP_M * tiles_n
+    first = tile // band_tiles * GROUP_M
+    height = tl.minimum(tiles_m - first, GROUP_M)
+    return first + tile % band_tiles % height, tile % band_tiles // height
 
 
 @triton.jit

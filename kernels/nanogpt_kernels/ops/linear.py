@@ -45,7 +45,7 @@ class GradientOf(NamedTuple):
 
 
 def gradient_of(w: Tensor) -> GradientOf:
-    """To be asked in forward, as torch.compile sees attributes of parameters there only."""
+    """Call it in forward: in backward torch.compile does not see attributes of parameters."""
     return GradientOf(main_grad_of(w), w.shape, w.dtype)
 
 

@@ -3,9 +3,9 @@
 forward   pre = y w_fc^T + b_fc; act = gelu(pre); delta = act w_proj^T
 backward  dact = ddelta w_proj; dpre = dact gelu'(pre); db_fc = column sums of dpre; dw_proj = ddelta^T act;
           dw_fc = dpre^T y; dy = dpre w_fc
-launch_rows.py says who makes act and dpre: a persistent GEMM with GELU in its epilogue (gemm_gelu.py), or cuBLAS and
-one elementwise pass, in tiles of rows and columns; backward in place, by persistent programs that each stride over the
-rows of one block of columns and keep its column sums, which column_sums.py adds up: no atomics.
+launch_rows.py chooses how act and dpre are computed: by a persistent GEMM with GELU in its epilogue (gemm_gelu.py), or
+by cuBLAS and one elementwise pass over tiles of rows and columns. That pass's backward works in place: each persistent
+program strides over the rows of one block of columns and sums them; column_sums.py adds up the sums: no atomics.
 pre is rounded once to its dtype, after cuBLAS's bias, which is rounded first; gelu and gelu' are those of the rounded
 pre. All else is float32 until its store.
 """
@@ -78,7 +78,7 @@ def _bias_gelu_bwd_kernel(
         if y_ptr is not None:
             tl.store(y_ptr + at, gelu(x, TANH).to(y_ptr.dtype.element_ty), mask=mask)
         if db_partial_ptr is not None:
-            db += tl.where(mask, dx.to(tl.float32), 0.0)  # off the mask an infinite bias would make NaN
+            db += tl.where(mask, dx.to(tl.float32), 0.0)  # outside the mask an infinite bias gives NaN
     if db_partial_ptr is not None:
         tl.store(db_partial_ptr + program * N + n, tl.sum(db, axis=0), mask=n < N)
 
@@ -125,7 +125,7 @@ def _gelu_bwd(
     strips = cdiv(N, row.blocks["BLOCK_N"])
     tiles = cdiv(M, row.blocks["BLOCK_M"])
     per_sm = row.choices["programs_per_sm" if y is None else "rebuilding_per_sm"]
-    programs = persistent(tiles, per_sm, x.device, abreast=strips)
+    programs = persistent(tiles, per_sm, x.device, grid_columns=strips)
     partials = torch.empty(programs if bias_grad else 0, N, dtype=torch.float32, device=x.device)
     launch(
         "bias_gelu_bwd", _bias_gelu_bwd_kernel, (programs, strips),

@@ -1,4 +1,4 @@
-"""The residual stream's sum, alone: r' = r + dropout(delta + delta_bias).
+"""The residual stream's sum without the norm: r' = r + dropout(delta + delta_bias).
 
 Backward: dr = dr', ddelta = dropout'(dr') in delta's dtype (dr' itself where that changes nothing), and d_delta_bias
 is its sum over rows. A program owns BLOCK_C columns and strides over tiles of ROWS rows; its piece of delta_bias, or of
@@ -88,10 +88,10 @@ def _dropout_add_bwd_kernel(
 
 
 def _grid(row: Row, M: int, C: int, device: torch.device) -> tuple[int, int]:
-    """Programs over rows, as many as run at once with those over columns, and programs over columns."""
+    """(programs that stride over rows, programs over columns): as many together as the GPU runs at once."""
     over_columns = max(1, cdiv(C, row.blocks["BLOCK_C"]))
     tiles = cdiv(M, row.blocks["ROWS"])
-    return persistent(tiles, row.choices["programs_per_sm"], device, abreast=over_columns), over_columns
+    return persistent(tiles, row.choices["programs_per_sm"], device, grid_columns=over_columns), over_columns
 
 
 @register("dropout_add_fwd(Tensor r, Tensor delta, Tensor? delta_bias, float p, Tensor? seed, int site) -> Tensor")

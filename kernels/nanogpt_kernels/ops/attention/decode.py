@@ -60,8 +60,9 @@ def _cached_attention_kernel(
     end = tl.minimum(split * KEYS + KEYS, start)
     for j in range(split * KEYS, end, BLOCK_N):
         acc, l, m = attend(
-            acc, l, m, q, k_ptr, k_ptr + to_values, at, first, j, end, log2_scale, rows, qkv_ptr, 0, 0, 0, 0,
-            T, D, BLOCK_D, BLOCK_M, BLOCK_N, False, False, PRECISION, DIAGONAL=False, RAGGED=True,
+            acc, l, m, q, k_ptr, k_ptr + to_values, at, first, j, end, log2_scale, rows, qkv_ptr,
+            seed=0, site=0, threshold=0, first_row=0, T=T, D=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+            DROPOUT=False, DOCUMENTS=False, PRECISION=PRECISION, DIAGONAL=False, RAGGED=True,
         )  # fmt: skip
         k_ptr += tl.cast(BLOCK_N, tl.int64) * to_token
 
@@ -70,8 +71,9 @@ def _cached_attention_kernel(
         new_at = keys[:, None] * (3 * H * D) + d[None, :]
         for j in range(0, tl.minimum(first + BLOCK_M, T), BLOCK_N):
             acc, l, m = attend(
-                acc, l, m, q, new_k_ptr, new_k_ptr + H * D, new_at, first, j, T, log2_scale, rows, qkv_ptr, 0, 0,
-                0, 0, T, D, BLOCK_D, BLOCK_M, BLOCK_N, False, False, PRECISION, DIAGONAL=True, RAGGED=True,
+                acc, l, m, q, new_k_ptr, new_k_ptr + H * D, new_at, first, j, T, log2_scale, rows, qkv_ptr,
+                seed=0, site=0, threshold=0, first_row=0, T=T, D=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+                DROPOUT=False, DOCUMENTS=False, PRECISION=PRECISION, DIAGONAL=True, RAGGED=True,
             )  # fmt: skip
             new_k_ptr += BLOCK_N * (3 * H * D)
         into = cache_ptr + (start + first + rows).to(tl.int64)[:, None] * to_token + d[None, :] * to_d

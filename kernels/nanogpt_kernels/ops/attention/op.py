@@ -1,7 +1,7 @@
 """The attention ops: attention on packed qkv, qkv_attention with the projection before it, cached_attention.
 
 qkv_attention is one autograd node. It keeps y, the projection's output qkv, o and lse; the bias's gradient comes from
-sums that the backward launches leave behind, which column_sums.py adds up, with no pass over dqkv of its own.
+sums that the backward launches write, which column_sums.py adds up, without another pass over dqkv.
 """
 
 import torch
