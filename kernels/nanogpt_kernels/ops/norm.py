@@ -233,21 +233,10 @@ def norm_fwd(
           "int site, ScalarType? ddelta_dtype, bool wants_dr, bool wants_dw, bool wants_db, bool wants_d_delta_bias)"
           " -> (Tensor, Tensor, Tensor)")  # fmt: skip
 def norm_bwd(
-    dy: Tensor | None,
-    dres: Tensor | None,
-    r: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    w: Tensor,
-    seed: Tensor | None,
-    p: float,
-    site: int,
-    ddelta_dtype: torch.dtype | None,
-    wants_dr: bool,
-    wants_dw: bool,
-    wants_db: bool,
-    wants_d_delta_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor | None, dres: Tensor | None, r: Tensor, mean: Tensor, rstd: Tensor, w: Tensor, seed: Tensor | None,
+    p: float, site: int, ddelta_dtype: torch.dtype | None,
+    wants_dr: bool, wants_dw: bool, wants_db: bool, wants_d_delta_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dr, ddelta, partials [0 to 3, programs, C] float32: of dw, db and d_delta_bias, those that are wanted).
 
     What is not wanted is empty; of ddelta, ddelta_dtype None says so."""
