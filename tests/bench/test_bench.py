@@ -238,11 +238,11 @@ def test_exit_code_and_message_of_a_bare_checkout():
 def test_dry_runs_need_no_gpu(capsys: pytest.CaptureFixture):
     assert ops.main(["norm", "mlp", "--dry_run", "--sizes", "124m"]) == 0
     assert race.main(["norm", "--dry_run"]) == 0
-    assert step.main(["--dry_run", "--batch_size=4"]) == 0
+    assert step.main(["--dry_run"]) == 0
     text = capsys.readouterr().out
     assert "norm: [64, 1024, 768] [768] [768]; forward 0 GFLOP 201.3 MB" in text
     assert "mlp: [64, 1024, 768] [3072, 768]" in text and "618.5 GFLOP" in text
-    assert "1000 x  norm: [8, 1024, 768]" in text and "gpt2_124m: 4,096 tokens a step" in text
+    assert "1000 x  norm: [8, 1024, 768]" in text and "gpt2_124m: 524,288 tokens a step" in text
 
 
 def test_unknown_names_are_refused():
@@ -253,7 +253,7 @@ def test_unknown_names_are_refused():
         step.main(["--config", "gpt2_124", "--dry_run"])
 
 
-# ---- race and step ----
+# ---- race ----
 
 
 @pytest.mark.parametrize("op", ["norm", "adamw_"])
@@ -277,23 +277,6 @@ def test_race_finds_bits_that_change(op: str, monkeypatch: pytest.MonkeyPatch):
 def test_bits_tell_nan_and_zero_apart():
     x = torch.tensor([math.nan, 0.0])
     assert torch.equal(race.bits(x), race.bits(x.clone())) and not torch.equal(race.bits(x), race.bits(x * -1.0))
-
-
-def test_step_runs_arms_from_the_same_weights(tmp_path: Path, capsys: pytest.CaptureFixture):
-    argv = [
-        "--config",
-        "shakespeare_char_cpu",
-        "--arms",
-        "reference",
-        "odd",
-        "--batch_size=1",
-        "--rounds=1",
-        "--steps=1",
-    ]
-    assert step.main([*argv, "--device", "cpu", "--dtype=float32", "--out", str(tmp_path)]) == 0
-    reference, odd = machine.read_lines(tmp_path / "step.jsonl")
-    assert reference["status"] == "ok" and reference["tokens"] == 64 and reference["tokens_per_s"] > 0
-    assert odd["status"].startswith("failed: ConfigError") and "tokens_per_s" not in odd
 
 
 def test_bound_defaults():
