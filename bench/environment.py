@@ -16,13 +16,12 @@ from typing import Any
 import harness
 import machine
 import torch
-from race import ptxas
 
 from nanogpt_fast.errors import run_command
 
 PACKAGES = ("torch", "triton", "numpy", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "safetensors", "tyro",
             "liger-kernel", "quack-kernels", "apex", "flash-attn", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13",
-            "nvidia-cublas-cu12", "nvidia-cublas")  # fmt: skip
+            "nvidia-cublas-cu12", "nvidia-cublas", "nvidia-cuda-nvcc")  # fmt: skip
 TOOLS = ("nvcc", "compute-sanitizer", "ncu", "nsys", "cuda-gdb")
 SMI = ("name", "driver_version", "vbios_version", "pci.bus_id", "memory.total", "memory.used", "clocks.max.sm",
        "clocks.max.mem", "clocks.sm", "clocks.mem", "power.limit", "power.draw", "temperature.gpu", "mig.mode.current",
@@ -45,7 +44,8 @@ def software() -> dict[str, Any]:
         "versions": versions(),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        "ptxas": ptxas(),
+        "ptxas": machine.ptxas(10 * torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 90),
+        "ptxas_extra": machine.extra_ptxas() or "not installed",
         "tools": {tool: shutil.which(tool) or "not found" for tool in TOOLS},
     }
 

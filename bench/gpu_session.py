@@ -1,100 +1,37 @@
 """Everything that only a GPU can show, in order of value, within a time limit, to be gone on with later.
 
-    python bench/gpu_session.py --minutes 9 --out DIR [--previous DIR ...] [--only STAGE ...] [--list]
+    PYTHONPATH=.:kernels python bench/gpu_session.py --minutes 8 --out DIR [--previous DIR ...] [--only STAGE ...]
+    python bench/gpu_session.py --list | --dry_run      the stages, without a GPU
+    python bench/gpu_session.py --rehearse --out DIR    each stage on the CPU, on something tiny: that it runs and ends
 
 Each stage is a process of its own with a time limit; what it finds is on the disk line by line (DIR/*.jsonl), its
 output in DIR/session.log. A stage that is done at the same tree of files is skipped by the next call, one that was cut
 off is run again, one that failed or used up its own limit is run again last. --previous takes over the results of
-another folder, where each call gets an empty one. The GPU's settings are never touched.
+another folder, where each call gets an empty one. Torch, Triton and pytest are all it needs; what else is missing is
+said by the stage that would use it. The GPU's settings are never touched.
 """
 
 import argparse
-import importlib.util
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import machine
+import torch
+from gpu_stages import BENCH, DEAREST, SECONDS, Stage, all_stages, in_rehearsal
 
 from nanogpt_fast.errors import ConfigError, did_you_mean, run_command
 
-BENCH = machine.ROOT / "bench"
 RESERVE_S = 5.0  # kept for the last table
 LAST_LINES = 15  # of a stage that did not get through, on the console
-SECONDS = "{seconds}"  # in a stage's command: the time it is given, less 15 s to start and to end in
+KERNELS = 15  # of the last table
 GRACE_S = 5.0  # between asking a process to end and ending it
-SLICES = {  # of the GPU tests, by the beginning of the file's name; what no slice takes comes last
-    "shared": ("primitives", "launch", "linear.", "ops.", "opinfo"),
-    "attention": ("attention", "cached_attention", "qkv"),
-    "cross_entropy": ("cross_entropy", "linear_cross_entropy"),
-    "norm": ("norm", "add_norm"),
-    "mlp": ("mlp", "bias_gelu", "gemm"),
-    "embedding_adamw": ("embedding", "adamw", "grad_norm"),
-}
-
-
-@dataclass(frozen=True)
-class Stage:
-    """command: in a process of its own, from the repository's root. missing: why it cannot run here."""
-
-    name: str
-    command: Sequence[str]
-    limit_s: float
-    least_s: float = 15.0  # not worth starting with less
-    env: dict[str, str] = field(default_factory=dict)
-    missing: str = ""
-
-
-def gpu_test_slices() -> dict[str, list[str]]:
-    """{slice: files} of tests that run on a GPU: those of the Triton ops (tests/ops), and those marked so."""
-    found: dict[str, list[str]] = {name: [] for name in (*SLICES, "others")}
-    tests = machine.ROOT / "tests"
-    for path in sorted(tests.rglob("test_*.py")):
-        if path.parent != tests / "ops" and "mark.gpu" not in path.read_text():
-            continue
-        stem = f"{path.stem.removeprefix('test_')}."
-        name = next((name for name, starts in SLICES.items() if stem.startswith(starts)), "others")
-        found[name].append(str(path.relative_to(machine.ROOT)))
-    return {name: files for name, files in found.items() if files}
-
-
-def all_stages(out: Path) -> list[Stage]:
-    """In order of value."""
-
-    def script(name: str, *args: str) -> list[str]:
-        return [sys.executable, str(BENCH / name), *args, "--out", str(out)]
-
-    jobs = ["-n", "8"] if importlib.util.find_spec("xdist") else []  # a test's time is compiling: on several cores
-    pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "-rfE", "--tb=short", "--maxfail=40", "-p",
-              "no:cacheprovider", *jobs]  # fmt: skip
-    tests = [Stage(f"tests-{name}", [*pytest, *files], 150) for name, files in gpu_test_slices().items()]
-    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    check = [sys.executable, str(BENCH / "ops.py"), "--check", "--sizes", "tiny", "--peers", "none", "--no_compile"]
-    return [
-        Stage("environment", script("environment.py"), 60),
-        *tests,
-        Stage("race", script("race.py"), 120),
-        Stage("ops", script("ops.py", "--resume", "--sizes", "124m", "--peers", "none", "--no_compile"), 120),
-        Stage("step", script("step.py"), 120),
-        Stage("tune", script("tune.py", "--worst", str(out / "ops.jsonl"), "--total_s", SECONDS), 180, least_s=60),
-        Stage("peers", script("ops.py", "--resume", "--sizes", "124m"), 180),
-        Stage("ops-1558m", script("ops.py", "--resume", "--sizes", "1558m"), 180),
-        Stage("race-dropout", script("race.py", "--p", "0.1", "--repeats", "300"), 90),
-        Stage(
-            "sanitizer",
-            [sanitizer or "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", *check],
-            150,
-            env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # else it sees one large allocation, not a tensor's end
-            missing="" if sanitizer else "compute-sanitizer is not installed",
-        ),
-    ]
 
 
 # ---- what has been done ----
@@ -127,6 +64,16 @@ def to_run(stages: Sequence[Stage], past: dict[str, dict[str, Any]]) -> list[Sta
     return sorted(left, key=lambda stage: status[stage.name] in ("failed", "over its limit"))
 
 
+def dearest(out: Path, most: int = 5) -> list[str]:
+    """The launch ops of our kernels that take most of the step profiled last, dearest first."""
+    rows = [row for row in machine.read_lines(out / "kernels.jsonl") if row.get("launch_op")]
+    spent: dict[str, float] = {}
+    for row in rows:
+        if row["run"] == rows[-1]["run"]:
+            spent[row["launch_op"]] = spent.get(row["launch_op"], 0.0) + row["ms"]
+    return sorted(spent, key=lambda op: -spent[op])[:most]
+
+
 # ---- running ----
 
 
@@ -146,10 +93,16 @@ def end(process: subprocess.Popen, grace_s: float = GRACE_S) -> None:
 
 def run_stage(stage: Stage, seconds: float, out: Path) -> dict[str, Any]:
     """Run it for at most so long; {"status", "rc", "seconds", "result": the last line of its output}."""
-    path = f"{machine.ROOT}{os.pathsep}{machine.ROOT / 'kernels'}"
-    python_path = os.pathsep.join(filter(None, [path, os.environ.get("PYTHONPATH", "")]))
-    env = {**os.environ, "PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1", **stage.env}
+    folders = [machine.ROOT, machine.ROOT / "kernels", BENCH, os.environ.get("PYTHONPATH", "")]
+    python_path = os.pathsep.join(str(folder) for folder in folders if folder)
+    given = {**os.environ, "PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1", **stage.env}
+    env = {name: value for name, value in given.items() if value is not None}
     command = [word.replace(SECONDS, str(max(1, int(seconds) - 15))) for word in stage.command]
+    if DEAREST in command:
+        at, launch_ops = command.index(DEAREST), dearest(out)
+        if not launch_ops:
+            return {"status": "missing", "result": "needs the table of kernels of the stage step"}
+        command[at : at + 1] = launch_ops
     began = time.monotonic()
     with (out / "session.log").open("a") as log:
         log.write(f"\n==== {stage.name}: {' '.join(command)}\n")
@@ -220,47 +173,83 @@ def measured(out: Path) -> str:
             share = f"{row['of_floor']:.0%}" if "of_floor" in row else "n/a"
             rows.append([f"{op} {size} {mode}", row["ms"], share, others.get("eager"), best, others.get(best or "")])
     text = machine.table(["op", "ours ms", "of floor", "eager ms", "best other", "ms"], rows) if rows else ""
-    for row in machine.read_lines(out / "step.jsonl"):
-        if "tokens_per_s" in row:
-            text += f"\n{row['config']} {row['arm']}: {row['tokens_per_s']:.0f} tokens/s"
-            text += f", MFU {row['mfu_nanogpt']:.1%} (nanoGPT's count)" if "mfu_nanogpt" in row else ""
-    return text
+    return "\n".join([text, *step_figures(out)])
+
+
+def step_figures(out: Path) -> list[str]:
+    """Of each arm alone and in turn the last line, and the dearest kernels of the last profile."""
+    last = {(row["config"], row["arm"], row["how"]): row for row in machine.read_lines(out / "step.jsonl")}
+    said = []
+    for (config, arm, how), row in last.items():
+        mfu = f", MFU {row['mfu_nanogpt']:.1%} (nanoGPT's count)" if "mfu_nanogpt" in row else ""
+        rate = f"{row['tokens_per_s']:.0f} tokens/s{mfu}, B={row['batch_size']}" if "tokens_per_s" in row else ""
+        said.append(f"{config} {arm}, {how}: {rate or row['status']}")
+    rows = [row for row in machine.read_lines(out / "kernels.jsonl") if "kernel" in row]
+    rows = [row for row in rows if row["run"] == rows[-1]["run"]][:KERNELS]
+    cells = [[row["kernel"][:60], row["calls"], row["ms"], f"{row['share']:.1%}"] for row in rows]
+    return [*said, machine.table(["kernel of a step", "calls", "ms", "share"], cells)] if cells else said
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--out", type=Path, help="needed to run")
     parser.add_argument("--previous", type=Path, nargs="*", default=[], help="folders of earlier results")
     parser.add_argument("--only", nargs="+", metavar="STAGE")
+    parser.add_argument("--ptxas", type=Path, help="assemble by this one, and race Triton's own beside it")
+    parser.add_argument("--sanitizer", type=Path, help="compute-sanitizer, where PATH has none")
+    parser.add_argument("--nanogpt", type=Path, help="a checkout of karpathy/nanoGPT, to be timed beside ours")
     parser.add_argument(
         "--any_tree", action="store_true", help="skip what was done with other versions of the files too"
+    )
+    parser.add_argument(
+        "--rehearse", action="store_true", help="every stage tiny, on the CPU; no figure means anything"
     )
     parser.add_argument("--list", action="store_true", help="the stages and their limits")
     parser.add_argument("--dry_run", action="store_true", help="the stages' commands")
     args = parser.parse_args(argv)
-    stages = all_stages(args.out or Path("DIR"))
-    names = [stage.name for stage in stages]
-    for name in args.only or []:
-        if name not in names:
-            raise ConfigError(f"unknown stage {name!r}{did_you_mean(name, names)}", expected=", ".join(names))
-    stages = [stage for stage in stages if args.only is None or stage.name in args.only]
+    stages = asked(args)
     if args.list or args.dry_run:
         for stage in stages:
             command = " ".join(map(str, stage.command)) if args.dry_run else ""
             print(f"{stage.name:<24}{stage.limit_s:>5.0f} s  {stage.missing or command}".rstrip())
         return 0
-    machine.require_cuda("bench/gpu_session.py")
+    if not args.rehearse:
+        machine.require_cuda("bench/gpu_session.py")
     if args.out is None:
         raise ConfigError("where should the results go?", expected="--out DIR")
     args.out.mkdir(parents=True, exist_ok=True)
     take_over(args.previous, args.out)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    outcomes = run_session(stages, args.minutes, args.out.resolve(), machine.tree_hash(), args.any_tree)
+    tree = machine.tree_hash() + "-rehearsal" * args.rehearse
+    outcomes = run_session(stages, args.minutes, args.out.resolve(), tree, args.any_tree)
     rows = [[name, o["status"], o.get("seconds"), o.get("note", ""), o["result"]] for name, o in outcomes]
     print(measured(args.out))
     print(machine.table(["stage", "status", "s", "", "result"], rows))
     return 1 if any(o["status"] == "failed" for _, o in outcomes) else 0
+
+
+def asked(args: argparse.Namespace) -> list[Stage]:
+    """The stages that the flags name; ConfigError for what is not there."""
+    out = args.out.resolve() if args.out else Path("DIR")
+    if args.ptxas and not machine.ptxas_version(args.ptxas):
+        raise ConfigError(  # Triton would say nothing, and take its own
+            "--ptxas does not run",
+            where=str(args.ptxas),
+            expected="an executable whose --version names a release",
+            hint="pip install 'nanogpt-fast[ptxas]' has one: site-packages/nvidia/cu13/bin/ptxas",
+        )
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    ptxas = args.ptxas and args.ptxas.resolve()
+    stages = all_stages(out, 10 * major + minor, ptxas, args.sanitizer and args.sanitizer.resolve())
+    names = [stage.name for stage in stages]
+    for name in args.only or []:
+        if name not in names:
+            raise ConfigError(f"unknown stage {name!r}{did_you_mean(name, names)}", expected=", ".join(names))
+    if args.nanogpt:
+        stages = [replace(stage, env={**stage.env, "NANOGPT_DIR": str(args.nanogpt.resolve())}) for stage in stages]
+    stages = [stage for stage in stages if args.only is None or stage.name in args.only]
+    return [in_rehearsal(stage) for stage in stages] if args.rehearse else stages
 
 
 if __name__ == "__main__":

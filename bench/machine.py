@@ -8,9 +8,11 @@ import contextlib
 import datetime
 import functools
 import hashlib
+import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -83,6 +85,33 @@ def triton_version() -> str:
     except ImportError:
         return "not installed"
     return triton.__version__
+
+
+def ptxas(arch: int = 90) -> dict[str, str]:
+    """The assembler that Triton takes for sm_`arch`: {"path", "version"}."""
+    try:
+        from triton import knobs
+
+        path = (knobs.nvidia.ptxas_blackwell if arch >= 100 else knobs.nvidia.ptxas).path
+    except (ImportError, RuntimeError) as problem:  # no Triton, or one without it
+        return {"path": "none", "version": f"none ({problem})"}
+    return {"path": path, "version": ptxas_version(path)}
+
+
+def ptxas_version(path: str | Path) -> str:
+    """As in 12.8.93; "" where it does not run."""
+    found = re.search(r"\bV(\d+(?:\.\d+)+)", output_of([str(path), "--version"]))
+    return found[1] if found else ""
+
+
+def extra_ptxas() -> dict[str, str] | None:
+    """The assembler of the extra `ptxas` (nvidia-cuda-nvcc): Triton takes it only where TRITON_PTXAS_PATH says so."""
+    try:
+        wheel = importlib.metadata.distribution("nvidia-cuda-nvcc")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    paths = [str(file.locate()) for file in wheel.files or [] if file.name == "ptxas"]
+    return {"path": paths[0], "version": ptxas_version(paths[0])} if paths else None
 
 
 @functools.cache

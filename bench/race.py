@@ -94,17 +94,6 @@ def race(op: str, at: Setting, repeats: int, ballast: Ballast) -> dict[str, int]
     return {name: int(count) for name, count in counts.items()}
 
 
-def ptxas() -> dict[str, str]:
-    """Triton's assembler: {"path", "version"}."""
-    try:
-        from triton import knobs
-
-        tool = knobs.nvidia.ptxas
-        return {"path": tool.path, "version": tool.version}
-    except Exception as problem:  # a Triton without it: then nothing was compiled by it either
-        return {"path": "unknown", "version": f"unknown ({problem})"}
-
-
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(CASES)}; default all")
@@ -127,7 +116,14 @@ def main(argv: list[str]) -> int:
     if args.dry_run:
         print("\n".join(f"{args.repeats} x{ops.plan(op, make(op))}" for op in args.ops or CASES))
         return 0
-    facts: dict[str, Any] = {"bench": "race", "size": args.size, "dtype": args.dtype, "p": args.p, "ptxas": ptxas()}
+    arch = 10 * torch.cuda.get_device_capability()[0] if device.type == "cuda" else 90
+    facts: dict[str, Any] = {
+        "bench": "race",
+        "size": args.size,
+        "dtype": args.dtype,
+        "p": args.p,
+        "ptxas": machine.ptxas(arch),
+    }
     lines = machine.Lines(args.out and args.out / "race.jsonl", **facts, **machine.machine_facts())
     ballast, found = Ballast(device, args.ballast_mb), False
     for op in args.ops or CASES:
@@ -147,11 +143,11 @@ def main(argv: list[str]) -> int:
         note = f" ({', '.join(turned)}: atomic off)" if turned else ""
         print(f"{op}{note}: {len(counts)} tensors {said}", flush=True)
         found = found or bool(differing)
-    tool = ptxas()
+    tool = machine.ptxas(arch)
     if found:
         print(
-            f"assembled by {tool['path']}, {tool['version']}. Versions before 13 can corrupt the registers of wgmma on "
-            "Hopper: before reading the code, try TRITON_PTXAS_PATH=/path/to/a/newer/ptxas"
+            f"assembled by {tool['path']}, {tool['version']}. Versions before 13.3 can corrupt the registers of wgmma "
+            "on Hopper: before reading the code, try bench/gpu_session.py --ptxas PATH of the extra `ptxas`"
         )
     print("a race, or an op that did not run: see above" if found else f"the same bits, by ptxas {tool['version']}")
     return 1 if found else 0

@@ -38,6 +38,7 @@ from nanogpt_fast.hardware import flops_per_token, resolve_peak
 from nanogpt_fast.settings.config import Config
 
 TINY = dict(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=96, batch_size=4)
+SWITCHED = ("triton", "triton+atomic=true", "triton+fused=true")  # ours, and ours with each switch of its launch rows
 HALVINGS = 3  # batch sizes tried: 64, 32, 16
 CHECKED = 2  # sequences of the first step
 SHOWN = 30  # kernels of the printed table
@@ -172,6 +173,7 @@ def profiled(name: str, found: Ready, setup: Setup, lines: machine.Lines) -> Non
     """Write and print where one step's time goes, a row a kernel; where the profiler fails, why."""
     device = setup.world.device
     spans: list[float] = []
+    run = f"{time.time():.3f}"  # what the rows of one table have in common
     try:
         rows = kernels(lambda: spans.append(found.time(device)), device)
         of = launch_ops(name, setup)
@@ -180,7 +182,7 @@ def profiled(name: str, found: Ready, setup: Setup, lines: machine.Lines) -> Non
         print(f"{name}: not profiled: {why(problem)}", flush=True)
         return
     for row in rows:
-        lines.write(arm=name, batch_size=found.facts["batch_size"], launch_op=of.get(row["kernel"], ""), **row)
+        lines.write(run=run, arm=name, batch_size=found.facts["batch_size"], launch_op=of.get(row["kernel"], ""), **row)
     busy, whole = sum(row["ms"] for row in rows), spans[0] * 1e3
     print(f"{name}: {busy:.4g} ms in kernels of a step of {whole:.4g} ms under the profiler")
     shown = [[row["kernel"][:70], row["calls"], row["ms"], f"{row['share']:.1%}"] for row in rows[:SHOWN]]

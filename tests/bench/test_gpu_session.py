@@ -8,10 +8,12 @@ import time
 from pathlib import Path
 
 import gpu_session
+import gpu_stages
 import machine
 import pytest
 import torch
-from gpu_session import Stage, run_session
+from gpu_session import run_session
+from gpu_stages import Stage
 
 from nanogpt_fast.errors import ConfigError, DeviceError
 
@@ -137,7 +139,7 @@ def test_an_interrupted_session_ends_its_stage(tmp_path: Path):
 
 
 def test_a_stage_learns_how_long_it_has(out: Path):
-    stage = Stage("s", [*python("import sys; print(sys.argv[1])"), gpu_session.SECONDS], limit_s=45, least_s=0.1)
+    stage = Stage("s", [*python("import sys; print(sys.argv[1])"), gpu_stages.SECONDS], limit_s=45, least_s=0.1)
     assert dict(run_session([stage], 10.0, out, "t"))["s"]["result"] == "30"
     assert dict(run_session([stage], 0.3, out, "u"))["s"]["result"] in ("2", "3")
 
@@ -175,40 +177,89 @@ def test_results_of_an_earlier_folder_are_taken_over(out: Path):
 
 
 def test_every_gpu_test_is_in_one_slice():
-    sliced = [file for files in gpu_session.gpu_test_slices().values() for file in files]
+    sliced = [file for files in gpu_stages.gpu_test_slices().values() for file in files]
     ops = {f"tests/ops/{p.name}" for p in (ROOT / "tests/ops").glob("test_*.py")}
     assert len(sliced) == len(set(sliced)) and ops <= set(sliced)
-    assert "tests/commands/test_train_gpu.py" in gpu_session.gpu_test_slices()["others"]
-    assert "tests/ops/test_norm.py" in gpu_session.gpu_test_slices()["norm"]
+    assert "tests/commands/test_train_gpu.py" in gpu_stages.gpu_test_slices()["others"]
+    assert "tests/ops/test_norm.py" in gpu_stages.gpu_test_slices()["norm"]
 
 
 def test_scripts_of_the_stages_accept_their_flags(tmp_path: Path, capsys: pytest.CaptureFixture):
     """Each script's own parser reads what its stage passes, up to the GPU that is not there."""
     import environment
+    import memcheck
     import ops
     import race
     import step
     import tune
 
-    mains = {f"{m.__name__}.py": m.main for m in (environment, ops, race, step, tune)}
-    machine.Lines(tmp_path / "ops.jsonl").write(op="none")
+    mains = {f"{m.__name__}.py": m.main for m in (environment, memcheck, ops, race, step, tune)}
+    reached = set()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        for stage in gpu_session.all_stages(tmp_path):
-            words = [word.replace(gpu_session.SECONDS, "30") for word in stage.command]
+        for stage in gpu_stages.all_stages(tmp_path):
+            words = [word.replace(gpu_stages.SECONDS, "30") for word in stage.command]
+            words = [word.replace(gpu_stages.DEAREST, "attention_fwd") for word in words]
             at = next((i for i, word in enumerate(words) if Path(word).name in mains), None)
             if at is not None:
+                reached.add(Path(words[at]).name)
                 with pytest.raises(DeviceError):
                     mains[Path(words[at]).name](words[at + 1 :])
+    assert reached == mains.keys()
+
+
+def test_tune_takes_the_dearest_kernels_of_the_last_profile(out: Path):
+    stage = Stage("tune", [*python("import sys; print(*sys.argv[1:])"), gpu_stages.DEAREST, "end"], 60, 0.1)
+    outcome = dict(run_session([stage], 1.0, out, "t"))["tune"]
+    assert outcome["status"] == "missing" and "stage step" in outcome["result"]
+    lines = machine.Lines(out / "kernels.jsonl")
+    lines.write(run="1", kernel="_old_kernel", launch_op="adamw", ms=900.0)
+    for name, op, ms in (
+        ("_a", "norm_fwd", 1.0),
+        ("_b", "attention_fwd", 5.0),
+        ("_c", "norm_fwd", 7.0),
+        ("mm", "", 99),
+    ):
+        lines.write(run="2", kernel=name, launch_op=op, ms=ms)
+    lines.write(run="2", arm="triton", status="failed")
+    assert dict(run_session([stage], 1.0, out, "t"))["tune"]["result"] == "norm_fwd attention_fwd end"
+    assert gpu_session.dearest(out, most=1) == ["norm_fwd"]
+
+
+def test_another_assembler_is_named_to_every_stage_and_raced_beside_triton_s_own(tmp_path: Path):
+    stages = {stage.name: stage for stage in gpu_stages.all_stages(tmp_path, ptxas=Path("/new/ptxas"))}
+    assert stages["step"].env["TRITON_PTXAS_PATH"] == stages["race"].env["TRITON_PTXAS_BLACKWELL_PATH"] == "/new/ptxas"
+    own = stages["race-own-ptxas"]
+    assert own.env["TRITON_PTXAS_PATH"] is None and not own.missing and own.command == stages["race"].command
+    assert "--ptxas" in next(s for s in gpu_stages.all_stages(tmp_path) if s.name == own.name).missing
+    (tmp_path / "ptxas").write_text("not an assembler")
+    with pytest.raises(ConfigError, match="--ptxas does not run"):
+        gpu_session.main(["--list", "--ptxas", str(tmp_path / "ptxas")])
+
+
+def test_an_assembler_is_taken_where_it_is_named(tmp_path: Path):
+    """Triton's own, by another path: in a process that is told so, with the version that it gives."""
+    triton = pytest.importorskip("triton")
+    copy = tmp_path / "ptxas"
+    copy.symlink_to(Path(triton.__file__).parent / "backends/nvidia/bin/ptxas")
+    env = {k: v for k, v in gpu_stages.assembled_by(copy).items() if v} | {"PYTHONPATH": str(ROOT / "bench")}
+    code = "import machine; tools = machine.ptxas(90), machine.ptxas(100); print(*(t['path'] for t in tools), tools[0])"
+    said = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True
+    ).stdout
+    assert said.split()[:2] == [str(copy), str(copy)] and machine.ptxas_version(copy) in said, said
+    assert machine.ptxas_version(copy).count(".") >= 1 and machine.ptxas_version(tmp_path / "none") == ""
 
 
 def test_list_and_dry_run_need_no_gpu(capsys: pytest.CaptureFixture):
     assert gpu_session.main(["--list"]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert listed[0] == "environment" and {"race", "ops", "step", "tune", "peers", "sanitizer"} <= set(listed)
-    assert listed.index("tests-attention") < listed.index("race") < listed.index("ops") < listed.index("peers")
+    assert listed[:9] == [
+        "environment", "compile", "step", "ops", "shipped", "race", "race-own-ptxas", "memcheck", "tune"
+    ]  # fmt: skip
+    assert listed.index("step-peers") < listed.index("peers") < listed.index("tests-attention")
     assert gpu_session.main(["--dry_run", "--only", "race"]) == 0
-    assert "bench/race.py --out DIR" in capsys.readouterr().out
+    assert "bench/race.py attention qkv_attention embedding --out DIR" in capsys.readouterr().out
 
 
 def test_without_cuda_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -224,7 +275,12 @@ def test_the_last_table_holds_the_newest_figures(tmp_path: Path):
     for who, ms in (("ours", 9.0), ("ours", 2.0), ("eager", 4.0), ("Liger", 3.0)):
         lines.write(op="norm", size="124m", mode="both", contestant=who, status="ok", ms=ms, of_floor=0.5)
     lines.write(op="norm", size="124m", contestant="apex", status="not installed")
-    machine.Lines(tmp_path / "step.jsonl").write(config="gpt2_124m", arm="triton", tokens_per_s=1e5, mfu_nanogpt=0.5)
-    row = gpu_session.measured(tmp_path).splitlines()[1].split()
-    assert row == ["norm", "124m", "both", "2", "50%", "4", "Liger", "3"]
-    assert "gpt2_124m triton: 100000 tokens/s, MFU 50.0%" in gpu_session.measured(tmp_path)
+    lines = machine.Lines(tmp_path / "step.jsonl", config="gpt2_124m", arm="triton")
+    lines.write(how="alone", status="ok", tokens_per_s=1e5, mfu_nanogpt=0.5, batch_size=64)
+    lines.write(how="in turn", status="out of memory beside the others")
+    machine.Lines(tmp_path / "kernels.jsonl").write(run="1", kernel="_k", calls=12, ms=3.0, share=0.25)
+    text = gpu_session.measured(tmp_path)
+    assert text.splitlines()[1].split() == ["norm", "124m", "both", "2", "50%", "4", "Liger", "3"]
+    assert "gpt2_124m triton, alone: 100000 tokens/s, MFU 50.0% (nanoGPT's count), B=64" in text
+    assert "triton, in turn: out of memory beside the others" in text
+    assert text.splitlines()[-1].split() == ["_k", "12", "3", "25.0%"]
