@@ -80,8 +80,8 @@ def all_stages(out: Path, arch: int = 90, ptxas: Path | None = None, sanitizer: 
         return [sys.executable, str(BENCH / name), *args, "--out", str(out)]
 
     def pytest(*args: str) -> list[str]:
-        return [sys.executable, "-m", "pytest", "-rfE", "--tb=short", "-p", "no:cacheprovider",
-                "-p", "bare_pytest", *args]  # fmt: skip
+        own = ["-p", "no:cacheprovider", "-p", "pytest_stage", "--results", str(out / "tests.jsonl")]
+        return [sys.executable, "-m", "pytest", "-rfE", "--tb=short", *own, *args]
 
     on_cpu, one_step = ("--device=cpu", "--dtype=float32"), ("--tiny", "--accumulation=1", "--warmup=0", "--steps=1")
     parallel = ["-n", "8"] if importlib.util.find_spec("xdist") else []  # a test's time is compiling: on several cores

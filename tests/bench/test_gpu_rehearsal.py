@@ -29,7 +29,7 @@ if script == os.environ.get("PLANTED_HANG"):
 """
 WRITES = {"environment": "environment", "compile": "compile", "step": "step", "step-peers": "step", "tune": "",
           "race": "race", "race-own-ptxas": "race", "race-all": "race", "race-dropout": "race", "memcheck": "memcheck",
-          "ops": "ops", "peers": "ops", "ops-1558m": "ops"}  # fmt: skip
+          "shipped": "tests", "ops": "ops", "peers": "ops", "ops-1558m": "ops"}  # fmt: skip
 
 
 @pytest.fixture
@@ -95,6 +95,7 @@ def test_pytest_on_a_bare_machine(tmp_path: Path, bare: None):
         "@given(st.lists(st.integers(0, 5)).map(len), b=st.booleans() | st.none())\n"
         "def test_property(a, n, b):\n    assert 0\n"
         "@pytest.mark.timeout(5)\ndef test_plain():\n    pass\n"
+        "def test_wrong():\n    assert 0\ndef test_without(x):\n    pass\n"
     )
     (tmp_path / "test_file.py").write_text("import tyro\ndef test_t():\n    pass\n")
     (tmp_path / "test_broken.py").write_text("import torhc\n")
@@ -103,6 +104,11 @@ def test_pytest_on_a_bare_machine(tmp_path: Path, bare: None):
     run = lambda *more: subprocess.run([*command, *more], cwd=tmp_path, env=env, capture_output=True, text=True)
     stopped = run()
     assert stopped.returncode == 2 and "3 errors" in stopped.stdout
-    said = run("-p", "bare_pytest", "--continue-on-collection-errors").stdout
-    assert "1 passed, 3 skipped, 1 warning, 1 error" in said, said  # what is no optional package is an error still
+    said = run("-p", "pytest_stage", "--continue-on-collection-errors", "--results", "tests.jsonl").stdout
+    assert "1 failed, 1 passed, 3 skipped, 1 warning, 2 errors" in said, (
+        said
+    )  # what is no optional package is an error still
+    rows = machine.read_lines(tmp_path / "tests.jsonl")
+    assert [row["status"] for row in rows] == ["skipped", "skipped", "passed", "failed", "error"]
+    assert rows[2]["test"] == "test_property.py::test_plain" and rows[3]["error"].endswith("AssertionError")
     assert "hypothesis is not installed" in said and "tyro is not installed" in said

@@ -1,17 +1,21 @@
-"""A plugin for pytest on a machine that has torch, Triton and little else: what is missing costs its own tests.
+"""A plugin with which pytest is a stage of bench/gpu_session.py.
 
-    PYTHONPATH=bench python -m pytest -p bare_pytest ...
+    PYTHONPATH=bench python -m pytest -p pytest_stage [--results FILE.jsonl] ...
 
-Without it a missing package interrupts the whole run at collection, as it should where all are meant to be there.
-Property tests skip themselves where hypothesis is missing, files that import another missing package are skipped.
+What is missing on a machine that has torch, Triton and little else costs its own tests: property tests skip themselves
+without hypothesis, files that import another missing package are skipped. (Without the plugin a missing package
+interrupts the run at collection, as it should where all are meant to be there.) Each test's outcome is written when it
+is known, so a run that is cut off has said what failed.
 """
 
 import importlib.util
 import sys
 import types
 from collections.abc import Callable, Generator
+from pathlib import Path
 from typing import Any
 
+import machine
 import pytest
 
 OPTIONAL = {"tyro", "rich", "safetensors", "filelock", "expecttest", "tiktoken", "transformers", "nvtx"}  # of files
@@ -46,7 +50,7 @@ def stand_in_for_hypothesis() -> dict[str, types.ModuleType]:
     skip = pytest.mark.skip(reason="hypothesis is not installed")
     for name, member in {**members, "given": lambda *args, **kwargs: skip, "assume": bool}.items():
         setattr(hypothesis, name, member)
-    strategies.__getattr__ = _Anything().__getattr__  # type: ignore[method-assign]
+    strategies.__getattr__ = _Anything().__getattr__
     return {"hypothesis": hypothesis, "hypothesis.strategies": strategies}
 
 
@@ -54,9 +58,30 @@ if importlib.util.find_spec("hypothesis") is None:
     sys.modules.update(stand_in_for_hypothesis())
 
 
+class Results:
+    """One line a test that did something: its id, what became of it, seconds, the error's last line."""
+
+    def __init__(self, path: Path):
+        self.lines = machine.Lines(path, bench="tests", **machine.machine_facts())
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or not report.passed:  # a skip comes in setup, an error there or in teardown
+            error = report.longreprtext.strip().splitlines()[-1:] if report.failed else []
+            outcome = report.outcome if report.when == "call" or report.skipped else "error"
+            self.lines.write(
+                test=report.nodeid, status=outcome, seconds=round(report.duration, 2), error="".join(error)
+            )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--results", type=Path, metavar="FILE", help="append a line of JSON a test")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if not config.pluginmanager.hasplugin("timeout"):
         config.addinivalue_line("markers", "timeout(seconds): of pytest-timeout, which is not installed")
+    if (path := config.getoption("--results")) and not hasattr(config, "workerinput"):  # xdist's workers report to us
+        config.pluginmanager.register(Results(path))
 
 
 @pytest.hookimpl(wrapper=True)
