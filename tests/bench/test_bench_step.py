@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import machine
@@ -9,6 +10,10 @@ import pytest
 import step
 import step_arms
 import torch
+from nanogpt_kernels import launch
+from torch.profiler import ProfilerActivity
+
+from nanogpt_fast.distributed import World
 
 STEP = ["--device=cpu", "--tiny", "--dtype=float32", "--batch_size=2", "--accumulation=2", "--warmup=0", "--steps=2"]
 
@@ -125,3 +130,47 @@ def test_the_launches_of_a_step_are_found_without_a_gpu():
     ops = {call.op for call in step_arms.recorded("triton", config, torch.bfloat16, 90)}
     atomic = {call.op for call in step_arms.recorded("triton+atomic=true", config, torch.bfloat16, 90)}
     assert "attention_bwd_dq" in ops - atomic and "attention_bwd_atomic" in atomic - ops and "adamw" in ops & atomic
+
+
+def test_the_table_of_kernels_counts_what_the_gpu_did(monkeypatch: pytest.MonkeyPatch):
+    """On a GPU its kernels, not the operators that launched them nor the profiler's own ranges."""
+    event = lambda key, on, us, user=False: SimpleNamespace(
+        key=key, count=2, device_type=getattr(torch.autograd.DeviceType, on), is_user_annotation=user,
+        self_device_time_total=us, self_cpu_time_total=7.0,
+    )  # fmt: skip
+    events = [event("aten::mm", "CPU", 500.0), event("_k", "CUDA", 1000.0), event("gemm", "CUDA", 3000.0),
+              event("ProfilerStep#1", "CUDA", 9000.0, user=True)]  # fmt: skip
+
+    class Profile:
+        def __init__(self, activities: list):
+            assert ProfilerActivity.CUDA in activities
+
+        def __enter__(self) -> Any:
+            return SimpleNamespace(key_averages=lambda: events)
+
+        def __exit__(self, *_: Any) -> None:
+            pass
+
+    monkeypatch.setattr(step, "profile", Profile)
+    assert step.kernels(lambda: None, torch.device("cuda")) == [
+        {"kernel": "gemm", "calls": 2, "ms": 3.0, "share": 0.75}, {"kernel": "_k", "calls": 2, "ms": 1.0, "share": 0.25}
+    ]  # fmt: skip
+
+
+def test_a_profiler_that_fails_costs_its_table_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def broken(**_: Any) -> Any:
+        raise RuntimeError("CUPTI is not there")
+
+    monkeypatch.setattr(step, "profile", broken)
+    assert step.main([*STEP, "--profile", "--arms", "reference", "--out", str(tmp_path)]) == 0
+    assert [row["status"] for row in machine.read_lines(tmp_path / "step.jsonl")] == ["ok"]
+    assert "CUPTI" in machine.read_lines(tmp_path / "kernels.jsonl")[0]["status"]
+
+
+def test_our_kernels_are_known_by_the_rows_that_launch_them():
+    config = step.configuration("gpt2_124m", n_layer=1, batch_size=4)
+    setup = step_arms.Setup(config, torch.bfloat16, World(), {})
+    known = step.launch_ops("triton+atomic=true", setup)
+    assert "attention_bwd_atomic" in known.values() and known["_adamw_kernel"] == "adamw"
+    assert set(known.values()) <= launch.TABLE.keys() and len(known) > 10
+    assert step.launch_ops("reference+compile", setup) == {}

@@ -10,8 +10,10 @@ from pathlib import Path
 import gpu_session
 import gpu_stages
 import machine
+import memcheck
 import pytest
 import torch
+import warm_cache
 from gpu_session import run_session
 from gpu_stages import Stage
 
@@ -187,7 +189,6 @@ def test_every_gpu_test_is_in_one_slice():
 def test_scripts_of_the_stages_accept_their_flags(tmp_path: Path, capsys: pytest.CaptureFixture):
     """Each script's own parser reads what its stage passes, up to the GPU that is not there."""
     import environment
-    import memcheck
     import ops
     import race
     import step
@@ -206,6 +207,18 @@ def test_scripts_of_the_stages_accept_their_flags(tmp_path: Path, capsys: pytest
                 with pytest.raises(DeviceError):
                     mains[Path(words[at]).name](words[at + 1 :])
     assert reached == mains.keys()
+
+
+def test_memcheck_reaches_the_rows_of_narrow_tiles():
+    """Those in which two products of 16 or 32 were seen to corrupt memory on sm_90: masked, and atomic."""
+    found: dict[str, set[int]] = {}
+    for op, at in memcheck.settings(torch.device("meta"), torch.bfloat16):
+        for call in warm_cache.with_switches(op, at, 90) if op == "attention" else []:
+            blocks = [size for name, size in call.options.items() if name in ("BLOCK_M", "BLOCK_N")]
+            found.setdefault(call.op, set()).update(blocks)
+            assert not blocks or max(blocks) < memcheck.T, call.op  # more than one tile
+    narrow = {op for op, sizes in found.items() if sizes & {16, 32}}
+    assert narrow >= {f"attention_bwd_{row}" for row in ("dq_masked", "dkdv", "dkdv_masked", "atomic", "atomic_masked")}
 
 
 def test_tune_takes_the_dearest_kernels_of_the_last_profile(out: Path):
