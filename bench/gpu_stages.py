@@ -134,9 +134,22 @@ def assembled_by(ptxas: Path) -> dict[str, str | None]:
     return {"TRITON_PTXAS_PATH": str(ptxas), "TRITON_PTXAS_BLACKWELL_PATH": str(ptxas)}
 
 
+INTERPRETED = """
+import runpy, sys
+sys.path += {folders}
+import interpreter
+interpreter.install()  # Triton 3.6's own does not take numpy 2.4's arrays
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def in_rehearsal(stage: Stage) -> Stage:
-    """The stage as it runs without a GPU: ops interpreted, but where something is compiled."""
-    compiles = stage.name in ("compile", "tune")
-    return replace(
-        stage, command=stage.rehearsal, missing="", env={**stage.env, "TRITON_INTERPRET": None if compiles else "1"}
-    )
+    """The stage as it runs without a GPU: ops interpreted, as tests do it, but where something is compiled."""
+    compiles, pytest = stage.name in ("compile", "tune"), "pytest" in stage.rehearsal
+    python, *words = stage.rehearsal
+    folders = [str(next(TESTS.rglob("interpreter.py")).parent), str(machine.ROOT / "profiling")]
+    interpreted = [python, "-c", INTERPRETED.format(folders=folders), *words]
+    command = stage.rehearsal if compiles or pytest else interpreted
+    env = {**stage.env, "TRITON_INTERPRET": None if compiles else "1"}
+    return replace(stage, command=command, missing="", env=env)
