@@ -13,7 +13,7 @@ import machine
 import pytest
 from gpu_stages import Stage
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BLOCKED = ("tyro", "rich", "safetensors", "nvtx", "filelock", "hypothesis", "expecttest", "xdist", "pytest_timeout")
 BARE_PYTHON = f"""
 import importlib.machinery, os, sys, time
