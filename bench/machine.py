@@ -26,22 +26,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 import torch  # noqa: E402
 
 from nanogpt_fast.errors import DeviceError  # noqa: E402
+from nanogpt_fast.gpus import GPUS  # noqa: E402
+from nanogpt_fast.hardware import peak_flops  # noqa: E402
 
-# Memory bandwidth by exact device name, GB/s. Sources: NVIDIA's data sheets of A100 (40 GB: 1555; 80 GB SXM 2039, PCIe
-# 1935), H100 (SXM 3350, PCIe 2000, NVL 3900), H200 (4800), L40S (864) and the GeForce pages (3090 936, 4090 1008).
-BANDWIDTH_GBPS = {
-    "NVIDIA A100-SXM4-40GB": 1555.0,
-    "NVIDIA A100-PCIE-40GB": 1555.0,
-    "NVIDIA A100-SXM4-80GB": 2039.0,
-    "NVIDIA A100 80GB PCIe": 1935.0,
-    "NVIDIA H100 80GB HBM3": 3350.0,
-    "NVIDIA H100 PCIe": 2000.0,
-    "NVIDIA H100 NVL": 3900.0,
-    "NVIDIA H200": 4800.0,
-    "NVIDIA L40S": 864.0,
-    "NVIDIA GeForce RTX 3090": 936.0,
-    "NVIDIA GeForce RTX 4090": 1008.0,
-}
 EXPONENTIALS_A_CLOCK = 16  # of one multiprocessor, 8.0 to 10.0 (CUDA C++ Programming Guide, arithmetic throughput)
 
 
@@ -173,13 +160,11 @@ class Work:
 
 def floor_ms(work: Work, dtype: torch.dtype) -> tuple[float, str] | None:
     """(milliseconds, what binds) that the data sheet allows on the current GPU; None for one not listed."""
-    from nanogpt_fast.hardware import peak_flops
-
     name = torch.cuda.get_device_name()
-    peak, bandwidth = peak_flops(name, str(dtype).removeprefix("torch.")), BANDWIDTH_GBPS.get(name)
-    if bandwidth is None or (peak is None and work.flops > 0):
+    peak, gpu = peak_flops(name, str(dtype).removeprefix("torch.")), GPUS.get(name)
+    if gpu is None or (peak is None and work.flops > 0):
         return None
-    limits = {"bytes": work.bytes / (bandwidth * 1e9)}
+    limits = {"bytes": work.bytes / (gpu.gbps * 1e9)}
     if peak is not None:
         limits["flops"] = work.flops / peak[0]
     if work.exps and (clock := highest_clock()):

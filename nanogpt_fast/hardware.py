@@ -11,24 +11,8 @@ import time
 import torch
 
 from nanogpt_fast.settings.config import GPTConfig
+from nanogpt_fast.gpus import GPUS
 
-# Dense bf16/fp16 tensor-core peaks with float32 accumulation, TFLOP/s, by the exact name that the driver gives. Form
-# factors differ (SXM, PCIe, NVL), so near names never match; a GPU without a source here has no MFU. Sources: NVIDIA's
-# pages as pytorch/torchtitan, tools/utils.py, reads them (A100, H100, H200: nvidia.com/en-us/data-center/NAME;
-# L40S: its data sheet), and the table of karpathy/llm.c, llmc/mfu.h (A100, H100 PCIe, RTX 4090; RTX 3090 by its rule).
-PEAK_TFLOPS: dict[str, float] = {
-    "NVIDIA A100-SXM4-40GB": 312.0,
-    "NVIDIA A100-SXM4-80GB": 312.0,
-    "NVIDIA A100-PCIE-40GB": 312.0,
-    "NVIDIA A100 80GB PCIe": 312.0,
-    "NVIDIA H100 80GB HBM3": 989.0,
-    "NVIDIA H100 PCIe": 756.0,
-    "NVIDIA H100 NVL": 835.0,
-    "NVIDIA H200": 989.0,
-    "NVIDIA L40S": 362.0,
-    "NVIDIA GeForce RTX 3090": 71.2,
-    "NVIDIA GeForce RTX 4090": 165.2,
-}
 GEMM_SIZE = {"cuda": 8192, "cpu": 1024}  # edge of the matrices of measure_gemm
 
 
@@ -42,10 +26,12 @@ def flops_per_token(config: GPTConfig) -> dict[str, float]:
 
 
 def peak_flops(device_name: str, dtype: str) -> tuple[float, str] | None:
-    """(dense peak FLOP/s, its source) of a GPU by exact name; None for unknown ones and for float32."""
-    if dtype not in ("bfloat16", "float16") or device_name not in PEAK_TFLOPS:
+    """(dense peak FLOP/s, its source) of a GPU by exact name; None for one not listed, for float32, and for bfloat16
+    where the chip has none."""
+    gpu = GPUS.get(device_name)
+    if gpu is None or dtype not in ("bfloat16", "float16") or (dtype == "bfloat16" and not gpu.bfloat16):
         return None
-    return PEAK_TFLOPS[device_name] * 1e12, f"data sheet, {device_name}, dense {dtype}"
+    return gpu.tflops * 1e12, f"{gpu.tflops:g} TFLOP/s dense {dtype} of {device_name} ({gpu.source})"
 
 
 def measure_gemm(device: torch.device, dtype: torch.dtype) -> float:

@@ -23,33 +23,35 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanogpt_fast.hardware import PEAK_TFLOPS, flops_per_token
 from nanogpt_fast.settings.config import GPTConfig
+from nanogpt_fast.gpus import GPUS
+from nanogpt_fast.hardware import flops_per_token
 
 TILE = 128  # edge of attention's tiles: what lies above the diagonal in them is computed too
 HALF, FULL = 2, 4  # bytes of bfloat16, float32
 
 
-@dataclass(frozen=True)
-class GPU:
-    """name: as the driver gives it, a key of hardware.PEAK_TFLOPS. bandwidth: TB/s, its data sheet.
-    flops_an_exp: tensor FLOPs a clock and SM (4096 Hopper, 2048 A100, 1024 L40S, 512 GeForce) / 16 exponentials."""
-
-    name: str
-    bandwidth: float
-    flops_an_exp: int
-
-
-GPUS = {
-    "h100": GPU("NVIDIA H100 80GB HBM3", 3.35, 256),
-    "h100-pcie": GPU("NVIDIA H100 PCIe", 2.0, 256),
-    "h100-nvl": GPU("NVIDIA H100 NVL", 3.9, 256),
-    "h200": GPU("NVIDIA H200", 4.8, 256),
-    "a100": GPU("NVIDIA A100-SXM4-80GB", 2.039, 128),
-    "a100-40gb": GPU("NVIDIA A100-SXM4-40GB", 1.555, 128),
-    "l40s": GPU("NVIDIA L40S", 0.864, 64),
-    "rtx4090": GPU("NVIDIA GeForce RTX 4090", 1.008, 32),
-    "rtx3090": GPU("NVIDIA GeForce RTX 3090", 0.936, 32),
+EXPONENTIALS_A_CLOCK = 16  # of one SM, 8.0 to 12.0 (CUDA C++ Programming Guide, arithmetic throughput)
+CHOICES = {  # --gpu: the name that the driver gives, a key of gpus.GPUS
+    "h100": "NVIDIA H100 80GB HBM3",
+    "h100-pcie": "NVIDIA H100 PCIe",
+    "h100-nvl": "NVIDIA H100 NVL",
+    "h200": "NVIDIA H200",
+    "gh200": "NVIDIA GH200 480GB",
+    "b200": "NVIDIA B200",
+    "gb200": "NVIDIA GB200",
+    "a100": "NVIDIA A100-SXM4-80GB",
+    "a100-40gb": "NVIDIA A100-SXM4-40GB",
+    "a10": "NVIDIA A10",
+    "a40": "NVIDIA A40",
+    "a6000": "NVIDIA RTX A6000",
+    "l4": "NVIDIA L4",
+    "l40": "NVIDIA L40",
+    "l40s": "NVIDIA L40S",
+    "rtx3090": "NVIDIA GeForce RTX 3090",
+    "rtx4090": "NVIDIA GeForce RTX 4090",
+    "rtx5090": "NVIDIA GeForce RTX 5090",
+    "rtxpro6000": "NVIDIA RTX PRO 6000 Blackwell Workstation Edition",
 }
 MODELS = {
     "124m": GPTConfig(n_layer=12, n_head=12, n_embd=768, bias=False),
@@ -187,7 +189,7 @@ def print_step(works: list[Work], peak: float, bandwidth: float, exp_rate: float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", choices=GPUS, default="h100")
+    parser.add_argument("--gpu", choices=CHOICES, default="h100")
     parser.add_argument("--model", choices=MODELS, default="124m")
     parser.add_argument("--batch", type=int, default=64, help="sequences a micro-step (default 64)")
     parser.add_argument("--tokens", type=int, default=2**19, help="a step (default 524,288, rounded up to micro-steps)")
@@ -198,17 +200,19 @@ def main() -> None:
     )
     parser.add_argument("--ledger", action="store_true", help="count bytes in the interpreter as well")
     args = parser.parse_args()
-    gpu, config = GPUS[args.gpu], MODELS[args.model]
-    datasheet = PEAK_TFLOPS[gpu.name] * 1e12
-    peak, bandwidth = (args.tflops or datasheet / 1e12) * 1e12, (args.bandwidth or gpu.bandwidth) * 1e12
+    name, gpu, config = CHOICES[args.gpu], GPUS[CHOICES[args.gpu]], MODELS[args.model]
+    datasheet = gpu.tflops * 1e12
+    peak, bandwidth = (args.tflops or gpu.tflops) * 1e12, (args.bandwidth or gpu.gbps / 1e3) * 1e12
+    assert gpu.flops_a_clock is not None, name  # at the clock of the data sheet's peak:
+    exp_rate = datasheet / gpu.flops_a_clock * EXPONENTIALS_A_CLOCK
     micro_steps = math.ceil(args.tokens / (args.batch * config.block_size))
     tokens = micro_steps * args.batch * config.block_size
-    print(f"{args.model} on {gpu.name}: {peak / 1e12:.0f} TFLOP/s{' (supposed)' if args.tflops else ''}, "
+    print(f"{args.model} on {name}: {peak / 1e12:.0f} TFLOP/s{' (supposed)' if args.tflops else ''}, "
           f"{bandwidth / 1e12:.3g} TB/s{' (supposed)' if args.bandwidth else ''}, "
-          f"{datasheet / gpu.flops_an_exp / 1e12:.2f}T exponentials/s; "
+          f"{exp_rate / 1e12:.2f}T exponentials/s; "
           f"{micro_steps} x {args.batch} x {config.block_size} = {tokens:,} tokens a step\n")  # fmt: skip
     works = step_work(config, args.batch, micro_steps, deterministic=args.deterministic)
-    total = print_step(works, peak, bandwidth, datasheet / gpu.flops_an_exp)
+    total = print_step(works, peak, bandwidth, exp_rate)
     flops = flops_per_token(config)
     mfu = ", ".join(f"{flops[name] * tokens / total / datasheet:.1%} ({name})" for name in flops)
     print(f"\n{tokens / total / 1e3:,.0f}K tokens/s; MFU {mfu}. A bound, not a measurement.")

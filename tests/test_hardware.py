@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from nanogpt_fast import hardware
-from nanogpt_fast.hardware import PEAK_TFLOPS, flops_per_token, memory_estimate, peak_flops, resolve_peak
+from nanogpt_fast.settings.config import GPTConfig, OptimConfig
+from nanogpt_fast.gpus import GPUS
+from nanogpt_fast.hardware import flops_per_token, memory_estimate, peak_flops, resolve_peak
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import REFERENCE
 from nanogpt_fast.optim import ALIGNMENT, RANKS, AdamW, FlatParameters
@@ -46,19 +48,31 @@ def test_peaks_match_exact_names_only():
 def test_float32_has_no_peak_in_the_table():
     """The table is of 16-bit tensor cores: float32 divided by it would flatter by an order of magnitude."""
     assert peak_flops("NVIDIA H100 80GB HBM3", "float32") is None
-    assert peak_flops("NVIDIA H100 80GB HBM3", "float16") == (
-        989e12,
-        "data sheet, NVIDIA H100 80GB HBM3, dense float16",
-    )
+    known = 989e12, "989 TFLOP/s dense float16 of NVIDIA H100 80GB HBM3 (H100 data sheet)"
+    assert peak_flops("NVIDIA H100 80GB HBM3", "float16") == known
 
 
-def test_peaks_are_dense_ones():
-    """No entry is a data sheet's sparse figure, which for these is twice ours; forms of one chip differ."""
-    assert all(50 < tflops < 1000 for tflops in PEAK_TFLOPS.values())
-    assert all(name.startswith("NVIDIA ") for name in PEAK_TFLOPS)
-    sxm, pcie, nvl = (PEAK_TFLOPS[f"NVIDIA H100 {form}"] for form in ("80GB HBM3", "PCIe", "NVL"))
+@pytest.mark.parametrize("name", ["Tesla V100-SXM2-16GB", "Tesla T4"])
+def test_chips_without_bfloat16_have_no_peak_for_it(name: str):
+    assert peak_flops(name, "bfloat16") is None
+    assert (peak_flops(name, "float16") or (0.0, ""))[0] == GPUS[name].tflops * 1e12
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_peaks_are_dense_with_float32_accumulation(name: str):
+    """SMs x FLOPs a clock of each is the peak at some clock: a sparse rate, or float16 accumulation's on a GeForce,
+    would take twice the clock, more than any of these chips has; so would a figure of another form factor's SMs."""
+    gpu = GPUS[name]
+    assert gpu.source and gpu.gbps >= 300 and name.startswith(("NVIDIA ", "Tesla ", "AMD "))
+    if gpu.flops_a_clock is not None:
+        assert 1.3 < gpu.tflops * 1e3 / (gpu.sms * gpu.flops_a_clock) < 2.65
+    assert gpu.bfloat16 == (gpu.capability not in (70, 75))
+
+
+def test_form_factors_of_one_chip_differ():
+    sxm, pcie, nvl = (GPUS[f"NVIDIA H100 {form}"].tflops for form in ("80GB HBM3", "PCIe", "NVL"))
     assert pcie < nvl < sxm
-    assert PEAK_TFLOPS["NVIDIA A100-SXM4-80GB"] == 312.0, "nanoGPT's constant"
+    assert GPUS["NVIDIA A100-SXM4-80GB"].tflops == 312.0, "nanoGPT's constant"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from roofline import GPUS, MODELS, adamw_bytes, add_norm_bytes, norm_bytes, step_work
+from roofline import CHOICES, MODELS, adamw_bytes, add_norm_bytes, norm_bytes, step_work
 
-from nanogpt_fast.hardware import PEAK_TFLOPS, flops_per_token
 from nanogpt_fast.settings.config import GPTConfig
+from nanogpt_fast.gpus import GPUS
+from nanogpt_fast.hardware import flops_per_token
 
 ROOT = Path(__file__).resolve().parents[2]
 PEAK, BANDWIDTH, EXPS = 989e12, 3.35e12, 132 * 16 * 1.83e9  # an H100 SXM; 132 SMs at 1.83 GHz
@@ -76,9 +77,9 @@ def test_fewer_tokens_at_once_move_more_weights():
     assert sum(w.bytes for w in whole) < sum(w.bytes for w in split)
 
 
-@pytest.mark.parametrize("gpu", GPUS)
-def test_gpus_have_a_peak(gpu: str):
-    assert GPUS[gpu].name in PEAK_TFLOPS
+@pytest.mark.parametrize("name", CHOICES.values())
+def test_its_gpus_are_in_the_table_with_all_that_a_roofline_takes(name: str):
+    assert GPUS[name].flops_a_clock and GPUS[name].bfloat16
 
 
 def test_the_table():
