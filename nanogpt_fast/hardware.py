@@ -14,6 +14,7 @@ from nanogpt_fast.settings.config import GPTConfig
 from nanogpt_fast.gpus import GPUS
 
 GEMM_SIZE = {"cuda": 8192, "cpu": 1024}  # edge of the matrices of measure_gemm
+SETTLE_S = {"cuda": 0.5, "cpu": 0.0}  # for how long it repeats at least: an idle GPU takes a while to raise its clocks
 
 
 def flops_per_token(config: GPTConfig) -> dict[str, float]:
@@ -35,21 +36,22 @@ def peak_flops(device_name: str, dtype: str) -> tuple[float, str] | None:
 
 
 def measure_gemm(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of one square matrix product, the best of several: what this machine really gives."""
+    """FLOP/s of one square matrix product, the best of five and more: what this machine really gives."""
     n = GEMM_SIZE[device.type]
     a, b = torch.randn(n, n, device=device).to(dtype), torch.randn(n, n, device=device).to(dtype)
-    best = math.inf
-    for _ in range(5):
+    best, runs, start = math.inf, 0, time.perf_counter()
+    while runs < 5 or time.perf_counter() - start < SETTLE_S[device.type]:
         began = time.perf_counter()
         torch.mm(a, b)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - began)
+        best, runs = min(best, time.perf_counter() - began), runs + 1
     return 2.0 * n**3 / best
 
 
 def resolve_peak(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:
-    """(peak FLOP/s, what it is) that MFU divides by: a GPU's data sheet, a CPU's own measured product, else None."""
+    """(peak FLOP/s, what it is) that MFU divides by: a GPU's data sheet; where that says nothing, and on a CPU, the
+    machine's own measured product, named so; None where nothing can be measured."""
     name = str(dtype).removeprefix("torch.")
     if device.type == "cpu":
         if dtype == torch.float16:
@@ -57,8 +59,16 @@ def resolve_peak(device: torch.device, dtype: torch.dtype) -> tuple[float | None
         flops = measure_gemm(device, dtype)
         return flops, f"{flops / 1e9:.0f} GFLOP/s, measured {GEMM_SIZE['cpu']}^3 {name} product on {device.type}"
     gpu = torch.cuda.get_device_name(device)
-    known = peak_flops(gpu, name)
-    return known if known else (None, f"unknown for {gpu} in {name}: MFU is n/a, --dtype or hardware.PEAK_TFLOPS")
+    if known := peak_flops(gpu, name):
+        return known
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    product = f"{GEMM_SIZE['cuda']}^3 {name} product{' by TF32' if tf32 else ''} on {gpu}"
+    why = f"its row in gpus.py has no {name} peak" if gpu in GPUS else "it is not in gpus.py"
+    try:
+        flops = measure_gemm(device, dtype)
+    except torch.OutOfMemoryError:
+        return None, f"unknown: no memory left to measure a {product} ({why}); MFU is n/a"
+    return flops, f"{flops / 1e12:.1f} TFLOP/s, measured {product} ({why}): MFU against it"
 
 
 def memory_estimate(

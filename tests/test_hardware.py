@@ -87,12 +87,70 @@ def test_float16_on_a_cpu_is_not_measured(monkeypatch: pytest.MonkeyPatch):
     assert resolve_peak(torch.device("cpu"), torch.float16)[0] is None
 
 
-def test_an_unknown_gpu_has_no_peak(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    "gpu, dtype, why",
+    [
+        ("NVIDIA B900", torch.bfloat16, "it is not in gpus.py"),
+        ("NVIDIA L40S", torch.float32, "its row in gpus.py has no float32 peak"),
+        ("Tesla T4", torch.bfloat16, "its row in gpus.py has no bfloat16 peak"),
+    ],
+)
+def test_where_the_data_sheet_says_nothing_the_gpu_is_measured(
+    gpu: str, dtype: torch.dtype, why: str, monkeypatch: pytest.MonkeyPatch
+):
+    measured: list[tuple[str, torch.dtype]] = []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: gpu)
+    monkeypatch.setattr(hardware, "measure_gemm", lambda at, of: measured.append((at.type, of)) or 123.44e12)
+    peak, source = resolve_peak(torch.device("cuda"), dtype)
+    name = str(dtype).removeprefix("torch.")
+    assert peak == 123.44e12 and measured == [("cuda", dtype)]
+    assert source == f"123.4 TFLOP/s, measured 8192^3 {name} product on {gpu} ({why}): MFU against it"
+
+
+def test_a_product_by_tf32_is_named_so(monkeypatch: pytest.MonkeyPatch):
+    """distributed.join sets a GPU's float32 products so, as nanoGPT does."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA B900")
+    monkeypatch.setattr(hardware, "measure_gemm", lambda *_: 1e14)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert "8192^3 float32 product by TF32 on NVIDIA B900" in resolve_peak(torch.device("cuda"), torch.float32)[1]
+        assert "TF32" not in resolve_peak(torch.device("cuda"), torch.bfloat16)[1]
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_listed_gpu_is_not_measured(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA L40S")
+    monkeypatch.setattr(hardware, "measure_gemm", lambda *_: pytest.fail("takes half a second"))
+    assert resolve_peak(torch.device("cuda"), torch.bfloat16)[0] == 362e12
+
+
+def test_a_full_gpu_has_no_peak(monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA B900")
+    monkeypatch.setattr(hardware, "measure_gemm", full)
     peak, source = resolve_peak(torch.device("cuda"), torch.bfloat16)
     assert peak is None and "NVIDIA B900" in source and "n/a" in source
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA L40S")
-    assert resolve_peak(torch.device("cuda"), torch.bfloat16)[0] == 362e12
+
+
+def test_the_best_of_many_products_is_taken(monkeypatch: pytest.MonkeyPatch):
+    """By a clock that says how long each took; the settling time asks for more than five."""
+    spans = iter([9.0, 5.0, 4.0, 4.0, 4.0, 2.0, 3.0])
+    now, products = [0.0], []
+
+    def product(a: torch.Tensor, b: torch.Tensor) -> None:
+        products.append(a.shape)
+        now[0] += next(spans)
+
+    monkeypatch.setattr(hardware.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch, "mm", product)
+    monkeypatch.setitem(hardware.GEMM_SIZE, "cpu", 8)
+    monkeypatch.setitem(hardware.SETTLE_S, "cpu", 27.0)
+    assert hardware.measure_gemm(torch.device("cpu"), torch.float32) == 2 * 8**3 / 2.0
+    assert products == [(8, 8)] * 6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
