@@ -291,7 +291,7 @@ def recorded(op: str, at: Setting, arch: int, backward: bool) -> Any:
     from nanogpt_kernels import launch
 
     at = replace(at, device=torch.device("meta"))
-    with launch.recording(max(listed for listed in launch.SMS if listed <= arch)) as calls:
+    with launch.recording(max(listed for listed in launch.ARCHITECTURES if listed <= arch)) as calls:
         bound = harness.plain(ours(op)).bind(*CASES[op].inputs(at))
         outs = harness.outputs_of(bound.forward())
         if backward and differentiable(op, at):

@@ -20,8 +20,6 @@ from typing import Any
 import cases
 from cases import Setting
 
-SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes a block may use
-
 
 @dataclass(frozen=True)
 class Task:
@@ -93,7 +91,9 @@ def row_of(call_op: str) -> str:
 
 
 def _problem(used: Resources, arch: int) -> str:
-    limit = SHARED_LIMIT.get(arch, 101_376)
+    from nanogpt_kernels.launch_rows import ARCHITECTURES
+
+    limit = ARCHITECTURES[max(listed for listed in ARCHITECTURES if listed <= arch)].block_shared
     if used.spilled:
         return f"spills {used.spilled} bytes a thread"
     return f"needs {used.shared} bytes of shared memory of {limit}" if used.shared > limit else ""

@@ -27,46 +27,30 @@ import os
 import sys
 import tomllib
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
-from aot_compile import TRITON_MINOR, Compiled, compile_all, distinct
+from aot_compile import SYSTEM_SHARED, TRITON_MINOR, Compiled, compile_all, distinct
 from kernel_calls import Case, cases
 from nanogpt_kernels import launch
-from nanogpt_kernels.launch import TABLE, Recording, Row
+from nanogpt_kernels.launch import Recording
+from nanogpt_kernels.launch_rows import ARCHITECTURES, TABLE, Row
 
 WITHOUT_WGMMA = {"_cached_attention_kernel"}  # a few new tokens fill no tile of 64 rows, and memory is its bound
 BUDGETS = Path(__file__).with_name("budgets.toml")
 TENSOR_MEMORY_COLUMNS = 512
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Of one SM. Source: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; registers are
-    given out by 256 a warp, and 1 KB of shared memory a block is the system's (CUDA occupancy calculator)."""
-
-    block_shared: int  # KB one block may have
-    shared: int  # KB
-    warps: int
-    blocks: int
-    spill: int = 64  # our rule: bytes a thread; rows are chosen for sm_90 first
-    registers: int = 65536
-
-    def blocks_held(self, c: Compiled) -> int:
-        """How many blocks of a kernel run on an SM at once."""
-        warps = self.registers // (-(-c.registers * 32 // 256) * 256) // 4 * 4
-        by_shared = self.shared * 1024 // (-(-c.shared // 128) * 128 + 1024)
-        return min(self.blocks, self.warps // c.num_warps, warps // c.num_warps, by_shared)
+SPILL = {90: 0}  # our rule: bytes a thread, elsewhere 64; rows are chosen for sm_90 first
 
 
-LIMITS = {
-    80: Limits(block_shared=163, shared=164, warps=64, blocks=32),
-    86: Limits(block_shared=99, shared=100, warps=48, blocks=16),
-    89: Limits(block_shared=99, shared=100, warps=48, blocks=24),
-    90: Limits(block_shared=227, shared=228, warps=64, blocks=32, spill=0),
-    100: Limits(block_shared=227, shared=228, warps=64, blocks=32),
-    120: Limits(block_shared=99, shared=100, warps=48, blocks=24),
-}
+def blocks_held(c: Compiled, arch: int) -> int:
+    """How many blocks of a kernel run on an SM at once. Registers are given out by 256 a warp, shared memory by 128
+    bytes (CUDA occupancy calculator)."""
+    on = ARCHITECTURES[arch]
+    warps = on.registers // (-(-c.registers * 32 // 256) * 256) // 4 * 4
+    by_shared = on.shared_kb * 1024 // (-(-c.shared // 128) * 128 + SYSTEM_SHARED)
+    return min(on.blocks, on.warps // c.num_warps, warps // c.num_warps, by_shared)
+
 
 # {Triton's minor: {"sm_90": {kernel: [registers, shared, spilled]}}}
 Budgets = dict[str, dict[str, dict[str, list[int]]]]
@@ -102,14 +86,14 @@ def untaken(recording: Recording, arch: int) -> list[str]:
 
 def verdict(c: Compiled, arch: int, budget: dict[str, list[int]] | None) -> str:
     """The rules that the kernel breaks, or "ok"."""
-    limit, broken = LIMITS[arch], []
-    if c.spilled > limit.spill:
+    on, broken = ARCHITECTURES[arch], []
+    if c.spilled > SPILL.get(arch, 64):
         broken.append(f"SPILL {c.spilled} bytes")
-    if c.shared > limit.block_shared * 1024:
-        broken.append(f"SMEM over {limit.block_shared} KB")
+    if c.shared > on.block_shared:
+        broken.append(f"SMEM over {on.block_shared // 1024} KB")
     if c.tensor_memory > TENSOR_MEMORY_COLUMNS:
         broken.append(f"TMEM {c.tensor_memory} columns")
-    if arch == 90 and c.dots16 and not c.products["wgmma"] and c.kernel not in WITHOUT_WGMMA:
+    if on.wgmma and c.dots16 and not c.products["wgmma"] and c.kernel not in WITHOUT_WGMMA:
         broken.append("NO WGMMA")
     if c.serialised:
         broken.append("SERIAL WGMMA")
@@ -168,8 +152,8 @@ NUMERIC = range(3, 10)
 def print_table(compiled: list[Compiled], verdicts: list[str], arch: int) -> None:
     rows = []
     for c, said in sorted(zip(compiled, verdicts), key=lambda pair: (pair[0].op, pair[0].kernel, pair[0].constexprs)):
-        held = LIMITS[arch].blocks_held(c)
-        share = f"{held * c.num_warps / LIMITS[arch].warps:.0%}"
+        held = blocks_held(c, arch)
+        share = f"{held * c.num_warps / ARCHITECTURES[arch].warps:.0%}"
         products = " ".join(f"{n} {kind}" for kind, n in c.products.items() if n) or "-"
         numbers = (c.num_warps, c.num_stages, c.registers, c.spilled, c.shared, held, share)
         name = c.kernel.strip("_").removesuffix("_kernel")
@@ -189,7 +173,7 @@ def examine(arch: int, args: argparse.Namespace, budgets: Budgets) -> tuple[list
     recording = record(chosen, arch)
     groups = distinct(recording, arch)
     print(f"sm_{arch}, Triton {TRITON_MINOR}: {len(chosen)} calls, {len(recording)} launches, {len(groups)} kernels; "
-          f"{LIMITS[arch].block_shared} KB of shared memory a block\n", flush=True)  # fmt: skip
+          f"{ARCHITECTURES[arch].block_shared // 1024} KB of shared memory a block\n", flush=True)  # fmt: skip
     compiled = compile_all(groups, arch, args.jobs)
     if args.update_budgets:
         known = budgets.setdefault(TRITON_MINOR, {})
@@ -205,7 +189,7 @@ def examine(arch: int, args: argparse.Namespace, budgets: Budgets) -> tuple[list
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = [f"sm_{arch}" for arch in LIMITS]
+    known = [f"sm_{arch}" for arch in ARCHITECTURES]
     parser.add_argument("--arch", nargs="+", default=["sm_90"], choices=known, metavar="ARCH", help=", ".join(known))
     parser.add_argument("--op", nargs="+", metavar="NAME", choices=sorted({c.op for c in cases()}),
                         help=", ".join(sorted({c.op for c in cases()})))  # fmt: skip

@@ -18,11 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanogpt_kernels.contract import require
-from nanogpt_kernels.launch_rows import TABLE, Row
+from nanogpt_kernels.launch_rows import ARCHITECTURES, TABLE, Row
 
 INTERPRETER_ARCH = 90  # whose rows the interpreter takes
 INTERPRETER_SMS = 8
-SMS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}  # A100, A10/3090 class, 4090, H100 SXM, B200, 5090
 
 
 @dataclass(frozen=True)
@@ -67,14 +66,16 @@ def _fitting(op: str, x: Tensor, size: int) -> Row:
     require(bool(rows), op, f"no launch shape for size {size} with elements of {x.element_size()} bytes", x=x)
     known = [row.arch for row in rows if row.arch <= arch]
     require(bool(known), op, f"needs compute capability {min(r.arch for r in rows) / 10} or later", x=x)
-    if arch not in SMS:
+    if arch not in ARCHITECTURES:
         _say_unlisted(arch, max(known))
     return min((row for row in rows if row.arch == max(known)), key=lambda row: (row.itemsize, row.up_to))
 
 
 @cache
 def _say_unlisted(arch: int, borrowed: int) -> None:
-    warnings.warn(f"sm_{arch} is not listed in nanogpt_kernels/launch.py: taking sm_{borrowed}'s shapes", stacklevel=3)
+    warnings.warn(
+        f"sm_{arch} is not listed in nanogpt_kernels/launch_rows.py: taking sm_{borrowed}'s shapes", stacklevel=3
+    )
 
 
 @cache
@@ -92,7 +93,7 @@ def sm_count(device: torch.device) -> int:
     """Multiprocessors of the device: the number of programs that run at once is a multiple of it."""
     if device.type == "cuda":
         return _cuda_properties(device.index or 0)[1]
-    return SMS[_recorded_arch] if _recorded is not None else INTERPRETER_SMS
+    return ARCHITECTURES[_recorded_arch].sms if _recorded is not None else INTERPRETER_SMS
 
 
 def cdiv(a: int, b: int) -> int:

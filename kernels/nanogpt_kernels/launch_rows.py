@@ -1,4 +1,5 @@
-"""The launch shapes: frozen rows by op, architecture, element size and problem size, each with what measured it.
+"""The launch shapes: frozen rows by op, architecture, element size and problem size, each with what measured it; before
+them the architectures that they are chosen for.
 
 Rows are chosen by launch.pick, and nothing is tuned while training: autotuning breaks graph capture, and picks
 differently on each rank. `python bench/tune.py OP` searches offline and prints rows to paste here.
@@ -8,6 +9,34 @@ from dataclasses import dataclass, field
 from typing import Any
 
 UNMEASURED = "from resources, unmeasured"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Of one SM, and how many a card has. Source: CUDA C++ Programming Guide, "Technical Specifications per Compute
+    Capability"; 1 KB of shared memory a block is the system's (CUDA occupancy calculator)."""
+
+    sms: int  # of the card that is named: what launches are sized for where there is no GPU
+    shared_kb: int
+    warps: int
+    blocks: int
+    wgmma: bool = False  # products by four warps from shared memory; sm_100 has tcgen05, the others mma.sync
+    registers: int = 65536
+
+    @property
+    def block_shared(self) -> int:
+        """Bytes of shared memory that one block may have."""
+        return (self.shared_kb - 1) * 1024
+
+
+ARCHITECTURES = {
+    80: Architecture(sms=108, shared_kb=164, warps=64, blocks=32),  # A100
+    86: Architecture(sms=84, shared_kb=100, warps=48, blocks=16),  # A40, A6000
+    89: Architecture(sms=128, shared_kb=100, warps=48, blocks=24),  # RTX 4090
+    90: Architecture(sms=132, shared_kb=228, warps=64, blocks=32, wgmma=True),  # H100 SXM
+    100: Architecture(sms=148, shared_kb=228, warps=64, blocks=32),  # B200
+    120: Architecture(sms=170, shared_kb=100, warps=48, blocks=24),  # RTX 5090
+}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ from kernel_case import DEVICE
 from nanogpt_kernels import contract, launch, registry
 from nanogpt_kernels.contract import ContractError, require
 from nanogpt_kernels.launch import TABLE, Row
-from nanogpt_kernels.launch_rows import UNMEASURED
+from nanogpt_kernels.launch_rows import ARCHITECTURES, UNMEASURED
+
+from nanogpt_fast.gpus import GPUS
 
 
 @triton.jit
@@ -113,8 +115,14 @@ def test_every_row_says_where_it_comes_from(op: str):
     assert len({(row.arch, row.itemsize, row.up_to) for row in rows}) == len(rows)
     for row in rows:
         assert row.source == UNMEASURED or row.source.startswith(("measured on ", "reasoned: ")), row
-        assert row.arch in launch.SMS and row.num_warps in (1, 2, 4, 8, 16, 32)
+        assert row.arch in ARCHITECTURES and row.num_warps in (1, 2, 4, 8, 16, 32)
         assert all(isinstance(v, int) and v & (v - 1) == 0 for v in row.blocks.values()), row
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_an_architecture_has_the_multiprocessors_of_a_card_that_is_sold(arch: int):
+    """The trainer's table of GPUs is another package's: here is where the two must agree."""
+    assert ARCHITECTURES[arch].sms in {gpu.sms for gpu in GPUS.values() if gpu.capability == arch}
 
 
 # ---- contracts ----
