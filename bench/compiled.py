@@ -1,23 +1,22 @@
 """Compile candidate launch rows ahead of time, many at once, and read what each takes of a multiprocessor.
 
-Each worker is a process of its own without a GPU: it records our op's launches on meta tensors and compiles them for
-the target. On a machine with a GPU the compiled kernels are found again in Triton's cache.
+The compiler is profiling/aot_compile.py's. Each worker is a process of its own without a GPU, which records our op's
+launches on meta tensors and compiles them for the target: spawned, as its parent may have used the GPU, and
+expendable, as a candidate may take the compiler down. A GPU's process finds the kernels again in Triton's cache.
 """
 
 import multiprocessing
 import os
-import re
-import subprocess
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import wait as wait_for
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 import cases
+from aot_compile import Usage, compile_call, compile_for, usage
 from cases import Setting
 
 
@@ -33,54 +32,25 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Resources:
+class Resources(Usage):
     """What a candidate's kernels take, the largest over them; problem: why it cannot be used."""
 
-    registers: int = 0
-    spilled: int = 0  # bytes a thread
-    shared: int = 0  # bytes a block
     launches: int = 0  # distinct ones: with some choices a row's kernel is not used at all
     problem: str = ""
 
 
-class _Target:
-    """What Triton asks of a driver, of a GPU that need not be there."""
-
-    def __init__(self, arch: int):
-        self.arch = arch
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 def compile_task(task: Task) -> Resources:
     """Run in a worker."""
-    from triton.runtime import driver
-
-    target: Any = _Target(task.arch)
-    driver.set_active(target)
-    used = []
+    compile_for(task.arch)
     try:
         with cases.overridden(task.overrides):
             calls = cases.recorded(task.op, task.at, task.arch, backward=True)
-        for call in calls:
-            if row_of(call.op) == task.launch_op:
-                kernel = call.kernel.warmup(*call.args, grid=call.grid, **call.options)
-                used.append(_read(kernel.asm["cubin"], kernel.metadata.shared))
+        used = [usage(compile_call(call)) for call in calls if row_of(call.op) == task.launch_op]
     except Exception as problem:  # a tile too small for tl.dot, a contract: the candidate is not one
         text = str(problem).strip().splitlines() or [""]
         return Resources(problem=f"{type(problem).__name__}: {text[-1]}"[:200])
-    most = [max((getattr(r, name) for r in used), default=0) for name in ("registers", "spilled", "shared")]
-    found = Resources(*most, launches=len(used))
-    return replace(found, problem=_problem(found, task.arch))
+    most = Usage(*map(max, zip(*map(astuple, used)))) if used else Usage()
+    return Resources(**asdict(most), launches=len(used), problem=", ".join(most.misfits(task.arch)))
 
 
 def row_of(call_op: str) -> str:
@@ -88,27 +58,6 @@ def row_of(call_op: str) -> str:
     from nanogpt_kernels import launch
 
     return max((key for key in launch.TABLE if call_op == key or call_op.startswith(f"{key}_")), key=len, default="")
-
-
-def _problem(used: Resources, arch: int) -> str:
-    from nanogpt_kernels.launch_rows import ARCHITECTURES
-
-    limit = ARCHITECTURES[max(listed for listed in ARCHITECTURES if listed <= arch)].block_shared
-    if used.spilled:
-        return f"spills {used.spilled} bytes a thread"
-    return f"needs {used.shared} bytes of shared memory of {limit}" if used.shared > limit else ""
-
-
-def _read(cubin: bytes, shared: int) -> Resources:
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", text.strip().splitlines()[-1])}
-    return Resources(found["REG"], found["STACK"] + found["LOCAL"], found["SHARED"] + shared)
 
 
 class Compilers:

@@ -1,7 +1,7 @@
 """The machine's facts and floors, JSON lines, tables: what every script here needs.
 
-Import it (or harness) first: it puts the repository's root and kernels/ on sys.path, so a bare checkout needs no
-PYTHONPATH.
+Import it (or harness) first: it puts the repository's root, kernels/ and profiling/, whose parts are used here, on
+sys.path, so a bare checkout needs no PYTHONPATH.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "profiling")]
 
 import torch  # noqa: E402
 
@@ -59,7 +59,7 @@ def output_of(command: Sequence[str], timeout: float = 20.0) -> str:
 def tree_hash() -> str:
     """12 hex digits over the contents of all Python files and configs: a checkout without git has an identity too."""
     digest = hashlib.sha256()
-    for folder in ("kernels", "nanogpt_fast", "bench", "tests", "configs"):
+    for folder in ("kernels", "nanogpt_fast", "bench", "profiling", "tests", "configs"):
         for path in sorted((ROOT / folder).rglob("*")):
             if path.suffix in (".py", ".toml") and path.is_file():
                 digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes() + b"\0")

@@ -5,10 +5,10 @@
     python bench/tune.py LAUNCH_OP --compile_only --arch 90      resources of the candidates (no GPU needed)
     python bench/tune.py LAUNCH_OP --dry_run                     the candidates (no GPU needed)
 
-LAUNCH_OP is a key of nanogpt_kernels.launch.TABLE. Candidates are compiled in parallel; those that spill, ask for too
-much shared memory or compute something else than the present row are dropped; the rest are timed by graph replay,
-interleaved with the present row, within the public op that launches them. The search moves to the best and goes on.
-It ends in a row to paste into nanogpt_kernels/launch_rows.py.
+LAUNCH_OP is a key of nanogpt_kernels.launch.TABLE. Candidates are compiled in parallel; those that do not fit (by the
+rules of profiling/resources.py on spills and shared memory) or compute something else than the present row are dropped;
+the rest are timed by graph replay, interleaved with the present row, within the public op that launches them. The
+search moves to the best and goes on. It ends in a row to paste into nanogpt_kernels/launch_rows.py.
 """
 
 import argparse
@@ -143,7 +143,7 @@ def candidates(launch_op: str, centre: Any) -> Iterator[Any]:
 def compile_rows(
     pool: Compilers, target: Target, rows: list[Any], until: float, lines: machine.Lines
 ) -> list[tuple[Any, Resources]]:
-    """Those that compile without spills within shared memory, by `until`."""
+    """Those that compile and fit, by `until`."""
     tasks = [Task(target.op, target.launch_op, target.at, target.arch, target.overrides(row)) for row in rows]
     good = []
     for i, used in pool.compile(tasks, until):

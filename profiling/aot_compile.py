@@ -2,7 +2,8 @@
 
 `launch.recording(arch)` collects launches on meta tensors; `JITFunction.warmup` compiles one as a launch would, with
 Triton's own specialisation of its arguments (divisibility by 16, integers equal to 1, None), as long as a driver names
-the target. A compile keeps one core busy, so several processes share the work.
+the target. A compile keeps one core busy, so several processes share the work: forked ones here, which the recorded
+launches need not be pickled for; bench/compiled.py spawns its own, because its parent may hold a GPU.
 """
 
 import concurrent.futures
@@ -11,11 +12,12 @@ import os
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import triton
 from nanogpt_kernels.launch import Call
+from nanogpt_kernels.launch_rows import ARCHITECTURES
 from offset_ranges import wrapping_offsets
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -42,11 +44,35 @@ class TargetDriver:
 
 
 SYSTEM_SHARED = 1024  # bytes of shared memory a block; cuobjdump counts them as static from sm_90 on
+TENSOR_MEMORY_COLUMNS = 512  # that sm_100 has
+SPILL = {90: 0}  # our rule: bytes a thread, elsewhere 64; rows are chosen for sm_90 first
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """One compiled kernel: what it is, and what it takes of an SM."""
+class Usage:
+    """What a kernel takes of an SM."""
+
+    registers: int = 0  # a thread
+    spilled: int = 0  # bytes a thread of stack and local memory
+    shared: int = 0  # bytes a block, static and dynamic, without the system's
+    tensor_memory: int = 0  # columns, sm_100
+
+    def misfits(self, arch: int) -> list[str]:
+        """The rules on it that it breaks on sm_`arch`, or on the nearest listed one below."""
+        listed = max(known for known in ARCHITECTURES if known <= arch)
+        allowed, broken = ARCHITECTURES[listed].block_shared, []
+        if self.spilled > SPILL.get(listed, 64):
+            broken.append(f"SPILL {self.spilled} bytes")
+        if self.shared > allowed:
+            broken.append(f"SMEM over {allowed // 1024} KB")
+        if self.tensor_memory > TENSOR_MEMORY_COLUMNS:
+            broken.append(f"TMEM {self.tensor_memory} columns")
+        return broken
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiled(Usage):
+    """One compiled kernel."""
 
     op: str
     kernel: str
@@ -54,10 +80,6 @@ class Compiled:
     constexprs: str
     num_warps: int
     num_stages: int
-    registers: int  # a thread
-    spilled: int  # bytes a thread of stack and local memory
-    shared: int  # bytes a block, static and dynamic, without the system's
-    tensor_memory: int  # columns, sm_100
     products: dict[str, int]  # instructions in the PTX: {"wgmma": n, "mma": n, "tcgen05": n}
     load_bytes: int  # widest global load of a thread
     store_bytes: int
@@ -69,9 +91,14 @@ class Compiled:
 # ---- what to compile ----
 
 
+def compile_for(arch: int) -> None:
+    """From here on this process compiles for sm_arch, whatever GPU it has or lacks."""
+    driver.set_active(TargetDriver(arch))  # type: ignore[arg-type]
+
+
 def distinct(calls: list[Call], arch: int) -> list[list[Call]]:
     """The calls in groups that share one compiled kernel on sm_arch, by Triton's own cache key."""
-    driver.set_active(TargetDriver(arch))  # type: ignore[arg-type]
+    compile_for(arch)
     for call in calls:
         call.kernel.device_caches.pop(arch, None)  # what is compiled already would not ask the hook
     found: dict[tuple[str, str], list[Call]] = {}
@@ -94,7 +121,7 @@ def distinct(calls: list[Call], arch: int) -> list[list[Call]]:
 def compile_all(groups: list[list[Call]], arch: int, jobs: int | None = None) -> list[Compiled]:
     """Compile each group's kernel for sm_arch in `jobs` processes (default: one a core)."""
     global _groups
-    driver.set_active(TargetDriver(arch))  # type: ignore[arg-type]
+    compile_for(arch)
     _groups = groups
     jobs = min(jobs or os.cpu_count() or 1, len(groups))
     if jobs <= 1:
@@ -108,8 +135,12 @@ _groups: list[list[Call]] = []
 
 
 def _compile(i: int) -> Compiled:
-    call = _groups[i][0]
-    return read_off(_groups[i], call.kernel.warmup(*call.args, grid=call.grid, **call.options))
+    return read_off(_groups[i], compile_call(_groups[i][0]))
+
+
+def compile_call(call: Call) -> Any:
+    """What Triton makes of a recorded launch: `asm` (ttir, ptx, cubin) and `metadata`."""
+    return call.kernel.warmup(*call.args, grid=call.grid, **call.options)
 
 
 # ---- what came out ----
@@ -118,21 +149,18 @@ def _compile(i: int) -> Compiled:
 def read_off(same: list[Call], compiled: Any) -> Compiled:
     """The figures of the compiled kernel of some calls, from its TTIR, PTX and cubin."""
     call, metadata = same[0], compiled.metadata
-    ttir, ptx, used = compiled.asm["ttir"], compiled.asm["ptx"], resource_usage(compiled.asm["cubin"])
+    ttir, ptx = compiled.asm["ttir"], compiled.asm["ptx"]
     given = _arguments(call)
     constexprs = {p.name: given[p.name] for p in call.kernel.params if p.is_constexpr and p.name in given}
     loads, stores = global_accesses(ptx)
     return Compiled(
+        **asdict(usage(compiled)),
         op=call.op,
         kernel=call.kernel.__name__,
         types=" ".join(dict.fromkeys(re.findall(r"!tt\.(?:ptr|tensordesc)<[^>]*?(bf16|f16|f32)>", _signature(ttir)))),
         constexprs=" ".join([f"{name}={_short(v)}" for name, v in constexprs.items()] + _absent(call)),
         num_warps=metadata.num_warps,
         num_stages=metadata.num_stages,
-        registers=used["REG"],
-        spilled=used["STACK"] + used["LOCAL"],
-        shared=max(0, used["SHARED"] - SYSTEM_SHARED) + metadata.shared,
-        tensor_memory=getattr(metadata, "tmem_size", 0) or 0,
         products={
             "wgmma": len(re.findall(r"\bwgmma\.mma_async", ptx)),
             "mma": len(re.findall(r"\bmma\.sync", ptx)),
@@ -146,15 +174,21 @@ def read_off(same: list[Call], compiled: Any) -> Compiled:
     )
 
 
-def resource_usage(cubin: bytes) -> dict[str, int]:
-    """{"REG", "STACK", "LOCAL", "SHARED"}: registers and bytes, from the cuobjdump that Triton's wheel carries."""
+def usage(compiled: Any) -> Usage:
+    """Registers and bytes, from the cuobjdump that Triton's wheel carries."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(compiled.asm["cubin"])
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     line = text.strip().splitlines()[-1]
-    return {name: int(re.findall(rf"\b{name}:(\d+)", line)[0]) for name in ("REG", "STACK", "LOCAL", "SHARED")}
+    used = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", line)}
+    return Usage(
+        registers=used["REG"],
+        spilled=used["STACK"] + used["LOCAL"],
+        shared=max(0, used["SHARED"] - SYSTEM_SHARED) + compiled.metadata.shared,
+        tensor_memory=getattr(compiled.metadata, "tmem_size", 0) or 0,
+    )
 
 
 def serialises_wgmma(ptx: str) -> bool:

@@ -37,10 +37,6 @@ from nanogpt_kernels.launch_rows import ARCHITECTURES, TABLE, Row
 
 WITHOUT_WGMMA = {"_cached_attention_kernel"}  # a few new tokens fill no tile of 64 rows, and memory is its bound
 BUDGETS = Path(__file__).with_name("budgets.toml")
-TENSOR_MEMORY_COLUMNS = 512
-
-
-SPILL = {90: 0}  # our rule: bytes a thread, elsewhere 64; rows are chosen for sm_90 first
 
 
 def blocks_held(c: Compiled, arch: int) -> int:
@@ -86,14 +82,8 @@ def untaken(recording: Recording, arch: int) -> list[str]:
 
 def verdict(c: Compiled, arch: int, budget: dict[str, list[int]] | None) -> str:
     """The rules that the kernel breaks, or "ok"."""
-    on, broken = ARCHITECTURES[arch], []
-    if c.spilled > SPILL.get(arch, 64):
-        broken.append(f"SPILL {c.spilled} bytes")
-    if c.shared > on.block_shared:
-        broken.append(f"SMEM over {on.block_shared // 1024} KB")
-    if c.tensor_memory > TENSOR_MEMORY_COLUMNS:
-        broken.append(f"TMEM {c.tensor_memory} columns")
-    if on.wgmma and c.dots16 and not c.products["wgmma"] and c.kernel not in WITHOUT_WGMMA:
+    broken = c.misfits(arch)
+    if ARCHITECTURES[arch].wgmma and c.dots16 and not c.products["wgmma"] and c.kernel not in WITHOUT_WGMMA:
         broken.append("NO WGMMA")
     if c.serialised:
         broken.append("SERIAL WGMMA")

@@ -128,6 +128,13 @@ def test_nobody_imports_bench_or_profiling():
         assert not {name.split(".")[0] for name in imports(path)} & {"bench", "profiling"}, path
 
 
+def test_profiling_imports_nothing_of_bench():
+    """bench imports profiling's parts by their names (bench/machine.py puts the folder on sys.path), never the reverse."""
+    theirs = {path.stem for path in python_files("bench")}
+    for path in python_files("profiling"):
+        assert not {name.split(".")[0] for name in imports(path)} & theirs, path
+
+
 def test_no_file_is_too_long():
     long = {str(p.relative_to(ROOT)): n for p in python_files("nanogpt_fast", "kernels", "bench", "profiling", "tests")
             if (n := len(p.read_text().splitlines())) > MAX_LINES}  # fmt: skip

@@ -86,7 +86,7 @@ class FakePool:
             rows, fused = (
                 task.overrides["norm_fwd"][part][name] for part, name in (("blocks", "ROWS"), ("choices", "fused"))
             )
-            yield i, Resources(32, 0, 64, int(fused), "spills 8 bytes a thread" if rows >= 16 else "")
+            yield i, Resources(32, shared=64, launches=int(fused), problem="SPILL 8 bytes" if rows >= 16 else "")
 
 
 class FakeRace:
@@ -116,7 +116,7 @@ def test_the_search_walks_to_the_best_row(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert row.blocks["ROWS"] == 8 and row.num_warps == 1 and "0.167 of the row before" in row.source
     assert all(row.num_stages != 3 and row.blocks["ROWS"] < 16 for row in FakeRace.timed)
     status = [line["status"] for line in machine.read_lines(tmp_path / "tune.jsonl")]
-    assert status[-1] == "best" and {"WRONG", "spills 8 bytes a thread", "timed"} <= set(status)
+    assert status[-1] == "best" and {"WRONG", "SPILL 8 bytes", "timed"} <= set(status)
 
 
 def test_the_present_row_stays_where_nothing_is_better(monkeypatch: pytest.MonkeyPatch):
@@ -156,9 +156,11 @@ def test_a_launch_belongs_to_the_longest_key_it_goes_on_from(monkeypatch: pytest
 
 
 def test_what_does_not_fit_is_refused():
-    large = Resources(shared=200_000)
-    assert compiled._problem(large, 90) == "" and "of 166912" in compiled._problem(large, 80)
-    assert compiled._problem(Resources(spilled=8), 90) == "spills 8 bytes a thread"
+    large, spilling = Resources(shared=200_000), Resources(spilled=8)
+    assert large.misfits(90) == [] and large.misfits(80) == ["SMEM over 163 KB"]
+    assert spilling.misfits(90) == ["SPILL 8 bytes"] and spilling.misfits(80) == []
+    assert Resources(shared=100 * 1024).misfits(121) == ["SMEM over 99 KB"]  # not listed: as sm_120
+    assert Resources(tensor_memory=513).misfits(100) == ["TMEM 513 columns"]
 
 
 def test_the_interpreter_cannot_compile(monkeypatch: pytest.MonkeyPatch):
@@ -179,7 +181,7 @@ def test_candidates_compile_in_processes_of_their_own():
         "assert [row for row, _ in good] == rows[:1], good\n"
         "assert good[0][1].registers > 16 and good[0][1].launches >= 1, good\n"
     )
-    paths = os.pathsep.join(str(ROOT / folder) for folder in ("bench", "kernels", ""))
+    paths = os.pathsep.join(str(ROOT / folder) for folder in ("bench", "profiling", "kernels", ""))
     env = {**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
