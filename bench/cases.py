@@ -13,9 +13,18 @@ from typing import Any
 import harness
 import torch
 import torch.nn.functional as F
-from machine import Work
 from nanogpt_kernels import reference
 from torch import Tensor
+from work import (
+    Work,
+    adamw_bytes,
+    add_norm_bytes,
+    attention_bytes,
+    embedding_bytes,
+    gelu_bytes,
+    grad_norm_bytes,
+    norm_bytes,
+)
 
 
 @dataclass(frozen=True)
@@ -175,19 +184,30 @@ def _adamw(s: Setting) -> tuple[Any, ...]:
     return p, master, m, v, g, scalars, [(0, half, 0.1), (half, N, 0.0)], 0.9, 0.95
 
 
-def _rows_work(forward: float, backward: float) -> Callable[[Shape, int], tuple[Work, Work | None]]:
-    """Of an op that passes over so many [M, C] tensors."""
-    return lambda x, size: (Work(bytes=forward * x.M * x.C * size), Work(bytes=backward * x.M * x.C * size))
+def _rows_work(count: Callable[..., int], wider: int = 1) -> Callable[[Shape, int], tuple[Work, Work | None]]:
+    """Of an op that passes over [M, C] tensors, or so many times wider ones: `count` is work.py's."""
+
+    def work(x: Shape, size: int) -> tuple[Work, Work | None]:
+        forward, backward = (Work(bytes=count(x.M, wider * x.C, size, backward=b)) for b in (False, True))
+        return forward, backward
+
+    return work
+
+
+def _dropout_add_bytes(M: int, C: int, size: int, *, backward: bool) -> int:
+    """r, delta -> r'; or dr' -> ddelta."""
+    return (2 if backward else 3) * size * M * C
 
 
 def _embedding_work(x: Shape, size: int) -> tuple[Work, Work]:
-    rows, tables = x.M * x.C * size, (x.V + x.T) * x.C * size
-    return Work(bytes=2 * rows + 8 * x.M), Work(bytes=rows + tables + 8 * x.M)
+    forward, backward = (embedding_bytes(x.M, x.C, size, backward=b) + 8 * x.M for b in (False, True))
+    return Work(bytes=forward), Work(bytes=backward + (x.V + x.T) * x.C * size)  # and the tables' gradients
 
 
 def _attention_work(x: Shape, size: int) -> tuple[Work, Work]:
-    rows, products, exps = x.M * x.C * size, 2.0 * x.M * x.T * x.C, x.B * x.H * x.T * x.T / 2
-    return Work(products, 4 * rows, exps), Work(2.5 * products, 8 * rows, exps)
+    products, exps = 2.0 * x.M * x.T * x.C, x.B * x.H * x.T * x.T / 2
+    moved = [attention_bytes(x.M, x.C, size, backward=b) for b in (False, True)]
+    return Work(products, moved[0], exps), Work(2.5 * products, moved[1], exps)
 
 
 def _gemm(rows: int, inner: int, columns: int) -> float:
@@ -218,7 +238,7 @@ def _linear_cross_entropy_work(x: Shape, size: int) -> tuple[Work, Work]:
 
 
 def _adamw_work(x: Shape, size: int) -> tuple[Work, None]:
-    return Work(bytes=(28.0 + (size if size < 4 else 0)) * x.N), None
+    return Work(bytes=adamw_bytes(x.N, size)), None
 
 
 CASES: dict[str, Case] = {
@@ -226,16 +246,16 @@ CASES: dict[str, Case] = {
     "linear_cross_entropy": Case(
         ("linear_cross_entropy", "cross_entropy"), _linear_cross_entropy, _linear_cross_entropy_work, at_most=16
     ),
-    "add_norm": Case(("norm",), _add_norm, _rows_work(4, 4)),
+    "add_norm": Case(("norm",), _add_norm, _rows_work(add_norm_bytes)),
     "mlp": Case(("mlp",), _mlp, _mlp_work),
-    "bias_gelu": Case(("mlp",), _bias_gelu, _rows_work(8, 12), specified_by=_torch_bias_gelu),
+    "bias_gelu": Case(("mlp",), _bias_gelu, _rows_work(gelu_bytes, 4), specified_by=_torch_bias_gelu),
     "adamw_": Case(("adamw",), _adamw, _adamw_work, mutates=(0, 1, 2, 3), syncs=True),
-    "norm": Case(("norm",), _norm, _rows_work(2, 3)),
+    "norm": Case(("norm",), _norm, _rows_work(norm_bytes)),
     "qkv_attention": Case(("attention",), _qkv_attention, _qkv_attention_work),
     "embedding": Case(("embedding",), _embedding, _embedding_work),
-    "dropout_add": Case(("residual",), _dropout_add, _rows_work(3, 2), specified_by=_torch_dropout_add),
+    "dropout_add": Case(("residual",), _dropout_add, _rows_work(_dropout_add_bytes), specified_by=_torch_dropout_add),
     "cached_attention": Case(("attention",), _cached_attention, _cached_attention_work, mutates=(4,), at_most=16),
-    "grad_norm": Case(("adamw",), _grad_norm, lambda x, size: (Work(bytes=4.0 * x.N), None)),
+    "grad_norm": Case(("adamw",), _grad_norm, lambda x, size: (Work(bytes=grad_norm_bytes(x.N)), None)),
 }
 
 

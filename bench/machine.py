@@ -10,13 +10,13 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "profiling")]
 
 import torch  # noqa: E402
+from work import EXPONENTIALS_A_CLOCK, Work  # noqa: E402
 
 from nanogpt_fast.errors import DeviceError  # noqa: E402
 from nanogpt_fast.gpus import GPUS  # noqa: E402
 from nanogpt_fast.hardware import peak_flops  # noqa: E402
-
-EXPONENTIALS_A_CLOCK = 16  # of one multiprocessor, 8.0 to 10.0 (CUDA C++ Programming Guide, arithmetic throughput)
-
 
 # ---- the machine ----
 
@@ -146,32 +144,18 @@ def gpu_state() -> dict[str, Any]:
     return {names[name]: value for name, value in smi(*names).items()}
 
 
-@dataclass(frozen=True)
-class Work:
-    """What one call must do: the fewest bytes moved, floating-point operations, exponentials."""
-
-    flops: float = 0.0
-    bytes: float = 0.0
-    exps: float = 0.0
-
-    def __add__(self, other: "Work") -> "Work":
-        return Work(self.flops + other.flops, self.bytes + other.bytes, self.exps + other.exps)
-
-
 def floor_ms(work: Work, dtype: torch.dtype) -> tuple[float, str] | None:
-    """(milliseconds, what binds) that the data sheet allows on the current GPU; None for one not listed."""
+    """(milliseconds, what binds) that the data sheet allows on the current GPU, exponentials beside the products; None
+    for one not listed."""
     name = torch.cuda.get_device_name()
     peak, gpu = peak_flops(name, str(dtype).removeprefix("torch.")), GPUS.get(name)
     if gpu is None or (peak is None and work.flops > 0):
         return None
-    limits = {"bytes": work.bytes / (gpu.gbps * 1e9)}
-    if peak is not None:
-        limits["flops"] = work.flops / peak[0]
-    if work.exps and (clock := highest_clock()):
-        multiprocessors = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
-        limits["exps"] = work.exps / (EXPONENTIALS_A_CLOCK * multiprocessors * clock)
-    binding = max(limits, key=lambda limit: limits[limit])
-    return limits[binding] * 1e3, binding
+    clock = highest_clock() if work.exps else None
+    exp_rate = EXPONENTIALS_A_CLOCK * gpu.sms * clock if clock else math.inf
+    seconds = work.seconds(peak[0] if peak else math.inf, gpu.gbps * 1e9, exp_rate)
+    binding = max(seconds, key=lambda limit: seconds[limit])
+    return seconds[binding] * 1e3, binding
 
 
 # ---- results ----

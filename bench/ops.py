@@ -27,6 +27,7 @@ import machine
 import torch
 from cases import CASES, SHAPES, Setting
 from harness import Contestant
+from work import Work
 
 from nanogpt_fast.errors import ConfigError, did_you_mean, run_command
 
@@ -180,7 +181,7 @@ def timed(
     return times, how, state
 
 
-def work_of(mode: str, op: str, at: Setting) -> machine.Work:
+def work_of(mode: str, op: str, at: Setting) -> Work:
     forward, backward = CASES[op].work(at.shape, at.dtype.itemsize)
     return forward if mode == "forward" or backward is None else backward if mode == "backward" else forward + backward
 

@@ -3,7 +3,7 @@
     python profiling/ledger.py [--rows 4096]
 
 No GPU is needed, and TRITON_INTERPRET is set here. Widths are GPT-2 124M's in bfloat16; persistent kernels run as 16
-programs. The fewest are each operand read and each result written once (profiling/roofline.py); for cross-entropy, its
+programs. The fewest are each operand read and each result written once (profiling/work.py); for cross-entropy, its
 plan: two reads, the second of which finds its row in L2, and one write. A count over its limit makes the exit code 1.
 Backward's partial sums are counted as they are written and as column_sums.py reads them. No limit is held where many
 programs read a small operand again, from L2 (bias_gelu's bias, embedding's positions); embedding's backward is left
@@ -22,8 +22,8 @@ from dataclasses import dataclass
 if __name__ == "__main__":  # before Triton is imported, which nothing but this process may notice
     os.environ["TRITON_INTERPRET"] = "1"
 
-import roofline
 import torch
+import work
 from byte_counter import accept_new_numpy, counting_bytes
 from nanogpt_kernels import launch
 from nanogpt_kernels.contract import GRAD_NORM, LOSS_SCALE, LR
@@ -98,25 +98,25 @@ def norms(M: int) -> Iterator[Entry]:
         return add_norm(random(M, C), random(M, C), vector(C), vector(C), vector(C), 1e-5, p, torch.tensor([1]), 3)
 
     limits, ways = (1.05, 1.15), (False, True)
-    fewest = [roofline.norm_bytes(M, C, backward=b) for b in ways]
+    fewest = [work.norm_bytes(M, C, backward=b) for b in ways]
     yield from both_ways("norm", lambda: (norm(random(M, C), vector(C), vector(C)),), fewest, limits)
     for p in (0.0, 0.1):
-        fewest = [roofline.add_norm_bytes(M, C, backward=b, dropout=p > 0.0) for b in ways]
+        fewest = [work.add_norm_bytes(M, C, backward=b, dropout=p > 0.0) for b in ways]
         yield from both_ways(f"add_norm, p={p}", functools.partial(run_add_norm, p), fewest, limits)
 
 
 def activations(M: int) -> Iterator[Entry]:
     idx, wte, wpe = torch.randint(VALID, (8, M // 8)), random(VALID, C), random(M // 8, C)
-    fewest = roofline.embedding_bytes(M, C, backward=False)
+    fewest = work.embedding_bytes(M, C, backward=False)
     yield count("embedding", lambda: embedding(idx, wte, wpe, 0.0, None, 0), fewest)
     few = M // 16  # of the long rows
-    gelu = [roofline.gelu_bytes(few, F, backward=b) for b in (False, True)]
+    gelu = [work.gelu_bytes(few, F, backward=b) for b in (False, True)]
     run = lambda: (bias_gelu(random(few, F), vector(F), "gelu_tanh"),)
     yield from both_ways("bias_gelu, tanh", run, gelu, (None, 1.05))
     few = M // 32
     logits, targets, nll = torch.randn(few, V).bfloat16(), torch.randint(VALID, (few,)), torch.empty(few)
     run_in_place = lambda: cross_entropy_in_place(logits, V, targets, torch.ones(1), nll, -1, VALID)
-    yield count("cross_entropy in place", run_in_place, roofline.cross_entropy_bytes(few, V, passes=3), 1.05)
+    yield count("cross_entropy in place", run_in_place, work.cross_entropy_bytes(few, V, passes=3), 1.05)
 
 
 def optimizer(N: int) -> Iterator[Entry]:
@@ -124,9 +124,9 @@ def optimizer(N: int) -> Iterator[Entry]:
     scalars[LR], scalars[LOSS_SCALE], scalars[GRAD_NORM] = 1e-3, 1.0, 1.0
     master, m, v, g = (torch.zeros(N) for _ in range(4))
     segments = [(0, N - 4 * C, 0.1), (N - 4 * C, N, 0.0)]
-    yield count("grad_norm", lambda: grad_norm(g), roofline.grad_norm_bytes(N), 1.02)
+    yield count("grad_norm", lambda: grad_norm(g), work.grad_norm_bytes(N), 1.02)
     update = lambda: adamw_(master.bfloat16(), master, m, v, g, scalars, segments, 0.9, 0.95)
-    yield count("adamw", update, roofline.adamw_bytes(N), 1.02)
+    yield count("adamw", update, work.adamw_bytes(N), 1.02)
 
 
 def main() -> None:

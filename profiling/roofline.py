@@ -20,18 +20,29 @@ import argparse
 import math
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+
+from work import (
+    EXPONENTIALS_A_CLOCK,
+    FULL,
+    HALF,
+    Work,
+    adamw_bytes,
+    add_norm_bytes,
+    attention_bytes,
+    cross_entropy_bytes,
+    embedding_bytes,
+    grad_norm_bytes,
+    norm_bytes,
+)
 
 from nanogpt_fast.settings.config import GPTConfig
 from nanogpt_fast.gpus import GPUS
 from nanogpt_fast.hardware import flops_per_token
 
 TILE = 128  # edge of attention's tiles: what lies above the diagonal in them is computed too
-HALF, FULL = 2, 4  # bytes of bfloat16, float32
 
 
-EXPONENTIALS_A_CLOCK = 16  # of one SM, 8.0 to 12.0 (CUDA C++ Programming Guide, arithmetic throughput)
 CHOICES = {  # --gpu: the name that the driver gives, a key of gpus.GPUS
     "h100": "NVIDIA H100 80GB HBM3",
     "h100-pcie": "NVIDIA H100 PCIe",
@@ -61,72 +72,18 @@ MODELS = {
 }
 
 
-@dataclass(frozen=True)
-class Work:
-    """What an op must do in one training step."""
-
-    op: str
-    flops: float = 0.0
-    bytes: float = 0.0
-    exps: float = 0.0
-
-    def seconds(self, peak: float, bandwidth: float, exp_rate: float) -> tuple[float, float]:
-        """(compute, memory) at so many FLOP/s, bytes/s and exponentials/s."""
-        return self.flops / peak + self.exps / exp_rate, self.bytes / bandwidth
-
-
-# ---- fewest bytes of the memory-bound ops: operands once, results once ----
-
-
-def norm_bytes(M: int, C: int, *, backward: bool) -> int:
-    """r -> y; or dy, r -> dr."""
-    return (3 if backward else 2) * HALF * M * C
-
-
-def add_norm_bytes(M: int, C: int, *, backward: bool, dropout: bool = False) -> int:
-    """r, delta -> r', y; or dy, dr', r' -> dr, which is ddelta too unless dropout changes it."""
-    return (5 if backward and dropout else 4) * HALF * M * C
-
-
-def cross_entropy_bytes(M: int, V: int, *, passes: int) -> int:
-    """Logits read and overwritten by their gradient: 2 passes through memory, 3 with the second read that hits L2."""
-    return passes * HALF * M * V
-
-
-def embedding_bytes(M: int, C: int, *, backward: bool) -> int:
-    """Rows of wte -> r; or dr."""
-    return (1 if backward else 2) * HALF * M * C
-
-
-def gelu_bytes(M: int, F: int, *, backward: bool) -> int:
-    """pre -> act; or dact, pre -> dpre."""
-    return (3 if backward else 2) * HALF * M * F
-
-
-def adamw_bytes(N: int) -> int:
-    """master, m, v in and out, g in, the bfloat16 parameters out."""
-    return (3 * 2 * FULL + FULL + HALF) * N
-
-
-def grad_norm_bytes(N: int) -> int:
-    return FULL * N
-
-
-# ---- a step ----
-
-
-def product(op: str, M: int, K: int, N: int, rounds: int, extra: int = 0) -> Work:
+def product(M: int, K: int, N: int, rounds: int, extra: int = 0) -> Work:
     """[M, K] times [K, N], `rounds` times a step; extra: elements that its epilogue reads or writes besides."""
-    return Work(op, 2.0 * M * K * N * rounds, float(HALF * (M * K + K * N + M * N + extra) * rounds))
+    return Work(2.0 * M * K * N * rounds, float(HALF * (M * K + K * N + M * N + extra) * rounds))
 
 
-def weight_gradient(op: str, M: int, K: int, N: int, rounds: int) -> Work:
+def weight_gradient(M: int, K: int, N: int, rounds: int) -> Work:
     """[N, M] times [M, K] added into float32."""
-    return Work(op, 2.0 * M * K * N * rounds, float((HALF * (M * K + M * N) + 2 * FULL * K * N) * rounds))
+    return Work(2.0 * M * K * N * rounds, float((HALF * (M * K + M * N) + 2 * FULL * K * N) * rounds))
 
 
-def step_work(config: GPTConfig, batch: int, micro_steps: int, *, deterministic: bool = False) -> list[Work]:
-    """Every op of a training step of micro_steps x batch sequences."""
+def step_work(config: GPTConfig, batch: int, micro_steps: int, *, deterministic: bool = False) -> dict[str, Work]:
+    """{op: its work} in a training step of micro_steps x batch sequences."""
     L, H, C, T, V = config.n_layer, config.n_head, config.n_embd, config.block_size, config.vocab_size
     M, F, D, N = batch * T, 4 * C, C // H, config.num_params(non_embedding=False)
     layers = L * micro_steps
@@ -138,51 +95,52 @@ def step_work(config: GPTConfig, batch: int, micro_steps: int, *, deterministic:
         micro_steps * norm_bytes(M, C, backward=b) + 2 * layers * add_norm_bytes(M, C, backward=b)
         for b in (False, True)
     ]
-    return [
-        product("qkv", M, C, 3 * C, layers),
-        product("qkv, dgrad", M, 3 * C, C, layers),
-        weight_gradient("qkv, wgrad", M, C, 3 * C, layers),
-        Work("attention", 2 * matmul, float(4 * HALF * M * C * layers), tiled),
-        Work(
-            f"attention backward, {products} products",
-            products * matmul,
-            float(8 * HALF * M * C * layers),
-            exps * tiled,
+    embeddings = micro_steps * sum(embedding_bytes(M, C, backward=b) for b in (False, True))
+    return {
+        "qkv": product(M, C, 3 * C, layers),
+        "qkv, dgrad": product(M, 3 * C, C, layers),
+        "qkv, wgrad": weight_gradient(M, C, 3 * C, layers),
+        "attention": Work(2 * matmul, float(attention_bytes(M, C, backward=False) * layers), tiled),
+        f"attention backward, {products} products": Work(
+            products * matmul, float(attention_bytes(M, C, backward=True) * layers), exps * tiled
         ),
-        product("attention projection", M, C, C, layers),
-        product("attention projection, dgrad", M, C, C, layers),
-        weight_gradient("attention projection, wgrad", M, C, C, layers),
-        product("fc + GELU", M, C, F, layers, extra=M * F),
-        product("fc, dgrad", M, F, C, layers),
-        weight_gradient("fc, wgrad", M, C, F, layers),
-        product("MLP projection", M, F, C, layers),
-        product("MLP projection, dgrad + dGELU", M, C, F, layers, extra=M * F),
-        weight_gradient("MLP projection, wgrad", M, F, C, layers),
-        product("head", M, C, V, micro_steps),
-        product("head, dgrad", M, V, C, micro_steps),
-        weight_gradient("head, wgrad", M, C, V, micro_steps),
-        Work("cross-entropy in place", bytes=float(cross_entropy_bytes(M, V, passes=2) * micro_steps)),
-        Work("residual + LayerNorm", bytes=float(norms[0])),
-        Work("residual + LayerNorm, backward", bytes=float(norms[1])),
-        Work(
-            "embedding, both ways",
-            bytes=float(sum(embedding_bytes(M, C, backward=b) for b in (False, True)) * micro_steps),
-        ),
-        Work("gradient norm, AdamW, zeroing", bytes=float(grad_norm_bytes(N) + adamw_bytes(N) + FULL * N)),
-    ]
+        "attention projection": product(M, C, C, layers),
+        "attention projection, dgrad": product(M, C, C, layers),
+        "attention projection, wgrad": weight_gradient(M, C, C, layers),
+        "fc + GELU": product(M, C, F, layers, extra=M * F),
+        "fc, dgrad": product(M, F, C, layers),
+        "fc, wgrad": weight_gradient(M, C, F, layers),
+        "MLP projection": product(M, F, C, layers),
+        "MLP projection, dgrad + dGELU": product(M, C, F, layers, extra=M * F),
+        "MLP projection, wgrad": weight_gradient(M, F, C, layers),
+        "head": product(M, C, V, micro_steps),
+        "head, dgrad": product(M, V, C, micro_steps),
+        "head, wgrad": weight_gradient(M, C, V, micro_steps),
+        "cross-entropy in place": Work(bytes=float(cross_entropy_bytes(M, V, passes=2) * micro_steps)),
+        "residual + LayerNorm": Work(bytes=float(norms[0])),
+        "residual + LayerNorm, backward": Work(bytes=float(norms[1])),
+        "embedding, both ways": Work(bytes=float(embeddings)),
+        "gradient norm, AdamW, zeroing": Work(bytes=float(grad_norm_bytes(N) + adamw_bytes(N) + FULL * N)),
+    }
 
 
-def print_step(works: list[Work], peak: float, bandwidth: float, exp_rate: float) -> float:
+def compute_and_memory(work: Work, peak: float, bandwidth: float, exp_rate: float) -> tuple[float, float]:
+    """Seconds of each: exponentials come after the products, as the kernels have them (an overlap would hide some)."""
+    seconds = work.seconds(peak, bandwidth, exp_rate)
+    return seconds["flops"] + seconds["exps"], seconds["bytes"]
+
+
+def print_step(works: dict[str, Work], peak: float, bandwidth: float, exp_rate: float) -> float:
     """The table; returns its total in seconds."""
-    times = [work.seconds(peak, bandwidth, exp_rate) for work in works]
+    times = [compute_and_memory(work, peak, bandwidth, exp_rate) for work in works.values()]
     total = sum(map(max, times))
     print(f"{'op':<36}{'TFLOP':>9}{'GB':>9}{'compute ms':>12}{'memory ms':>11}{'floor ms':>10}{'share':>8}  bound")
-    for work, (compute, memory) in zip(works, times):
+    for (op, work), (compute, memory) in zip(works.items(), times):
         bound = "memory" if memory > compute else "exponentials and products" if work.exps else "products"
         floor = max(compute, memory)
-        print(f"{work.op:<36}{work.flops / 1e12:>9.1f}{work.bytes / 1e9:>9.1f}{compute * 1e3:>12.2f}"
+        print(f"{op:<36}{work.flops / 1e12:>9.1f}{work.bytes / 1e9:>9.1f}{compute * 1e3:>12.2f}"
               f"{memory * 1e3:>11.2f}{floor * 1e3:>10.2f}{floor / total:>8.1%}  {bound}")  # fmt: skip
-    flops, moved = sum(w.flops for w in works) / 1e12, sum(w.bytes for w in works) / 1e9
+    flops, moved = sum(w.flops for w in works.values()) / 1e12, sum(w.bytes for w in works.values()) / 1e9
     print(f"{'total':<36}{flops:>9.1f}{moved:>9.1f}{'':>23}{total * 1e3:>10.2f}")
     return total
 

@@ -129,7 +129,7 @@ def test_nobody_imports_bench_or_profiling():
 
 
 def test_profiling_imports_nothing_of_bench():
-    """bench imports profiling's parts by their names (bench/machine.py puts the folder on sys.path), never the reverse."""
+    """bench imports profiling's parts by name (bench/machine.py puts the folder on sys.path), never the reverse."""
     theirs = {path.stem for path in python_files("bench")}
     for path in python_files("profiling"):
         assert not {name.split(".")[0] for name in imports(path)} & theirs, path

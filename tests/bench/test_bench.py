@@ -21,6 +21,7 @@ import step
 import torch
 import tune
 from harness import Arm, Bound, Contestant, plain
+from work import Work
 
 from nanogpt_fast.errors import ConfigError, DeviceError
 
@@ -197,11 +198,11 @@ def test_the_whole_run_resumes(
 def test_floor_is_the_largest_of_the_limits(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(machine, "highest_clock", lambda: None)
-    assert machine.floor_ms(machine.Work(flops=989e9, bytes=3.35e6), torch.bfloat16) == (1.0, "flops")
-    assert machine.floor_ms(machine.Work(bytes=3.35e9), torch.float32) == (1.0, "bytes")
-    assert machine.floor_ms(machine.Work(flops=1.0), torch.float32) is None  # no float32 peak has a source
+    assert machine.floor_ms(Work(flops=989e9, bytes=3.35e6), torch.bfloat16) == (1.0, "flops")
+    assert machine.floor_ms(Work(bytes=3.35e9), torch.float32) == (1.0, "bytes")
+    assert machine.floor_ms(Work(flops=1.0), torch.float32) is None  # no float32 peak has a source
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA Unheard Of")
-    assert machine.floor_ms(machine.Work(bytes=1.0), torch.bfloat16) is None
+    assert machine.floor_ms(Work(bytes=1.0), torch.bfloat16) is None
 
 
 # ---- lines, command lines ----

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from roofline import CHOICES, MODELS, adamw_bytes, add_norm_bytes, norm_bytes, step_work
+from roofline import CHOICES, MODELS, compute_and_memory, step_work
+from work import adamw_bytes, add_norm_bytes, norm_bytes
 
 from nanogpt_fast.settings.config import GPTConfig
 from nanogpt_fast.gpus import GPUS
@@ -26,7 +27,7 @@ def run(script: str, *args: str) -> subprocess.CompletedProcess[str]:
 
 
 def works(**options: bool):
-    return {work.op: work for work in step_work(MODELS["124m"], 64, 8, **options)}
+    return step_work(MODELS["124m"], 64, 8, **options)
 
 
 def test_flops_are_those_of_the_model():
@@ -59,7 +60,7 @@ def test_bytes_by_hand():
 
 def test_attention_waits_for_exponentials():
     """At head size 64 they take as long as the forward's two products; whole tiles add an eighth."""
-    compute, memory = works()["attention"].seconds(PEAK, BANDWIDTH, EXPS)
+    compute, memory = compute_and_memory(works()["attention"], PEAK, BANDWIDTH, EXPS)
     products = 4 * 64 * (T * T / 2) * 1.125 * 12 * (TOKENS / T) * L / PEAK
     assert compute == pytest.approx(2 * products, rel=1e-3) and memory < compute
 
@@ -73,8 +74,8 @@ def test_the_deterministic_backward_costs_two_products_and_the_exponentials_agai
 def test_fewer_tokens_at_once_move_more_weights():
     config = GPTConfig(n_layer=2, n_head=2, n_embd=128, bias=False)
     whole, split = step_work(config, 8, 1), step_work(config, 1, 8)
-    assert sum(w.flops for w in whole) == sum(w.flops for w in split)
-    assert sum(w.bytes for w in whole) < sum(w.bytes for w in split)
+    assert sum(w.flops for w in whole.values()) == sum(w.flops for w in split.values())
+    assert sum(w.bytes for w in whole.values()) < sum(w.bytes for w in split.values())
 
 
 @pytest.mark.parametrize("name", CHOICES.values())
