@@ -10,8 +10,8 @@ import time
 
 import torch
 
-from nanogpt_fast.settings.config import GPTConfig
 from nanogpt_fast.gpus import GPUS
+from nanogpt_fast.settings.config import GPTConfig
 
 GEMM_SIZE = {"cuda": 8192, "cpu": 1024}  # edge of the matrices of measure_gemm
 SETTLE_S = {"cuda": 0.5, "cpu": 0.0}  # for how long it repeats at least: an idle GPU takes a while to raise its clocks

@@ -36,9 +36,9 @@ from work import (
     norm_bytes,
 )
 
-from nanogpt_fast.settings.config import GPTConfig
 from nanogpt_fast.gpus import GPUS
 from nanogpt_fast.hardware import flops_per_token
+from nanogpt_fast.settings.config import GPTConfig
 
 TILE = 128  # edge of attention's tiles: what lies above the diagonal in them is computed too
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from nanogpt_fast import hardware
-from nanogpt_fast.settings.config import GPTConfig, OptimConfig
 from nanogpt_fast.gpus import GPUS
 from nanogpt_fast.hardware import flops_per_token, memory_estimate, peak_flops, resolve_peak
 from nanogpt_fast.model import GPT

@@ -11,9 +11,9 @@ import torch
 from roofline import CHOICES, MODELS, compute_and_memory, step_work
 from work import adamw_bytes, add_norm_bytes, norm_bytes
 
-from nanogpt_fast.settings.config import GPTConfig
 from nanogpt_fast.gpus import GPUS
 from nanogpt_fast.hardware import flops_per_token
+from nanogpt_fast.settings.config import GPTConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PEAK, BANDWIDTH, EXPS = 989e12, 3.35e12, 132 * 16 * 1.83e9  # an H100 SXM; 132 SMs at 1.83 GHz
