@@ -1,6 +1,7 @@
 """Ranks: torchrun's environment, and the few collectives the trainer needs; alone, each is the identity."""
 
 import os
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,14 +49,16 @@ class World:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda`, `cuda:1`, ... -> a device that exists; DeviceError otherwise."""
+    """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`, ... -> a device that exists; DeviceError otherwise."""
+    if name == "auto" and not torch.cuda.is_available():
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda")
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(
-            f"unknown device {name!r}", where=f"--device={name}", expected="auto, cpu, cuda, cuda:N"
+            f"unknown device {name!r}", where=f"--device={name}", expected="auto, cpu, cuda, cuda:N, mps"
         ) from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DeviceError(
@@ -65,8 +68,18 @@ def resolve_device(name: str) -> torch.device:
             found=f"{torch.cuda.device_count()} GPUs, torch {torch.__version__}",
             hint="--device=cpu, or `python -m nanogpt_fast.doctor`",
         )
-    if device.type not in ("cpu", "cuda"):
-        raise DeviceError(f"device {name!r} is not supported", where=f"--device={name}", expected="cpu or cuda")
+    if device.type == "mps" and not (torch.backends.mps.is_available() and not device.index):
+        built = "one Apple GPU" if torch.backends.mps.is_available() else "none"
+        how = "with" if torch.backends.mps.is_built() else "without"
+        raise DeviceError(
+            f"there is no device {name!r}",
+            where=f"--device={name}",
+            expected="an Apple GPU that torch sees: macOS 14 or later on Apple silicon, and then mps alone",
+            found=f"{built}; torch {torch.__version__}, built {how} MPS, on {platform.system()}",
+            hint="--device=cpu, or `python -m nanogpt_fast.doctor`",
+        )
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise DeviceError(f"device {name!r} is not supported", where=f"--device={name}", expected="cpu, cuda or mps")
     return device
 
 
@@ -77,6 +90,8 @@ def resolve_dtype(name: str, device: torch.device, *, comparable: bool) -> torch
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "mps":  # no Mac of ours has measured bfloat16, and MPS's own 16-bit attention was wrong (#195910)
+        return torch.float32
     return torch.bfloat16 if not comparable and _cpu_multiplies_bfloat16() else torch.float32
 
 
@@ -118,6 +133,13 @@ def join(device: str, backend: str, gradient_accumulation_steps: int) -> World:
             hint=f"--gradient_accumulation_steps={up}",
         )
     on = resolve_device(device)
+    if on.type == "mps" and size > 1:
+        raise DeviceError(
+            "MPS trains in one process: a Mac has one GPU, and gloo exchanges CPU tensors only",
+            where=f"--device={device}, WORLD_SIZE = {size}",
+            expected="no torchrun, or --device=cpu",
+            hint="python -m nanogpt_fast.train with the same flags",
+        )
     if on.type == "cuda":
         on = _use(resolve_device(f"cuda:{local_rank}"))
     dist.init_process_group(backend if on.type == "cuda" else "gloo", rank=rank, world_size=size)

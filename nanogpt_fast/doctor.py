@@ -54,7 +54,7 @@ Section = dict[str, Any]
 class DoctorConfig:
     """What to look at."""
 
-    device: str = "auto"  # where the smoke run trains: auto | cpu | cuda | cuda:0 ...
+    device: str = "auto"  # where the smoke run trains: auto | cpu | cuda | cuda:0 | mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # its precision
     kernels: str = "auto"  # its ops: auto | triton | reference
     data_dir: str = "data"  # where to look for datasets
@@ -159,7 +159,7 @@ def cpu() -> Section:
 
 
 def gpus() -> list[Section]:
-    """Each CUDA device that torch sees."""
+    """Each CUDA device that torch sees, or Apple's GPU."""
     driver, found = _driver(), []
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
@@ -174,6 +174,11 @@ def gpus() -> list[Section]:
                 "peak for MFU": resolve_peak(device, resolve_dtype("auto", device, comparable=False))[1],
             }
         )
+    if torch.backends.mps.is_available():
+        device = torch.device("mps")
+        dtype = resolve_dtype("auto", device, comparable=False)
+        memory = f"{torch.mps.recommended_max_memory() / 2**30:.1f} GiB, what Metal recommends at most"
+        found.append({"name": "Apple MPS", "memory": memory, "peak for MFU": resolve_peak(device, dtype)[1]})
     return found
 
 

@@ -60,7 +60,7 @@ class EvaluateConfig:
     block_size: int = 0  # tokens a sequence; 0 takes the model's
     stride: int = 0  # targets a window when windows overlap: fewer give each more context; 0: they do not overlap
     seed: int = 1337  # of the random batches
-    device: str = "auto"  # auto | cpu | cuda | cuda:0 ...
+    device: str = "auto"  # auto | cpu | cuda | cuda:0 | mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on the CPU
     kernels: str = "auto"  # auto | triton | reference, and single ops: triton,attention=reference
     json: bool = False  # one JSON object a split instead of the table

@@ -11,6 +11,7 @@ import torch
 from nanogpt_fast.data.tokenizer import Tokenizer
 from nanogpt_fast.errors import DataError
 from nanogpt_fast.model import GPT
+from nanogpt_fast.ops import exact_device
 
 UNFINISHED = "\ufffd"  # what decoding puts for bytes that are no character, or not one yet
 
@@ -29,11 +30,11 @@ def sample_text(
 ) -> Iterator[str]:
     """The text after the prompt, in pieces as they are generated; together they are the tokens' decoding.
 
-    temperature 0 takes the likeliest token, top_k 0 draws among all. seed: a number, or a generator on the model's
-    device, which several samples may share. drawn, when given, receives the ids.
+    temperature 0 takes the likeliest token, top_k 0 draws among all. seed: a number, or a generator on exact_device of
+    the model's, which several samples may share. drawn, when given, receives the ids.
     """
     device = model.transformer.wte.weight.device
-    generator = seed if isinstance(seed, torch.Generator) else torch.Generator(device).manual_seed(seed)
+    generator = seed if isinstance(seed, torch.Generator) else torch.Generator(exact_device(device)).manual_seed(seed)
     idx = torch.tensor([prompt_ids(tokenizer, prompt)], device=device)
     stream = model.stream(idx, max_new_tokens, temperature, top_k or None, generator, tokenizer.vocab_size)
 

@@ -13,8 +13,9 @@ import torch
 from nanogpt_fast.gpus import GPUS
 from nanogpt_fast.settings.config import GPTConfig
 
-GEMM_SIZE = {"cuda": 8192, "cpu": 1024}  # edge of the matrices of measure_gemm
-SETTLE_S = {"cuda": 0.5, "cpu": 0.0}  # for how long it repeats at least: an idle GPU takes a while to raise its clocks
+GEMM_SIZE = {"cuda": 8192, "mps": 4096, "cpu": 1024}  # edge of the matrices of measure_gemm
+# For how long it repeats at least: an idle GPU takes a while to raise its clocks.
+SETTLE_S = {"cuda": 0.5, "mps": 0.5, "cpu": 0.0}
 
 
 def flops_per_token(config: GPTConfig) -> dict[str, float]:
@@ -45,19 +46,21 @@ def measure_gemm(device: torch.device, dtype: torch.dtype) -> float:
         torch.mm(a, b)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+        elif device.type == "mps":
+            torch.mps.synchronize()
         best, runs = min(best, time.perf_counter() - began), runs + 1
     return 2.0 * n**3 / best
 
 
 def resolve_peak(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:
-    """(peak FLOP/s, what it is) that MFU divides by: a GPU's data sheet; where that says nothing, and on a CPU, the
-    machine's own measured product, named so; None where nothing can be measured."""
+    """(peak FLOP/s, what it is) that MFU divides by: a CUDA GPU's data sheet; where that says nothing, and on other
+    devices, the machine's own measured product, named so; None where nothing can be measured."""
     name = str(dtype).removeprefix("torch.")
-    if device.type == "cpu":
-        if dtype == torch.float16:
-            return None, "unknown: no CPU of ours multiplies float16 fast enough to measure"
+    if device.type == "cpu" and dtype == torch.float16:
+        return None, "unknown: no CPU of ours multiplies float16 fast enough to measure"
+    if device.type != "cuda":
         flops = measure_gemm(device, dtype)
-        return flops, f"{flops / 1e9:.0f} GFLOP/s, measured {GEMM_SIZE['cpu']}^3 {name} product on {device.type}"
+        return flops, f"{flops / 1e9:.0f} GFLOP/s, measured {GEMM_SIZE[device.type]}^3 {name} product on {device.type}"
     gpu = torch.cuda.get_device_name(device)
     if known := peak_flops(gpu, name):
         return known

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanogpt_fast.ops import REFERENCE, Ops
+from nanogpt_fast.ops import REFERENCE, Ops, exact_device
 from nanogpt_fast.settings.config import GPTConfig
 
 EPS = 1e-5  # LayerNorm's; GPT-2's own
@@ -189,7 +189,7 @@ class GPT(nn.Module):
 
         Keys and values are cached up to block_size tokens. Past that every position moves, as learned positions
         must, so each token costs a forward over the last block_size tokens: nanoGPT's own rule. Ids from
-        valid_vocab on (a padded vocabulary's) are never drawn.
+        valid_vocab on (a padded vocabulary's) are never drawn. The generator lives on exact_device of the model's.
         """
         c, w = self.config, self.transformer.wte.weight
         shape = (c.n_layer, 2, idx.size(0), c.n_head, c.block_size, c.n_embd // c.n_head)
@@ -197,7 +197,8 @@ class GPT(nn.Module):
         idx, cached = idx[:, -c.block_size :], 0
         for _ in range(max_new_tokens):
             logits = self._next_logits(idx[:, cached:], cache, cached).float()
-            drawn = _draw(logits[:, :valid_vocab], temperature, top_k, generator)
+            logits = logits[:, :valid_vocab].to(exact_device(w.device))
+            drawn = _draw(logits, temperature, top_k, generator).to(idx.device)
             yield drawn
             cached = idx.size(1)
             idx = torch.cat((idx, drawn), dim=1)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import nanogpt_kernels
 from nanogpt_kernels import reference
 from nanogpt_kernels.contract import GRAD_NORM, LOSS_SCALE, LR, MAX_NORM, STEP  # slots of adamw_'s scalars
+from nanogpt_kernels.reference import exact_device as exact_device
 
 from nanogpt_fast.errors import ConfigError, DeviceError, did_you_mean
 
@@ -32,6 +33,7 @@ __all__ = [
     "TRITON",
     "Op",
     "Ops",
+    "exact_device",
     "select_ops",
 ]
 
@@ -109,7 +111,8 @@ def _known(name: str, known: Iterable[str], spec: str) -> None:
 
 
 def _triton(spec: str, device_type: str) -> Ops:
-    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type != "cuda" and not interpreted:
         raise DeviceError(
             "the Triton ops need a CUDA device",
             where=f"--kernels={spec}",

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from nanogpt_fast.ops import GRAD_NORM, LOSS_SCALE, LR, MAX_NORM, STEP, Ops
+from nanogpt_fast.ops import GRAD_NORM, LOSS_SCALE, LR, MAX_NORM, STEP, Ops, exact_device
 from nanogpt_fast.settings.config import OptimConfig
 
 ALIGNMENT = 128  # elements: 256 bytes of the narrowest dtype
@@ -69,7 +69,8 @@ class FlatParameters:
 
 
 class AdamW:
-    """AdamW with global-norm clipping and, for float16, a dynamic loss scale; all its state lies on the device.
+    """AdamW with global-norm clipping and, for float16, a dynamic loss scale; its state lies on the device, numbers
+    on exact_device of it.
 
     Loss scale: starts at 2^16, doubles after 2000 applied updates in a row, halves when a gradient is not finite
     (torch.amp.GradScaler's rule).
@@ -81,11 +82,12 @@ class AdamW:
         self.flat, self.ops, self.config, self.scale_loss = flat, ops, config, scale_loss
         self.m, self.v = torch.zeros_like(flat.grad), torch.zeros_like(flat.grad)
         self.segments = flat.decay_segments(config.weight_decay)
-        self.scalars = torch.zeros(5, dtype=torch.float64, device=flat.grad.device)
+        exact = exact_device(flat.grad.device)
+        self.scalars = torch.zeros(5, dtype=torch.float64, device=exact)
         self.scalars[MAX_NORM] = config.grad_clip
         self.scalars[LOSS_SCALE] = 65536.0 if scale_loss else 1.0
-        self.good_steps = torch.zeros((), dtype=torch.int64, device=flat.grad.device)  # applied, since the scale grew
-        self.bad_steps = torch.zeros((), dtype=torch.int64, device=flat.grad.device)  # refused, in a row
+        self.good_steps = torch.zeros((), dtype=torch.int64, device=exact)  # applied, since the scale grew
+        self.bad_steps = torch.zeros((), dtype=torch.int64, device=exact)  # refused, in a row
 
     @property
     def loss_scale(self) -> Tensor:
@@ -94,7 +96,7 @@ class AdamW:
     def step(self) -> Tensor:
         """Clip, update, zero the gradient. Returns the norm before clipping (non-finite: nothing was updated)."""
         flat, scalars = self.flat, self.scalars
-        scalars[GRAD_NORM] = self.ops.grad_norm(flat.grad)
+        scalars[GRAD_NORM] = self.ops.grad_norm(flat.grad).to(scalars.device)
         norm = scalars[GRAD_NORM] / scalars[LOSS_SCALE]
         params = None if flat.params is flat.master else flat.params
         self.ops.adamw_(

@@ -13,7 +13,7 @@ import tyro
 from nanogpt_fast.distributed import resolve_device, resolve_dtype
 from nanogpt_fast.errors import ConfigError, DataError, did_you_mean, run_command
 from nanogpt_fast.generate import prompt_ids, sample_text
-from nanogpt_fast.ops import select_ops
+from nanogpt_fast.ops import exact_device, select_ops
 from nanogpt_fast.restore import build_model, restore
 from nanogpt_fast.settings import cli
 from nanogpt_fast.settings.config import require_range
@@ -32,8 +32,8 @@ class SampleConfig:
     temperature: float = 0.8  # below 1 less random, above 1 more; 0 takes the likeliest token
     top_k: int = 200  # draw among so many likeliest tokens; 0 among all
     seed: int = 1337  # of the draws
-    device: str = "auto"  # auto | cpu | cuda | cuda:0 ...
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on the CPU
+    device: str = "auto"  # auto | cpu | cuda | cuda:0 | mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on the CPU and MPS
     compile: bool = False  # nanoGPT's; no effect here, where the cache grows with each token
     kernels: str = "auto"  # auto | triton | reference, and single ops: triton,attention=reference
     data_dir: str = "data"  # where the tokenizer is looked up when the checkpoint has none
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
     print(f"sampling from {restored.source}, {device}, {str(dtype).removeprefix('torch.')}", file=sys.stderr)
     if len(ids) > block_size:
         print(f"the prompt has {len(ids)} tokens; the model sees the last {block_size}", file=sys.stderr)
-    generator = torch.Generator(device).manual_seed(config.seed)
+    generator = torch.Generator(exact_device(device)).manual_seed(config.seed)
     drawn: list[int] = []
     began = time.perf_counter()
     for _ in range(config.num_samples):

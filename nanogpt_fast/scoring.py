@@ -13,6 +13,7 @@ from torch import Tensor
 from nanogpt_fast.data.loader import full_split, random_batches, read_windows
 from nanogpt_fast.data.tokens import TokenSource
 from nanogpt_fast.model import GPT
+from nanogpt_fast.ops import exact_device
 
 Mode = Literal["random", "full"]
 Batch = tuple[Tensor, Tensor]  # idx and targets, int64 [rows, T] on the CPU; -1 where nothing is to be predicted
@@ -20,7 +21,7 @@ Batch = tuple[Tensor, Tensor]  # idx and targets, int64 [rows, T] on the CPU; -1
 # Tokens a forward. On 2 CPU cores (4 layers of 128, 12 x 64 tokens a batch, float32) a batch takes 10.6 ms alone, 10.2
 # in a stack of 2, 10.4 of 4 and 14 to 15 of 8 and more, which fall out of the cache; in bfloat16 5.0, 4.6, 4.4, 5.2 to
 # 5.6. A GPU has launches to hide; its figure is not measured.
-FORWARD_TOKENS = {"cpu": 3072, "cuda": 16384}
+FORWARD_TOKENS = {"cpu": 3072, "cuda": 16384, "mps": 16384}
 FORWARD_LOGITS = 2**28  # elements; GPT-2's vocabulary then allows 5336 tokens, 1 GiB of float32
 
 
@@ -56,13 +57,13 @@ def stack_for(model: GPT, batch_size: int, block_size: int) -> int:
 def score(model: GPT, batches: Iterable[Batch], token_bytes: np.ndarray | None = None) -> Score:
     """Sum over all targets, in evaluation mode; the model's mode is put back after."""
     device, was_training = model.transformer.wte.weight.device, model.training
-    total = torch.zeros((), dtype=torch.float64, device=device)  # stays there: no wait for the device a batch
+    total = torch.zeros((), dtype=torch.float64, device=exact_device(device))  # CUDA waits once, not a batch
     tokens = text_bytes = 0
     model.eval()
     try:
         for idx, targets in batches:
             _, nll = model(idx.to(device), targets.to(device))
-            total += nll.sum(dtype=torch.float64)
+            total += nll.to(total.device).sum(dtype=torch.float64)
             valid = targets[targets >= 0]
             tokens += len(valid)
             if token_bytes is not None:

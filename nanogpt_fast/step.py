@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nanogpt_fast.distributed import World
 from nanogpt_fast.model import GPT
+from nanogpt_fast.ops import exact_device
 from nanogpt_fast.optim import AdamW
 
 
@@ -27,16 +28,17 @@ class TrainStep:
     def __init__(self, model: GPT, optimizer: AdamW, world: World, seed: int):
         self.model, self.optimizer, self.world = model, optimizer, world
         self.base = (seed % 2**31) << 32
-        self.counter = torch.zeros(1, dtype=torch.int64, device=optimizer.m.device)
+        self.device = optimizer.m.device
+        self.counter = torch.zeros(1, dtype=torch.int64, device=exact_device(self.device))
 
     def __call__(self, batch: Tensor, iteration: int) -> StepResult:
         A, B, T = batch.size(0), batch.size(1), batch.size(2) - 1
         world, optimizer, model = self.world, self.optimizer, self.model
         micro_batches = A * world.size
         self.counter.fill_(self.base + iteration * micro_batches + world.rank * A)
-        tokens = batch.to(self.counter.device, non_blocking=True).to(torch.int64)
-        grad_scale = (optimizer.loss_scale / (micro_batches * B * T)).float()
-        total = torch.zeros((), device=self.counter.device)
+        tokens = batch.to(self.counter.device, non_blocking=True).to(torch.int64).to(self.device)
+        grad_scale = (optimizer.loss_scale / (micro_batches * B * T)).float().to(self.device)
+        total = torch.zeros((), device=self.device)
         for micro in tokens:
             loss, nll = model(micro[:, :-1], micro[:, 1:], grad_scale, self.counter)
             loss.backward()

@@ -15,6 +15,7 @@ from nanogpt_fast.data.tokens import TokenSource
 from nanogpt_fast.distributed import World
 from nanogpt_fast.errors import CheckpointError, DeviceError, DivergedError
 from nanogpt_fast.hardware import flops_per_token
+from nanogpt_fast.ops import exact_device
 from nanogpt_fast.optim import learning_rate
 from nanogpt_fast.run import checkpoint
 from nanogpt_fast.run.log import RunLog
@@ -75,7 +76,9 @@ class Trainer:
                         self.save(iteration + 1, must=True)
                         self.log.line(self.resume_line(iteration + 1))
                         return stop.exit_code or 143
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:  # torch.OutOfMemoryError is one; MPS raises a plain one
+                if not isinstance(error, torch.OutOfMemoryError) and "MPS backend out of memory" not in str(error):
+                    raise
                 raise self._out_of_memory(error) from error
         if self.start >= end:
             self.log.line(f"nothing to do: {self.start} iterations are done, --max_iters={end - 1}")
@@ -190,7 +193,7 @@ class Trainer:
         self.loader.take_wait()
 
     def _log_iteration(self, iteration: int, result: StepResult) -> None:
-        loss = result.loss.double()
+        loss = result.loss.to(exact_device(self.world.device)).double()
         self.world.all_reduce_(loss)
         loss, norm = loss.item() / self.world.size, result.grad_norm.item()  # these wait for the device
         now = time.perf_counter()

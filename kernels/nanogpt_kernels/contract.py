@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LR, STEP, MAX_NORM, LOSS_SCALE, GRAD_NORM = range(5)  # slots of adamw_'s scalars, a float64 [5] tensor on the device
+LR, STEP, MAX_NORM, LOSS_SCALE, GRAD_NORM = range(5)  # slots of adamw_'s float64 [5] scalars, on exact_device
 
 _checking_values = False
 

@@ -23,6 +23,16 @@ from nanogpt_kernels.contract import STEP, main_grad_of
 _MASK32 = 0xFFFFFFFF
 
 
+def exact_device(device: torch.device) -> torch.device:
+    """Where float64 and 64-bit integer arithmetic are computed: the device itself, for Apple's MPS the CPU.
+
+    MPS has no float64 (pytorch/pytorch#122602), its integer shifts were silently wrong in torch 2.5 to 2.7 (#144190,
+    #147889), its multinomial crashes on large inputs (#178579), uint16 failed (#159076). So Philox, adamw_'s scalars,
+    sums in float64, token ids before they are int64, and drawing stay on the CPU.
+    """
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 # ---- dropout ----
 
 
@@ -58,7 +68,8 @@ def dropout(x: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
         return x
     if seed is None:
         raise ValueError("dropout needs a seed, one int64")
-    return torch.where(dropout_mask(x.shape, p, seed, site), x * (1.0 / (1.0 - p)), 0.0)
+    mask = dropout_mask(x.shape, p, seed.to(exact_device(x.device)), site).to(x.device)
+    return torch.where(mask, x * (1.0 / (1.0 - p)), 0.0)
 
 
 # ---- linear ----
@@ -180,12 +191,20 @@ def attention(qkv: Tensor, p: float, seed: Tensor | None, site: int, doc_ids: Te
         # backward is 7 times as slow (one core, B=12 T=64 H=4 D=32: 2.0 ms here, 15 ms there; float16 products 44 ms).
         return attention(qkv.float(), p, seed, site, doc_ids).to(qkv.dtype)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, T, D] each, no copy
-    if p == 0.0:
+    if p == 0.0 and qkv.device.type != "mps":
         mask = None if doc_ids is None else _allowed(qkv, doc_ids)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).transpose(1, 2)
+    return _written_out(q, k, v, _allowed(qkv, doc_ids), p, seed, site).transpose(1, 2)
+
+
+def _written_out(
+    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, p: float = 0.0, seed: Tensor | None = None, site: int = 0
+) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v where allowed: for dropout, and for MPS: its scaled_dot_product_attention was wrong,
+    silently, on permuted q, k, v (pytorch/pytorch#163597, #181133) and under 16-bit causal masks (#195910)."""
     scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)
-    probs = scores.masked_fill(~_allowed(qkv, doc_ids), float("-inf")).softmax(-1, dtype=_statistics_dtype(qkv))
-    return (dropout(probs, p, seed, site).to(v.dtype) @ v).transpose(1, 2)
+    probs = scores.masked_fill(~allowed, float("-inf")).softmax(-1, dtype=_statistics_dtype(q))
+    return dropout(probs, p, seed, site).to(v.dtype) @ v
 
 
 def _allowed(qkv: Tensor, doc_ids: Tensor | None) -> Tensor:
@@ -222,6 +241,8 @@ def cached_attention(y: Tensor, w_qkv: Tensor, b_qkv: Tensor | None, n_head: int
     cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v
     keys, values = cache[0, :, :, : start + T], cache[1, :, :, : start + T]
     allowed = torch.ones(T, start + T, dtype=torch.bool, device=y.device).tril(start)
+    if y.device.type == "mps":
+        return _written_out(q, keys, values, allowed).transpose(1, 2).reshape(B, T, C)
     o = F.scaled_dot_product_attention(q, keys, values, attn_mask=None if T == 1 else allowed)
     return o.transpose(1, 2).reshape(B, T, C)
 
@@ -299,6 +320,9 @@ def adamw_(
     clip = min(1.0, max_norm / (norm / loss_scale + 1e-6)) if max_norm > 0.0 else 1.0
     applied = torch.tensor(step + 1.0, device=g.device)
     divisor = None if loss_scale == clip else torch.tensor(loss_scale / clip, device=g.device)
+    if divisor is not None and g.device.type == "mps":  # its kernel ignores grad_scale (FusedAdamWKernelImpl.mm)
+        g.div_(divisor)
+        divisor = None
     for decay in {decay for _, _, decay in segments}:
         spans = [slice(a, b) for a, b, d in segments if d == decay]
         torch._fused_adamw_(  # one pass; 0.14 ms at N = 0.8M on two cores, seven separate ops 0.39 ms

@@ -169,11 +169,11 @@ class LogConfig:
 class SystemConfig:
     """Device, precision and kernels."""
 
-    device: str = "auto"  # auto | cpu | cuda | cuda:0 ...
+    device: str = "auto"  # auto | cpu | cuda | cuda:0 | mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 where native
     residual_dtype: Literal["auto", "float32"] = "auto"  # of the residual stream; auto: dtype, nanoGPT's is float32
     recompute_gelu: bool = False  # rebuild GELU's output in backward (Triton ops): less memory, a little slower
-    compile: bool = True  # torch.compile the reference ops on CUDA (takes a minute); no effect on the CPU
+    compile: bool = True  # torch.compile the reference ops on CUDA (takes a minute); no effect elsewhere
     kernels: str = "auto"  # auto | triton | reference, and single ops: triton,attention=reference
     backend: str = "nccl"  # torch.distributed backend for CUDA ranks (CPU ranks use gloo)
     dry_run: bool = False  # print the resolved configuration, tokens, memory; train nothing
