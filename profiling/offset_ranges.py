@@ -12,6 +12,8 @@ UNKNOWN = (-(2**63), 2**63 - 1)
 PASSES = ("tt.splat", "tt.broadcast", "tt.expand_dims", "tt.reshape", "tt.trans", "arith.extsi", "arith.index_cast",
           "tt.unsplat")  # fmt: skip
 
+LOOP = re.compile(r"scf\.for (%[\w.]+) = (%[\w.#]+) to (%[\w.#]+) step %[\w.#]+(?: iter_args\((.*?)\) ->)?")
+
 Interval = tuple[int, int]
 
 
@@ -19,7 +21,7 @@ def wrapping_offsets(ttir: str, arguments: dict[str, int], grid: tuple[int, ...]
     """The operations (TTIR lines) that can wrap on the way to an address."""
     makers, wraps = _propagate(_plain_lines(ttir), arguments, grid)
     guilty: dict[str, None] = {}
-    for offset in {v for line in makers.values() for v in re.findall(r"tt\.addptr \S+, (%[\w#]+)", line)}:
+    for offset in {v for line in makers.values() for v in re.findall(r"tt\.addptr \S+, (%[\w.#]+)", line)}:
         seen, todo = set(), [offset]
         while todo:
             name = todo.pop()
@@ -38,7 +40,7 @@ def _plain_lines(ttir: str) -> list[str]:
 
 
 def _operands(line: str) -> list[str]:
-    return re.findall(r"%[\w#]+", line.split(" = ", 1)[-1].split(" : ")[0])
+    return re.findall(r"%[\w.#]+", line.split(" = ", 1)[-1].split(" : ")[0])
 
 
 def _full(kind: str) -> Interval:
@@ -55,14 +57,16 @@ def _propagate(lines: list[str], arguments: dict[str, int], grid: tuple[int, ...
         settled = True
         regions: list[tuple[str, list[str] | None]] = []  # enclosing (result, carried values; None: no loop)
         for line in lines:
-            match = re.match(r"(%\w+)(?::\d+)? = ", line)
+            match = re.match(r"(%[\w.]+)(?::\d+)? = ", line)
             result = match[1] if match else ""
-            loop = re.search(r"scf\.for (%\w+) = (%[\w#]+) to (%[\w#]+) step %[\w#]+(?: iter_args\((.*?)\) ->)?", line)
+            loop = re.search(
+                r"scf\.for (%[\w.]+) = (%[\w.#]+) to (%[\w.#]+) step %[\w.#]+(?: iter_args\((.*?)\) ->)?", line
+            )
             if loop:
                 index, start, end, carried = loop.groups()
                 low, high = ranges.get(start, UNKNOWN)[0], ranges.get(end, UNKNOWN)[1]
                 ranges[index], makers[index] = (low, max(low, high - 1)), f"{index} = loop {start} {end}"
-                pairs = re.findall(r"(%\w+) = (%[\w#]+)", carried or "")
+                pairs = re.findall(r"(%[\w.]+) = (%[\w.#]+)", carried or "")
                 for name, first in pairs:
                     ranges.setdefault(name, ranges.get(first, UNKNOWN))
                     makers.setdefault(name, f"{name} = carried {first}")

@@ -77,6 +77,21 @@ def test_every_call_on_every_architecture_by_another_triton(arch: str, other_tri
     assert_rules_hold(tmp_path, "--arch", arch, path=other_triton)
 
 
+@pytest.mark.parametrize("name", ["%offset", "%offset.1"], ids=["plain", "dotted"])  # Triton 3.8 names values so
+def test_a_carried_offset_that_wraps_is_found_by_any_name(name: str):
+    from offset_ranges import wrapping_offsets
+
+    ttir = f"""
+      %sum:2 = scf.for %i = %zero to %n step %one iter_args({name} = %zero, %acc.0 = %cst) -> (i32, f32)  : i32 {{
+        %next.2 = arith.addi {name}, %step : i32
+        %place = tt.addptr %base, %next.2 : !tt.ptr<f32>, i32
+        scf.yield %next.2, %acc.0 : i32, f32
+      }}
+    """
+    found = wrapping_offsets(ttir, {"zero": 0, "one": 1, "n": 9, "step": 4}, (1,))
+    assert found == [f"%next.2 = arith.addi {name}, %step : i32"]
+
+
 def test_the_rules_see_what_breaks_them():
     run = run_compiler("tests/helpers/bad_kernels.py")
     assert run.returncode == 0, run.stderr
