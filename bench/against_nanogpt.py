@@ -29,13 +29,14 @@ FLAGS = ["--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=1
          "--dropout=0.0"]  # fmt: skip
 
 
-def commands(nanogpt: Path) -> dict[str, tuple[list[str], Path | None]]:
+def commands(nanogpt: Path, dtype: str | None) -> dict[str, tuple[list[str], Path | None]]:
     """{arm: (command, working directory, None for the scratch one)}."""
     config = str(nanogpt / "config/train_shakespeare_char.py")
+    chosen = [f"--dtype={dtype}"] if dtype else []
     ours = [sys.executable, "-m", "nanogpt_fast.train", config, *FLAGS]
     return {
         "nanogpt": ([sys.executable, "train.py", config, *FLAGS], nanogpt),
-        "ours": ([sys.executable, "-m", "nanogpt_fast.train", "--config", "shakespeare_char_cpu"], None),
+        "ours": ([sys.executable, "-m", "nanogpt_fast.train", "--config", "shakespeare_char_cpu", *chosen], None),
         "ours, nanoGPT's command": (ours, None),
         "ours, float32": ([*ours, "--dtype=float32"], None),
     }
@@ -64,9 +65,10 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="tiny Shakespeare")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--arms", nargs="*", help="only these arms")
+    parser.add_argument("--dtype", help="of the arm `ours`; by default its preset's")
     parser.add_argument("--out", type=Path, help="JSON lines are appended here")
     args = parser.parse_args()
-    arms = {k: v for k, v in commands(args.nanogpt.resolve()).items() if not args.arms or k in args.arms}
+    arms = {k: v for k, v in commands(args.nanogpt.resolve(), args.dtype).items() if not args.arms or k in args.arms}
     results: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "data/shakespeare_char"
