@@ -89,19 +89,15 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, *grads: Tensor):
         x, w = ctx.saved_tensors
         dy = grads[0].flatten(0, -2)
-        _add_weight_grad(ctx.main_grad, dy, x.flatten(0, -2))
+        x_rows = x.flatten(0, -2)
+        if dy.dtype == torch.float32:
+            ctx.main_grad.addmm_(dy.t(), x_rows)
+        elif dy.is_cuda and not torch.compiler.is_compiling():  # inductor has no lowering of addmm with out_dtype
+            torch.addmm(ctx.main_grad, dy.t(), x_rows, out_dtype=torch.float32, out=ctx.main_grad)
+        else:
+            ctx.main_grad.add_(dy.t() @ x_rows)
         dx = (dy @ w).view_as(x) if ctx.needs_input_grad[0] else None
         return dx, None, dy.sum(0, dtype=torch.float32) if ctx.has_bias else None
-
-
-def _add_weight_grad(main_grad: Tensor, dy: Tensor, x: Tensor) -> None:
-    """main_grad [N, K] float32 += dy^T x; dy [M, N], x [M, K] of one dtype."""
-    if dy.dtype == torch.float32:
-        main_grad.addmm_(dy.t(), x)
-    elif dy.is_cuda and not torch.compiler.is_compiling():  # inductor has no lowering of addmm with out_dtype
-        torch.addmm(main_grad, dy.t(), x, out_dtype=torch.float32, out=main_grad)
-    else:
-        main_grad.add_(dy.t() @ x)
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
@@ -251,31 +247,6 @@ def cached_attention(y: Tensor, w_qkv: Tensor, b_qkv: Tensor | None, n_head: int
     return o.transpose(1, 2).reshape(B, T, C)
 
 
-class _Mlp(torch.autograd.Function):
-    """mlp where both weights have a main_grad, as one node of the graph: backward writes d_pre over d_act."""
-
-    @staticmethod
-    def forward(ctx, y: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, approximate: str) -> Tensor:
-        rows = y.flatten(0, -2)
-        pre = F.linear(rows, w_fc, None if b_fc is None else b_fc.to(y.dtype))
-        act = F.gelu(pre, approximate=approximate)
-        ctx.save_for_backward(rows, pre, act, w_fc, w_proj)
-        ctx.main_grads = main_grad_of(w_fc), main_grad_of(w_proj)
-        ctx.shape, ctx.has_bias, ctx.approximate = y.shape, b_fc is not None, approximate
-        return F.linear(act, w_proj).view(y.shape)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):
-        rows, pre, act, w_fc, w_proj = ctx.saved_tensors
-        d_delta = grads[0].flatten(0, -2)
-        d_pre = d_delta @ w_proj
-        torch.ops.aten.gelu_backward.grad_input(d_pre, pre, approximate=ctx.approximate, grad_input=d_pre)
-        _add_weight_grad(ctx.main_grads[1], d_delta, act)
-        _add_weight_grad(ctx.main_grads[0], d_pre, rows)
-        d_bias = d_pre.sum(0, dtype=torch.float32) if ctx.has_bias else None
-        return (d_pre @ w_fc).view(ctx.shape), None, d_bias, None, None
-
-
 def mlp(
     y: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, activation: str = "gelu", recompute: bool = False
 ) -> Tensor:
@@ -284,10 +255,8 @@ def mlp(
     activation: "gelu" is x Phi(x) by erf, "gelu_tanh" GPT-2's tanh approximation of it. recompute asks to rebuild the
     activations in backward rather than keep them; it changes memory, never results, and here nothing.
     """
-    approximate = "tanh" if activation == "gelu_tanh" else "none"
-    if main_grad_of(w_fc) is not None and main_grad_of(w_proj) is not None and torch.is_grad_enabled():
-        return _Mlp.apply(y, w_fc, b_fc, w_proj, approximate)
-    return linear(F.gelu(linear(y, w_fc, b_fc), approximate=approximate), w_proj)
+    pre = linear(y, w_fc, b_fc)
+    return linear(F.gelu(pre, approximate="tanh" if activation == "gelu_tanh" else "none"), w_proj)
 
 
 def linear_cross_entropy(
