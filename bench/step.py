@@ -208,7 +208,7 @@ def main(argv: list[str]) -> int:
     if args.device != "cpu":
         machine.require_cuda("bench/step.py")
     world = join(args.device, "nccl", accumulation)
-    dtype = resolve_dtype(config.system.dtype, world.device, comparable=False)
+    dtype = resolve_dtype(config.system.dtype, world.device)
     return run(args, Setup(config, dtype, world, step_arms.initial_weights(config), args.nanogpt))
 
 

@@ -154,7 +154,7 @@ def cpu() -> Section:
         "cores": os.cpu_count(),
         "threads of torch": torch.get_num_threads(),
         "instructions": ", ".join(f for f in CPU_FLAGS if f in flags) or torch.backends.cpu.get_cpu_capability(),
-        "peak for MFU": resolve_peak(device, resolve_dtype("auto", device, comparable=False))[1],
+        "peak for MFU": resolve_peak(device, resolve_dtype("auto", device))[1],
     }
 
 
@@ -171,7 +171,7 @@ def gpus() -> list[Section]:
                 "capability": f"{facts.major}.{facts.minor}",
                 "multiprocessors": facts.multi_processor_count,
                 "driver": driver or "unknown",
-                "peak for MFU": resolve_peak(device, resolve_dtype("auto", device, comparable=False))[1],
+                "peak for MFU": resolve_peak(device, resolve_dtype("auto", device))[1],
             }
         )
     if torch.backends.mps.is_available():
@@ -271,7 +271,7 @@ def problems(report: dict[str, Any]) -> list[str]:
 def smoke(config: DoctorConfig) -> Section:
     """Memorise one batch of random tokens by the trainer's own step. Raises DeviceError when the loss does not fall."""
     device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, device, comparable=False)
+    dtype = resolve_dtype(config.dtype, device)
     generator = torch.Generator().manual_seed(1337)
     model = GPT(SMOKE_SHAPE, select_ops(config.kernels, device.type))
     model.init_weights(generator)

@@ -22,7 +22,7 @@ def describe(config: Config) -> str:
         shape, source = shape_of(config, restored, None, lambda _: None), restored.source
     device = distributed.resolve_device(config.system.device)
     ops = select_ops(config.system.kernels, device.type)
-    dtype = distributed.resolve_dtype(config.system.dtype, device, comparable=config.data.data_order == "nanogpt")
+    dtype = distributed.resolve_dtype(config.system.dtype, device)
     flops = flops_per_token(shape)["nanogpt"]
     memory = memory_estimate(
         shape,

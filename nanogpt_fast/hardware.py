@@ -7,6 +7,7 @@ MFU is (model FLOPs a second) / peak. Two counts of model FLOPs are in use, and 
 
 import math
 import time
+from pathlib import Path
 
 import torch
 
@@ -16,6 +17,8 @@ from nanogpt_fast.settings.config import GPTConfig
 GEMM_SIZE = {"cuda": 8192, "mps": 4096, "cpu": 1024}  # edge of the matrices of measure_gemm
 # For how long it repeats at least: an idle GPU takes a while to raise its clocks.
 SETTLE_S = {"cuda": 0.5, "mps": 0.5, "cpu": 0.0}
+# The instructions that multiply a dtype, as /proc/cpuinfo names them. Without one of them torch multiplies one by one.
+CPU_INSTRUCTIONS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
 
 
 def flops_per_token(config: GPTConfig) -> dict[str, float]:
@@ -25,6 +28,17 @@ def flops_per_token(config: GPTConfig) -> dict[str, float]:
         "nanogpt": 6.0 * config.num_params() + 12.0 * L * C * T,
         "llmc": 6.0 * config.num_params(non_embedding=False) + 6.0 * L * C * T,
     }
+
+
+def cpu_multiplies(dtype: torch.dtype) -> bool | None:
+    """Whether this CPU has instructions that multiply the dtype; None where nothing tells (not Linux, not x86)."""
+    if dtype not in CPU_INSTRUCTIONS:
+        return True
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return None
+    return not flags.isdisjoint(CPU_INSTRUCTIONS[dtype]) if "sse2" in flags else None
 
 
 def peak_flops(device_name: str, dtype: str) -> tuple[float, str] | None:

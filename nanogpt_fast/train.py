@@ -60,9 +60,7 @@ def main(argv: list[str]) -> int:
         if restored and restored.tokenizer_json not in (None, tokenizer):
             log.warning("the data were made with another tokenizer than the one these weights were trained with")
         generator = torch.Generator().manual_seed(config.run.seed + world.rank)
-        dtype = distributed.resolve_dtype(
-            config.system.dtype, world.device, comparable=config.data.data_order == "nanogpt"
-        )
+        dtype = distributed.resolve_dtype(config.system.dtype, world.device)
         model = build_model(config, shape, restored, generator, ops, say)
         optimizer = build_optimizer(config, model, restored, dtype, world, say)
         if config.system.compile and world.device.type == "cuda" and ops is REFERENCE:

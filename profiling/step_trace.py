@@ -48,7 +48,7 @@ def main() -> None:
     args, rest = parser.parse_known_args()
     config = load_config(rest)
     device = resolve_device(config.system.device)
-    dtype = resolve_dtype(config.system.dtype, device, comparable=config.data.data_order == "nanogpt")
+    dtype = resolve_dtype(config.system.dtype, device)
     vocab = config.model.vocab_size or 50304
     shape = config.shape(vocab)
     model = GPT(shape, select_ops(config.system.kernels, device.type)).train()

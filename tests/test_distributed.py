@@ -154,19 +154,56 @@ def test_auto_device(monkeypatch: pytest.MonkeyPatch, available: bool):
     assert resolve_device("auto").type == ("cuda" if available else "cpu")
 
 
-AUTO = [  # device, multiplies bfloat16, comparable, dtype
+AUTO = [  # device, multiplies bfloat16 (None: nothing tells), comparable, dtype
     ("cuda", True, False, torch.bfloat16),
     ("cuda", True, True, torch.bfloat16),
     ("cuda", False, False, torch.float16),
     ("cpu", True, False, torch.bfloat16),
     ("cpu", True, True, torch.float32),
     ("cpu", False, False, torch.float32),
+    ("cpu", None, False, torch.float32),
 ]
 
 
 @pytest.mark.parametrize(("device", "native", "comparable", "dtype"), AUTO, ids=lambda v: str(v))
-def test_auto_dtype(monkeypatch: pytest.MonkeyPatch, device: str, native: bool, comparable: bool, dtype: torch.dtype):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native and not including_emulation)
-    monkeypatch.setattr(distributed, "_cpu_multiplies_bfloat16", lambda: native)
+def test_auto_dtype(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    device: str,
+    native: bool | None,
+    comparable: bool,
+    dtype: torch.dtype,
+):
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: native is True and not including_emulation
+    )
+    monkeypatch.setattr(distributed, "cpu_multiplies", lambda _: native)
     assert resolve_dtype("auto", torch.device(device), comparable=comparable) == dtype
-    assert resolve_dtype("float16", torch.device(device), comparable=comparable) == torch.float16
+    assert not caplog.records, "nobody asked for this dtype"
+
+
+ASKED = [  # device, dtype asked for, the CPU multiplies it, warned
+    ("cpu", "bfloat16", False, True),
+    ("cpu", "float16", False, True),
+    ("cpu", "bfloat16", True, False),
+    ("cpu", "float16", None, False),
+    ("cuda", "float16", False, False),
+]
+
+
+@pytest.mark.parametrize(("device", "name", "native", "warned"), ASKED, ids=str)
+def test_a_dtype_that_the_cpu_emulates_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    device: str,
+    name: str,
+    native: bool | None,
+    warned: bool,
+):
+    monkeypatch.setattr(distributed, "cpu_multiplies", lambda _: native)
+    assert resolve_dtype(name, torch.device(device)) == getattr(torch, name)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == warned
+    for line in lines:
+        instructions = {"bfloat16": "neither AVX512_BF16 nor AMX_BF16", "float16": "neither AVX512_FP16 nor AMX_FP16"}
+        assert instructions[name] in line and f"emulates {name}" in line and "--dtype=float32" in line

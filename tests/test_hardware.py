@@ -1,13 +1,14 @@
 """FLOPs, peaks, MFU's denominator and the memory estimate, against published and counted figures."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
 from nanogpt_fast import hardware
 from nanogpt_fast.gpus import GPUS
-from nanogpt_fast.hardware import flops_per_token, memory_estimate, peak_flops, resolve_peak
+from nanogpt_fast.hardware import cpu_multiplies, flops_per_token, memory_estimate, peak_flops, resolve_peak
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import REFERENCE
 from nanogpt_fast.optim import ALIGNMENT, RANKS, AdamW, FlatParameters
@@ -72,6 +73,29 @@ def test_form_factors_of_one_chip_differ():
     sxm, pcie, nvl = (GPUS[f"NVIDIA H100 {form}"].tflops for form in ("80GB HBM3", "PCIe", "NVL"))
     assert pcie < nvl < sxm
     assert GPUS["NVIDIA A100-SXM4-80GB"].tflops == 312.0, "nanoGPT's constant"
+
+
+CPUS = [  # flags of /proc/cpuinfo, multiplies bfloat16, float16
+    ("fpu sse2 avx avx2", False, False),
+    ("fpu sse2 avx2 avx512f avx512_bf16", True, False),
+    ("fpu sse2 avx512f amx_bf16 avx512_fp16", True, True),
+    ("fp asimd bf16", None, None),  # not x86
+    (None, None, None),  # not Linux
+]
+
+
+@pytest.mark.parametrize(("flags", "bfloat16", "float16"), CPUS, ids=str)
+def test_what_a_cpu_multiplies(
+    monkeypatch: pytest.MonkeyPatch, flags: str | None, bfloat16: bool | None, float16: bool | None
+):
+    def read_text(_: Path) -> str:
+        if flags is None:
+            raise FileNotFoundError("/proc/cpuinfo")
+        return f"model name : a CPU\nflags : {flags}\n"
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    found = [cpu_multiplies(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    assert found == [True, bfloat16, float16]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -90,3 +90,9 @@ def test_an_installed_package_reads_the_presets_inside_it(tmp_path, monkeypatch)
     monkeypatch.setattr(cli, "__file__", str(package / "settings/cli.py"))
     assert cli.preset_names() == ["quickstart"]
     assert cli.find_preset("quickstart") == package / "presets" / "quickstart.toml"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_preset_leaves_the_dtype_to_the_device(name):
+    """bfloat16 on a CPU that emulates it is ten times as slow as float32 (nanogpt_fast/distributed.py)."""
+    assert cli.load_config([name]).system.dtype == "auto"
