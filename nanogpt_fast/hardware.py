@@ -5,8 +5,9 @@ MFU is (model FLOPs a second) / peak. Two counts of model FLOPs are in use, and 
   llmc     6 N + 6 L C T      a token, all N, causal attention (karpathy/llm.c, train_gpt2.cu)
 """
 
-import math
+import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from nanogpt_fast.gpus import GPUS
 from nanogpt_fast.settings.config import GPTConfig
 
+log = logging.getLogger(__name__)
 GEMM_SIZE = {"cuda": 8192, "mps": 4096, "cpu": 1024}  # edge of the matrices of measure_gemm
 # For how long it repeats at least: an idle GPU takes a while to raise its clocks.
 SETTLE_S = {"cuda": 0.5, "mps": 0.5, "cpu": 0.0}
@@ -50,28 +52,38 @@ def peak_flops(device_name: str, dtype: str) -> tuple[float, str] | None:
     return gpu.tflops * 1e12, f"{gpu.tflops:g} TFLOP/s dense {dtype} of {device_name} ({gpu.source})"
 
 
-def measure_gemm(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of one square matrix product, the best of five and more: what this machine really gives."""
+def gemm(device: torch.device, dtype: torch.dtype) -> Callable[[], float]:
+    """A square matrix product; each call runs it and gives its FLOP/s."""
     n = GEMM_SIZE[device.type]
     a, b = torch.randn(n, n, device=device).to(dtype), torch.randn(n, n, device=device).to(dtype)
-    best, runs, start = math.inf, 0, time.perf_counter()
-    while runs < 5 or time.perf_counter() - start < SETTLE_S[device.type]:
+
+    def run() -> float:
         began = time.perf_counter()
         torch.mm(a, b)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         elif device.type == "mps":
             torch.mps.synchronize()
-        best, runs = min(best, time.perf_counter() - began), runs + 1
-    return 2.0 * n**3 / best
+        return 2.0 * n**3 / (time.perf_counter() - began)
+
+    return run
+
+
+def measure_gemm(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of one square matrix product, the best of five and more: what this machine really gives."""
+    run, start = gemm(device, dtype), time.perf_counter()
+    rates = [run() for _ in range(5)]
+    while time.perf_counter() - start < SETTLE_S[device.type]:
+        rates.append(run())
+    return max(rates)
 
 
 def resolve_peak(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:
     """(peak FLOP/s, what it is) that MFU divides by: a CUDA GPU's data sheet; where that says nothing, and on other
     devices, the machine's own measured product, named so; None where nothing can be measured."""
     name = str(dtype).removeprefix("torch.")
-    if device.type == "cpu" and dtype == torch.float16:
-        return None, "unknown: no CPU of ours multiplies float16 fast enough to measure"
+    if device.type == "cpu" and not cpu_multiplies(dtype):
+        return None, f"n/a, this CPU is not known to multiply {name}"  # a product takes seconds: 2.6 s here, AVX2
     if device.type != "cuda":
         flops = measure_gemm(device, dtype)
         return flops, f"{flops / 1e9:.0f} GFLOP/s, measured {GEMM_SIZE[device.type]}^3 {name} product on {device.type}"
@@ -86,6 +98,60 @@ def resolve_peak(device: torch.device, dtype: torch.dtype) -> tuple[float | None
     except torch.OutOfMemoryError:
         return None, f"unknown: no memory left to measure a {product} ({why}); MFU is n/a"
     return flops, f"{flops / 1e12:.1f} TFLOP/s, measured {product} ({why}): MFU against it"
+
+
+class Peak:
+    """FLOP/s that a run's MFU divides by; None where unknown. With a product, the best that it gives over the run's
+    first seconds: one measurement beside other work is too low (27 GFLOP/s, on two cores that gave 146 alone)."""
+
+    SPAN_S, EVERY_S = 5.0, 0.5
+
+    def __init__(
+        self,
+        flops: float | None,
+        source: str,
+        product: Callable[[], float] | None = None,
+        clock: Callable[[], float] | None = None,
+    ):
+        self.flops, self.source, self._product = flops, source, product
+        self._clock = clock or time.perf_counter
+        self._began: float | None = None  # when the first product ran
+        self._last = 0.0
+
+    def refine(self) -> float:
+        """Run the product once more where that is due; the seconds it took, which are no training."""
+        if self._product is None:
+            return 0.0
+        now = self._clock()
+        if self._began is None:
+            self._began = now
+        elif now - self._last < self.EVERY_S:
+            return 0.0
+        self.flops, self._last = max(self.flops or 0.0, self._product()), now
+        if now - self._began >= self.SPAN_S:
+            self._product = None
+        return self._clock() - now
+
+    def mfu(self, flops_per_s: float) -> float | None:
+        """The share of the peak; None where it is unknown. One above 1 proves the peak wrong: from then on, once no
+        product can mend it, it is unknown, and the log says so."""
+        if self.flops is None:
+            return None
+        if flops_per_s <= self.flops:
+            return flops_per_s / self.flops
+        if self._product is None:
+            share = flops_per_s / self.flops
+            log.warning("MFU is n/a from here: it would be %.0f%% of %s", share * 100, self.source)
+            self.flops = None
+        return None
+
+
+def training_peak(device: torch.device, dtype: torch.dtype) -> Peak:
+    """resolve_peak for a run: a CPU's is measured while it trains."""
+    if device.type != "cpu" or not cpu_multiplies(dtype):
+        return Peak(*resolve_peak(device, dtype))
+    product = f"{GEMM_SIZE['cpu']}^3 {str(dtype).removeprefix('torch.')} product"
+    return Peak(None, f"the best {product} of the first {Peak.SPAN_S:.0f} s", gemm(device, dtype))
 
 
 def memory_estimate(

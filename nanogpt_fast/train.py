@@ -24,7 +24,7 @@ from nanogpt_fast.dry_run import describe
 from nanogpt_fast.errors import CheckpointError, NanogptError, run_command
 from nanogpt_fast.files import write_atomic
 from nanogpt_fast.generate import sample_text
-from nanogpt_fast.hardware import resolve_peak
+from nanogpt_fast.hardware import Peak, training_peak
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import REFERENCE, Ops, select_ops
 from nanogpt_fast.optim import AdamW, FlatParameters
@@ -86,14 +86,14 @@ def main(argv: list[str]) -> int:
                 pin_memory=world.device.type == "cuda",
             )
         )
-        peak, peak_source = resolve_peak(world.device, dtype) if world.is_main else (None, "")
-        say(f"device {world.device}, dtype {str(dtype).removeprefix('torch.')}, peak for MFU: {peak_source}")
+        peak = training_peak(world.device, dtype) if world.is_main else Peak(None, "")
+        say(f"device {world.device}, dtype {str(dtype).removeprefix('torch.')}, peak for MFU: {peak.source}")
         run_log = RunLog(
             Path(config.run.out_dir), config.log, config.flat(), total=config.optim.max_iters + 1, enabled=world.is_main
         )
         stack.callback(run_log.close)
         if not config.run.eval_only:  # an evaluation adds a line to the run's metrics, it is no new run
-            run_log.run(**run_facts(config, shape, start, dtype, peak_source))
+            run_log.run(**run_facts(config, shape, start, dtype, peak.source))
         trainer = Trainer(
             config=config,
             world=world,

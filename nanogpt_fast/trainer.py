@@ -14,7 +14,7 @@ from nanogpt_fast.data.loader import Loader
 from nanogpt_fast.data.tokens import TokenSource
 from nanogpt_fast.distributed import World
 from nanogpt_fast.errors import CheckpointError, DeviceError, DivergedError
-from nanogpt_fast.hardware import flops_per_token
+from nanogpt_fast.hardware import Peak, flops_per_token
 from nanogpt_fast.ops import exact_device
 from nanogpt_fast.optim import learning_rate
 from nanogpt_fast.run import checkpoint
@@ -42,7 +42,7 @@ class Trainer:
     log: RunLog
     tokenizer: dict[str, Any]  # meta.json's `tokenizer`, kept with every checkpoint
     fingerprint: dict[str, Any]
-    peak: float | None  # FLOP/s that MFU divides by
+    peak: Peak  # what MFU divides by
     start: int = 0
     best_val_loss: float = math.inf
 
@@ -52,7 +52,7 @@ class Trainer:
         self._flops = {k: v * self.config.tokens_per_iter for k, v in flops_per_token(self.model.config).items()}
         self._evaluated: tuple[int, float] | None = None  # (iteration, val loss) of the last evaluation
         self._failed_saves, self._saved_step = 0, -1
-        self._mfu = -1.0  # nanoGPT's running value; -1 until five iterations are done
+        self._flops_per_s: float | None = None  # nanoGPT's running value, a rank's; None until five iterations are done
 
     def run(self) -> int:
         """Train to max_iters; returns the exit code."""
@@ -70,6 +70,7 @@ class Trainer:
                         self._evaluate_and_save(iteration)
                     result = self.step(next(self.loader), iteration)
                     self._since_log += 1
+                    self._tick += self.peak.refine()
                     if iteration % run.log_interval == 0:
                         self._log_iteration(iteration, result)
                     if self.world.any(stop.received is not None):
@@ -152,7 +153,7 @@ class Trainer:
             "val_loss": losses["val"],
             "val_perplexity": perplexity,
             "lr": learning_rate(iteration, self.config.optim),
-            "mfu": max(self._mfu, 0.0) * 100,
+            "mfu": _percent(self.peak.mfu(self._flops_per_s or 0.0)),
             "tokens": float(iteration * self.config.tokens_per_iter),
             "elapsed_s": self.log.elapsed,
         }
@@ -208,22 +209,21 @@ class Trainer:
                 hint=f"{self._resume_command()} --learning_rate={self.config.optim.learning_rate / 3:.2g}",
             )
         tokens_per_s = self.config.tokens_per_iter / seconds
-        mfu = {
-            name: flops / seconds / self.peak / self.world.size if self.peak else None
-            for name, flops in self._flops.items()
-        }
-        now_mfu = mfu["nanogpt"]
-        if now_mfu is not None and iteration - self.start >= 5:  # nanoGPT: let the loop settle first
-            self._mfu = now_mfu if self._mfu < 0 else 0.9 * self._mfu + 0.1 * now_mfu
-        shown = "n/a" if now_mfu is None else f"{self._mfu * 100:.2f}%"
+        rates = {name: flops / seconds / self.world.size for name, flops in self._flops.items()}
+        if iteration - self.start >= 5:  # nanoGPT: let the loop settle first
+            running, rate = self._flops_per_s, rates["nanogpt"]
+            self._flops_per_s = rate if running is None else 0.9 * running + 0.1 * rate
+        mfu = {name: _percent(self.peak.mfu(rate)) for name, rate in rates.items()}
+        smooth = _percent(self.peak.mfu(self._flops_per_s)) if self._flops_per_s else -100.0  # nanoGPT's mark
+        shown = "n/a" if smooth is None or self.peak.flops is None else f"{smooth:.2f}%"
         figures: dict[str, float | None] = {
             "loss": loss,
             "lr": learning_rate(iteration, self.config.optim),
             "grad_norm": norm,
             "time_ms": seconds * 1e3,
             "tokens_per_s": tokens_per_s,
-            "mfu": None if now_mfu is None else now_mfu * 100,
-            "mfu_llmc": None if mfu["llmc"] is None else mfu["llmc"] * 100,
+            "mfu": mfu["nanogpt"],
+            "mfu_llmc": mfu["llmc"],
             "data_wait": wait * 100,
             "tokens": float((iteration + 1) * self.config.tokens_per_iter),
             "elapsed_s": self.log.elapsed,
@@ -233,6 +233,10 @@ class Trainer:
         line = f"iter {iteration}: loss {loss:.4f}, time {seconds * 1e3:.2f}ms, mfu {shown}"
         self.log.train(iteration, figures, f"{line}, {rest}")
         self.log.progress(iteration + 1, f"loss {loss:.3f} {tokens_per_s / 1e3:,.1f}K tok/s")
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else share * 100
 
 
 def _clock(seconds: float) -> str:

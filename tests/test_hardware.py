@@ -8,7 +8,15 @@ import torch
 
 from nanogpt_fast import hardware
 from nanogpt_fast.gpus import GPUS
-from nanogpt_fast.hardware import cpu_multiplies, flops_per_token, memory_estimate, peak_flops, resolve_peak
+from nanogpt_fast.hardware import (
+    Peak,
+    cpu_multiplies,
+    flops_per_token,
+    memory_estimate,
+    peak_flops,
+    resolve_peak,
+    training_peak,
+)
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import REFERENCE
 from nanogpt_fast.optim import ALIGNMENT, RANKS, AdamW, FlatParameters
@@ -100,14 +108,69 @@ def test_what_a_cpu_multiplies(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_cpu_is_measured(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype):
-    monkeypatch.setitem(hardware.GEMM_SIZE, "cpu", 128)
+    monkeypatch.setitem(hardware.GEMM_SIZE, "cpu", 64)
+    monkeypatch.setattr(hardware, "cpu_multiplies", lambda _: True)
     peak, source = resolve_peak(torch.device("cpu"), dtype)
-    assert peak is not None and peak > 0 and "measured 128^3" in source and str(dtype).split(".")[1] in source
+    assert peak is not None and peak > 0 and "measured 64^3" in source and str(dtype).split(".")[1] in source
+    growing = training_peak(torch.device("cpu"), dtype)
+    assert growing.flops is None and "64^3" in growing.source and str(dtype).split(".")[1] in growing.source
+    assert growing.refine() > 0.0 and growing.flops
 
 
-def test_float16_on_a_cpu_is_not_measured(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(hardware, "measure_gemm", lambda *_: pytest.fail("takes seconds"))
-    assert resolve_peak(torch.device("cpu"), torch.float16)[0] is None
+@pytest.mark.parametrize("native", [False, None])
+def test_a_dtype_that_the_cpu_emulates_is_not_measured(monkeypatch: pytest.MonkeyPatch, native: bool | None):
+    monkeypatch.setattr(hardware, "gemm", lambda *_: pytest.fail("takes seconds"))
+    monkeypatch.setattr(hardware, "cpu_multiplies", lambda _: native)
+    for dtype in (torch.bfloat16, torch.float16):
+        flops, source = resolve_peak(torch.device("cpu"), dtype)
+        assert flops is None and "n/a" in source and str(dtype).split(".")[1] in source
+        peak = training_peak(torch.device("cpu"), dtype)
+        assert peak.refine() == 0.0 and peak.mfu(1.0) is None
+
+
+class Machine:
+    """A clock and a product on it: each product takes 0.1 s and has the next of the given rates."""
+
+    def __init__(self, *rates: float):
+        self.now, self.rates = 100.0, list(rates)
+
+    def clock(self) -> float:
+        return self.now
+
+    def product(self) -> float:
+        self.now += 0.1
+        return self.rates.pop(0)
+
+
+def test_a_cpus_peak_is_the_best_product_of_the_first_seconds():
+    rates = [30.0, 110.0, *[90.0] * 7, 120.0]
+    machine = Machine(*rates, *[500.0] * 5)
+    peak = Peak(None, "a product", machine.product, machine.clock)
+    assert peak.mfu(10.0) is None, "nothing measured yet"
+    assert peak.refine() == pytest.approx(0.1) and peak.mfu(15.0) == pytest.approx(0.5)
+    assert peak.refine() == 0.0, "the next is not due"
+    seen = []
+    for _ in range(40):
+        machine.now += 0.25
+        if peak.refine():
+            seen.append((machine.now - 100.0, peak.flops))
+    assert [flops for _, flops in seen] == [110.0] * 8 + [120.0]
+    assert Peak.SPAN_S <= seen[-1][0] < Peak.SPAN_S + 1.0 and machine.rates == [500.0] * 5
+    assert peak.mfu(120.0) == 1.0
+
+
+def test_mfu_is_never_above_one(caplog: pytest.LogCaptureFixture):
+    """While products still mend the peak, too high a share waits for the next; after that the peak is given up."""
+    machine = Machine(10.0, 40.0)
+    peak = Peak(None, "the best product", machine.product, machine.clock)
+    peak.refine()
+    assert peak.mfu(20.0) is None and not caplog.records
+    machine.now += Peak.SPAN_S
+    peak.refine()
+    assert peak.mfu(20.0) == 0.5
+    assert [peak.mfu(rate) for rate in (60.0, 20.0, 60.0)] == [None] * 3
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == "MFU is n/a from here: it would be 150% of the best product"
 
 
 @pytest.mark.parametrize(

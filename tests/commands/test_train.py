@@ -1,5 +1,6 @@
 """The trainer as a user runs it: it learns, evaluates, saves, stops and says so."""
 
+import itertools
 import json
 import math
 import os
@@ -14,7 +15,9 @@ import pytest
 import torch
 from tiny_run import VOCAB, flags, metrics, train, train_process, write_dataset
 
+from nanogpt_fast import hardware
 from nanogpt_fast.errors import CheckpointError, ConfigError, DataError, DeviceError, DivergedError
+from nanogpt_fast.hardware import Peak
 from nanogpt_fast.run import checkpoint
 from nanogpt_fast.step import StepResult, TrainStep
 from nanogpt_fast.train import best_val_loss_of, main
@@ -49,6 +52,35 @@ def test_it_learns_and_prints_nanogpts_lines(folder: Path, capsys: pytest.Captur
     assert re.search(r"^iter 7: loss \d\.\d{4}, time \d+\.\d\dms, mfu \d+\.\d\d%", out, re.MULTILINE)
     assert re.search(r"^iter 0: .* mfu -100\.00%", out, re.MULTILINE)  # nanoGPT's mark of "not settled yet"
     assert sorted(metrics(folder, "train", "loss")) == list(range(151))  # max_iters + 1 steps, as nanoGPT
+
+
+def test_products_for_the_peak_are_no_training_time(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """On a clock that products alone move by more than a tick."""
+    now = itertools.count()
+    skipped = [0]
+
+    def product() -> float:
+        skipped[0] += 10**9
+        return 1e15
+
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(now) + skipped[0]))
+    monkeypatch.setattr(Peak, "SPAN_S", math.inf)
+    monkeypatch.setattr(hardware, "gemm", lambda *_: product)
+    train(folder)
+    assert skipped[0] >= 20 * 10**9, "one an iteration"
+    assert max(metrics(folder, "train", "time_ms").values()) < 1e9
+    assert all(0 < mfu < 100 for mfu in metrics(folder, "train", "mfu").values())
+
+
+def test_mfu_against_too_low_a_peak_is_not_shown(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(hardware, "gemm", lambda *_: lambda: 1.0)
+    monkeypatch.setattr(Peak, "SPAN_S", 0.0)
+    train(folder)
+    assert len(re.findall(r"^iter \d+: .* mfu n/a", capsys.readouterr().out, re.MULTILINE)) == 21
+    assert set(metrics(folder, "train", "mfu").values()) == set(metrics(folder, "eval", "mfu").values()) == {None}
+    assert [r.getMessage()[:20] for r in caplog.records] == ["MFU is n/a from here"]
 
 
 def test_all_dtypes_and_accumulation_train(folder: Path):
@@ -183,11 +215,11 @@ def test_out_of_memory_says_what_to_try(folder: Path, monkeypatch: pytest.Monkey
         train(folder)
 
 
-def test_another_tokenizer_than_the_weights_is_said(folder: Path, capsys: pytest.CaptureFixture[str]):
+def test_another_tokenizer_than_the_weights_is_said(folder: Path, caplog: pytest.LogCaptureFixture):
     train(folder, max_iters=10)
     (folder / "data/toy/meta.json").write_text(META)
     train(folder, max_iters=10, init_from=folder / "out", out_dir=folder / "second")
-    assert "another tokenizer" in capsys.readouterr().out
+    assert "another tokenizer" in caplog.text
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
