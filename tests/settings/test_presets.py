@@ -7,6 +7,7 @@ import tomllib
 import pytest
 
 from nanogpt_fast.errors import ConfigError
+from nanogpt_fast.hardware import flops_per_token
 from nanogpt_fast.settings import cli
 from nanogpt_fast.settings.config import SECTION_OF, Config
 
@@ -96,3 +97,13 @@ def test_an_installed_package_reads_the_presets_inside_it(tmp_path, monkeypatch)
 def test_a_preset_leaves_the_dtype_to_the_device(name):
     """bfloat16 on a CPU that emulates it is ten times as slow as float32 (nanogpt_fast/distributed.py)."""
     assert cli.load_config([name]).system.dtype == "auto"
+
+
+def test_the_quickstart_is_small():
+    """7.4 TFLOP by nanoGPT's count are what fits the promised time on two AVX2 cores without hurry (README.md)."""
+    config = cli.load_config(["quickstart"])
+    flops = flops_per_token(config.shape(vocab_size=96))["nanogpt"] * config.tokens_per_iter * config.optim.max_iters
+    assert flops < 7.5e12
+    assert config.model.n_layer * config.optim.max_iters <= 4800, "calls cost more than products on a faster CPU"
+    evaluated = 2 * config.run.eval_iters * (config.optim.max_iters // config.run.eval_interval + 1)
+    assert evaluated / 3 < 0.1 * config.optim.max_iters, "a forward pass is a third of an iteration"
