@@ -121,7 +121,8 @@ def _use(device: torch.device) -> torch.device:
 def _keep_freed_memory() -> None:
     """Let glibc hold up to 1 GiB of freed memory for the next step; elsewhere nothing.
 
-    Its default hands activations back to the kernel and faults them in again, page by page.
+    Its default hands activations back to the kernel and faults them in again: 60 iterations of shakespeare_char_cpu in
+    float32 took 105K page faults and more on one core, 57K this way.
     """
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
