@@ -36,7 +36,7 @@ PEERS = tuple(sorted(path.stem for path in (Path(__file__).parent / "peers").glo
 
 
 @dataclass
-class Field:
+class Lineup:
     """Who takes part in an op, and who cannot, with the reason."""
 
     contestants: dict[str, Contestant] = field(default_factory=dict)
@@ -79,18 +79,19 @@ def _peer(name: str, op: str) -> dict[str, Contestant]:
     return importlib.import_module(f"peers.{name}").contestants(op)
 
 
-def contestants(op: str, at: Setting, peers: list[str], compiled: bool = True) -> Field:
+def contestants(op: str, at: Setting, peers: list[str], compiled: bool = True) -> Lineup:
     """Everyone for an op."""
-    found = Field()
-    found.add("ours", lambda: _ours(op, at))
-    found.add("eager", lambda: {"eager": harness.plain(cases.specification(op), capturable=not CASES[op].syncs)})
+    lineup = Lineup()
+    lineup.add("ours", lambda: _ours(op, at))
+    lineup.add("eager", lambda: {"eager": harness.plain(cases.specification(op), capturable=not CASES[op].syncs)})
     if compiled:
-        found.add("torch.compile", lambda: _compiled(op))
+        lineup.add("torch.compile", lambda: _compiled(op))
     for name in peers if at.p == 0.0 else []:
-        found.add(name, lambda name=name: _peer(name, op))
-    return found
+        lineup.add(name, lambda name=name: _peer(name, op))
+    return lineup
 
 
+Line = dict[str, Any]  # of ops.jsonl
 Results = tuple[list[torch.Tensor | None], list[torch.Tensor | None]]  # outputs (or what was mutated), gradients
 
 
@@ -116,21 +117,21 @@ def difference(got: Results, expected: Results) -> float:
     return float("nan") if any(e != e for e in errors) else max(errors)
 
 
-def checked(op: str, at: Setting, found: Field) -> dict[str, float | str]:
+def checked(op: str, at: Setting, lineup: Lineup) -> dict[str, float | str]:
     """{contestant: relative error, or what went wrong}; those that fail are taken out. The measure is eager, the
     specification itself; where that fails (memory), ours."""
     verdicts: dict[str, float | str] = {}
     expected = None
-    for name in sorted(found.contestants, key=lambda name: name != "eager"):
+    for name in sorted(lineup.contestants, key=lambda name: name != "eager"):
         try:
-            got = results(found.contestants[name], op, at)
+            got = results(lineup.contestants[name], op, at)
             expected = expected or got
             error = difference(got, expected)
             verdicts[name] = error if error <= harness.TOLERANCE[at.dtype] else f"WRONG: relative error {error:.3g}"
         except Exception as problem:
             verdicts[name] = f"failed: {first_line(problem)}"
         if isinstance(verdicts[name], str):
-            del found.contestants[name]
+            del lineup.contestants[name]
         gc.collect()
     return verdicts
 
@@ -158,13 +159,13 @@ def within(contestant: Contestant, call: Callable[[], Any]) -> Callable[[], Any]
 
 
 def timed(
-    op: str, at: Setting, found: Field, rounds: int
+    op: str, at: Setting, lineup: Lineup, rounds: int
 ) -> tuple[dict[tuple[str, str], list[float]], dict[str, str], dict[str, Any]]:
     """({(contestant, mode): milliseconds a call}, {contestant: how, or what went wrong}, the GPU's state meanwhile)."""
     sizes = [a.numel() * a.element_size() for a in CASES[op].inputs(at) if isinstance(a, torch.Tensor)]
     sets = harness.input_sets(sum(sizes))
     pool, arms, how, state = torch.cuda.graph_pool_handle(), {}, {}, {}
-    for name, contestant in found.contestants.items():
+    for name, contestant in lineup.contestants.items():
         try:
             modes = calls_of(contestant, op, at, sets)
             made = {f"{name}|{mode}": harness.make_arm(c, pool, contestant.capturable) for mode, c in modes.items()}
@@ -175,7 +176,7 @@ def timed(
         gc.collect()
     spans = harness.interleaved(arms, rounds, lambda: state.update(machine.gpu_state()))
     times = {(name, mode): spans[f"{name}|{mode}"] for name in how for mode in MODES if f"{name}|{mode}" in spans}
-    for name in found.contestants:
+    for name in lineup.contestants:
         if (name, "both") in times:
             times[name, "backward"] = [b - f for b, f in zip(times[name, "both"], times[name, "forward"])]
     return times, how, state
@@ -186,34 +187,58 @@ def work_of(mode: str, op: str, at: Setting) -> Work:
     return forward if mode == "forward" or backward is None else backward if mode == "backward" else forward + backward
 
 
-def measure(op: str, at: Setting, found: Field, rounds: int, facts: dict[str, Any], lines: machine.Lines) -> list[list]:
-    """Time everyone who passed; rows of the table."""
-    verdicts = checked(op, at, found)
-    for name, reason in found.absent.items():
-        lines.write(**facts, contestant=name, status=reason)
-        print(f"  {name}: {reason}")
-    for name, verdict in verdicts.items():
-        if isinstance(verdict, str):
-            lines.write(**facts, contestant=name, status=verdict)
-            print(f"  {name}: {verdict}")
-    times, how, state = timed(op, at, found, rounds)
-    rows = []
+def excluded(lineup: Lineup, verdicts: dict[str, float | str]) -> list[Line]:
+    """A line for each who is not timed: missing, broken or wrong."""
+    failed = {name: verdict for name, verdict in verdicts.items() if isinstance(verdict, str)}
+    return [{"contestant": name, "status": why} for name, why in {**lineup.absent, **failed}.items()]
+
+
+def measured(op: str, at: Setting, lineup: Lineup, verdicts: dict[str, float | str], rounds: int) -> list[Line]:
+    """Time everyone left; a line for each contestant and mode, and for each whom nothing could time."""
+    times, how, state = timed(op, at, lineup, rounds)
+    found: list[Line] = []
     for (name, mode), values in times.items():
         work, ms = work_of(mode, op, at), harness.summary(values)
         floor = machine.floor_ms(work, at.dtype)
-        share = {"floor_ms": floor[0], "bound": floor[1], "of_floor": floor[0] / ms["ms"]} if floor else {}
-        rate = {"tflops": work.flops / ms["ms"] / 1e9, "gbps": work.bytes / ms["ms"] / 1e6}
-        ran = {"contestant": name, "mode": mode, "timed": how[name], "error": verdicts[name], "rounds": rounds}
-        lines.write(**facts, **ran, status="ok", **ms, **rate, **share, **state)
-        against = statistics.median(a / b for a, b in zip(values, times.get(("ours", mode), values)))
-        speed = f"{rate['tflops']:.0f} TFLOP/s" if work.flops else f"{rate['gbps']:.0f} GB/s"
-        rows.append([name, mode, ms["ms"], f"{ms['q1']:.4g}-{ms['q3']:.4g}", speed,
-                     f"{share['of_floor']:.0%}" if share else "n/a", f"{against:.2f}", how[name]])  # fmt: skip
-    for name, problem in how.items():
-        if problem.startswith("not timed"):
-            lines.write(**facts, contestant=name, status=problem)
-            print(f"  {name}: {problem}")
-    return rows
+        line = {"contestant": name, "mode": mode, "timed": how[name], "error": verdicts[name], "rounds": rounds}
+        line |= {"status": "ok", **ms, "tflops": work.flops / ms["ms"] / 1e9, "gbps": work.bytes / ms["ms"] / 1e6}
+        if floor:
+            line |= {"floor_ms": floor[0], "bound": floor[1], "of_floor": floor[0] / ms["ms"]}
+        if ("ours", mode) in times:
+            line["x_ours"] = statistics.median(a / b for a, b in zip(values, times["ours", mode]))
+        found.append(line | state)
+    problems = {name: problem for name, problem in how.items() if problem.startswith("not timed")}
+    return found + [{"contestant": name, "status": problem} for name, problem in problems.items()]
+
+
+def show(found: list[Line]) -> None:
+    """Print lines: those without a time and why, then a table of the others."""
+    rows = []
+    for line in found:
+        if line["status"] != "ok":
+            print(f"  {line['contestant']}: {line['status']}")
+            continue
+        speed = f"{line['tflops']:.0f} TFLOP/s" if line["tflops"] else f"{line['gbps']:.0f} GB/s"
+        share, ratio = (line.get(name) for name in ("of_floor", "x_ours"))
+        rows.append([line["contestant"], line["mode"], line["ms"], f"{line['q1']:.4g}-{line['q3']:.4g}", speed,
+                     "n/a" if share is None else f"{share:.0%}", "n/a" if ratio is None else f"{ratio:.2f}",
+                     line["timed"]])  # fmt: skip
+    if rows:
+        print(machine.table(["contestant", "mode", "ms", "quartiles", "rate", "of floor", "x ours", "timed"], rows))
+    sys.stdout.flush()
+
+
+def tell(found: list[Line], facts: dict[str, Any], lines: machine.Lines) -> None:
+    for line in found:
+        lines.write(**facts, **line)
+    show(found)
+
+
+def measure(op: str, at: Setting, lineup: Lineup, rounds: int, facts: dict[str, Any], lines: machine.Lines) -> None:
+    """Check everyone, then time those who passed."""
+    verdicts = checked(op, at, lineup)
+    tell(excluded(lineup, verdicts), facts, lines)  # at once: timing may be cut short
+    tell(measured(op, at, lineup, verdicts, rounds), facts, lines)
 
 
 def plan(op: str, at: Setting) -> str:
@@ -268,16 +293,14 @@ def main(argv: list[str]) -> int:
             print(f"{op}, {size}: measured before")
             continue
         at = setting_of(op, size, args, device)
-        found = contestants(op, at, peers, compiled=not (args.no_compile or args.check))
+        lineup = contestants(op, at, peers, compiled=not (args.no_compile or args.check))
         facts = {"op": op, "size": size, "shape": vars(at.shape), "dtype": args.dtype, "p": at.p, "bias": at.bias}
         print(f"{op}, {size}: B={at.shape.B} T={at.shape.T} C={at.shape.C} {args.dtype}", flush=True)
         if args.check:
-            wrong += check(op, at, found, facts, lines)
+            wrong += check(op, at, lineup, facts, lines)
             continue
-        rows = measure(op, at, found, args.rounds, facts, lines)
-        wrong += "ours" not in found.contestants
-        header = ["contestant", "mode", "ms", "quartiles", "rate", "of floor", "x ours", "timed"]
-        print(machine.table(header, rows), flush=True)
+        measure(op, at, lineup, args.rounds, facts, lines)
+        wrong += "ours" not in lineup.contestants
         lines.write(size=size, op=op, asked=asked, finished=machine.tree_hash())
         gc.collect()
         torch.cuda.empty_cache()
@@ -290,9 +313,9 @@ def setting_of(op: str, size: str, args: argparse.Namespace, device: torch.devic
     return cases.setting(op, size, dtype=dtype, device=device, p=args.p, bias=not args.no_bias)
 
 
-def check(op: str, at: Setting, found: Field, facts: dict[str, Any], lines: machine.Lines) -> bool:
+def check(op: str, at: Setting, lineup: Lineup, facts: dict[str, Any], lines: machine.Lines) -> bool:
     """Print everyone's verdict; whether one of ours is missing or wrong."""
-    verdicts = {**found.absent, **checked(op, at, found)}
+    verdicts = {**lineup.absent, **checked(op, at, lineup)}
     for name, verdict in verdicts.items():
         wrong = isinstance(verdict, str)
         lines.write(**facts, contestant=name, mode="check", status=verdict if wrong else "ok", error=verdict)
@@ -307,9 +330,9 @@ def dry_run(args: argparse.Namespace, peers: list[str]) -> int:
             print(plan(op, setting_of(op, size, args, torch.device("meta"))))
     print("peers")
     for peer in peers:
-        found = Field()
-        found.add(peer, lambda peer=peer: {f"{op}: {name}": c for op in CASES for name, c in _peer(peer, op).items()})
-        print(f"  {peer}: {found.absent.get(peer) or '; '.join(found.contestants)}")
+        lineup = Lineup()
+        lineup.add(peer, lambda peer=peer: {f"{op}: {name}": c for op in CASES for name, c in _peer(peer, op).items()})
+        print(f"  {peer}: {lineup.absent.get(peer) or '; '.join(lineup.contestants)}")
     return 0
 
 

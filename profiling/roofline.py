@@ -42,7 +42,6 @@ from nanogpt_fast.settings.config import GPTConfig
 
 TILE = 128  # edge of attention's tiles: what lies above the diagonal in them is computed too
 
-
 CHOICES = {  # --gpu: the name that the driver gives, a key of gpus.GPUS
     "h100": "NVIDIA H100 80GB HBM3",
     "h100-pcie": "NVIDIA H100 PCIe",

@@ -39,17 +39,17 @@ def tiny(op: str, **options: Any) -> cases.Setting:
 @pytest.mark.parametrize("op,p", [*((op, 0.0) for op in cases.CASES), ("attention", 0.1), ("dropout_add", 0.1)])
 def test_our_op_agrees_with_its_specification(op: str, p: float):
     """So that a session on a GPU is not spent on a case that cannot run: every variant, values and gradients."""
-    field = ops.contestants(op, tiny(op, p=p), [], compiled=False)
-    assert not field.absent
-    verdicts = ops.checked(op, tiny(op, p=p), field)
+    lineup = ops.contestants(op, tiny(op, p=p), [], compiled=False)
+    assert not lineup.absent
+    verdicts = ops.checked(op, tiny(op, p=p), lineup)
     assert {"ours", "eager"} <= verdicts.keys()
     assert all(isinstance(error, float) for error in verdicts.values()), verdicts
 
 
 def test_every_switch_of_a_launch_row_is_a_contestant():
     """attention_bwd has its atomic form beside the deterministic one: both are to be reported."""
-    field = ops.contestants("attention", tiny("attention"), [], compiled=False)
-    assert [name for name in field.contestants if name.startswith("ours")] == ["ours", "ours, atomic=True"]
+    lineup = ops.contestants("attention", tiny("attention"), [], compiled=False)
+    assert [name for name in lineup.contestants if name.startswith("ours")] == ["ours", "ours, atomic=True"]
 
 
 def test_work_counts_products_and_bytes_once():
@@ -71,10 +71,10 @@ def test_inputs_repeat_and_differ_with_the_seed():
 # ---- the check ----
 
 
-def eager_field(op: str) -> ops.Field:
+def eager_lineup(op: str) -> ops.Lineup:
     """The specification against itself: what is tested here is not the ops, and the interpreter is slow."""
     found = {"ours": plain(cases.specification(op)), "eager": plain(cases.specification(op), not cases.CASES[op].syncs)}
-    return ops.Field(found)
+    return ops.Lineup(found)
 
 
 def contestant_for_norm(change: Any) -> Contestant:
@@ -90,10 +90,10 @@ def contestant_for_norm(change: Any) -> Contestant:
     ids=["scaled", "NaN", "short", "permuted"],
 )
 def test_a_wrong_contestant_is_taken_out(change: Any):
-    field = eager_field("norm")
-    field.contestants["peer"] = contestant_for_norm(change)
-    verdicts = ops.checked("norm", tiny("norm"), field)
-    assert isinstance(verdicts["peer"], str) and "peer" not in field.contestants
+    lineup = eager_lineup("norm")
+    lineup.contestants["peer"] = contestant_for_norm(change)
+    verdicts = ops.checked("norm", tiny("norm"), lineup)
+    assert isinstance(verdicts["peer"], str) and "peer" not in lineup.contestants
     assert isinstance(verdicts["ours"], float)
 
 
@@ -101,8 +101,8 @@ def test_a_contestant_that_raises_is_reported(capsys: pytest.CaptureFixture):
     def broken(*args):
         raise RuntimeError("no kernel image")
 
-    field = ops.Field({"eager": plain(cases.specification("norm")), "peer": plain(broken)})
-    assert ops.checked("norm", tiny("norm"), field)["peer"] == "failed: RuntimeError: no kernel image"
+    lineup = ops.Lineup({"eager": plain(cases.specification("norm")), "peer": plain(broken)})
+    assert ops.checked("norm", tiny("norm"), lineup)["peer"] == "failed: RuntimeError: no kernel image"
 
 
 def test_zeros_prove_nothing():
@@ -114,20 +114,20 @@ def test_a_missing_and_a_broken_peer_are_reported(monkeypatch: pytest.MonkeyPatc
     assert set(ops.PEERS) == {p.stem for p in (ROOT / "bench/peers").glob("*.py")} and "liger" in ops.PEERS
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
     monkeypatch.delitem(sys.modules, "peers.liger", raising=False)
-    field = ops.contestants("norm", tiny("norm"), ["liger"], compiled=False)
-    assert field.absent["liger"].startswith("not installed") and "ours" in field.contestants
-    field = ops.Field()
-    field.add("odd", lambda: {"odd": [][1]})
-    assert field.absent["odd"].startswith("broken (IndexError")
+    lineup = ops.contestants("norm", tiny("norm"), ["liger"], compiled=False)
+    assert lineup.absent["liger"].startswith("not installed") and "ours" in lineup.contestants
+    lineup = ops.Lineup()
+    lineup.add("odd", lambda: {"odd": [][1]})
+    assert lineup.absent["odd"].startswith("broken (IndexError")
 
 
 def test_torch_s_own_peers_agree():
     """SDPA's packed and separate forms and AdamW(fused) bind to our arguments."""
     for op, name in (("attention", "SDPA flash"), ("adamw_", "torch.optim.AdamW(fused)"), ("grad_norm", "torch._")):
         at = tiny(op, dtype=torch.bfloat16 if op == "attention" else torch.float32)  # flash on a GPU takes 16-bit only
-        field = eager_field(op)
-        field.add("pytorch", lambda op=op: importlib.import_module("peers.pytorch").contestants(op))
-        found = {who: verdict for who, verdict in ops.checked(op, at, field).items() if who.startswith(name)}
+        lineup = eager_lineup(op)
+        lineup.add("pytorch", lambda op=op: importlib.import_module("peers.pytorch").contestants(op))
+        found = {who: verdict for who, verdict in ops.checked(op, at, lineup).items() if who.startswith(name)}
         assert found and all(isinstance(verdict, float) for verdict in found.values()), found
 
 
@@ -155,12 +155,12 @@ def no_gpu_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
 
 
-def test_measured_lines_say_what_was_measured(no_gpu_needed: None, tmp_path: Path):
+def test_measured_lines_say_what_was_measured(no_gpu_needed: None, tmp_path: Path, capsys: pytest.CaptureFixture):
     at, path = tiny("norm"), tmp_path / "new" / "ops.jsonl"
-    field = eager_field("norm")
-    field.contestants["wrong"] = contestant_for_norm(lambda y: y + 1.0)
-    field.absent["liger"] = "not installed"
-    rows = ops.measure("norm", at, field, 3, {"op": "norm"}, machine.Lines(path, bench="ops", gpu="G"))
+    lineup = eager_lineup("norm")
+    lineup.contestants["wrong"] = contestant_for_norm(lambda y: y + 1.0)
+    lineup.absent["liger"] = "not installed"
+    ops.measure("norm", at, lineup, 3, {"op": "norm"}, machine.Lines(path, bench="ops", gpu="G"))
     lines = machine.read_lines(path)
     status = {line["contestant"]: line["status"] for line in lines}
     assert status["liger"] == "not installed" and status["wrong"].startswith("WRONG")
@@ -169,13 +169,27 @@ def test_measured_lines_say_what_was_measured(no_gpu_needed: None, tmp_path: Pat
     work = cases.CASES["norm"].work(at.shape, 4)[0]
     assert ours["forward"]["gbps"] == work.bytes / 1e6 and ours["forward"]["of_floor"] == 0.5
     assert ours["both"]["sm_mhz"] == 1980.0 and ours["both"]["gpu"] == "G" and ours["both"]["timed"] == "graph"
-    assert [row[:2] for row in rows if row[0] == "eager"] == [["eager", m] for m in ("forward", "both", "backward")]
+    assert {mode: line["x_ours"] for mode, line in ours.items()} == {"forward": 1.0, "both": 1.0, "backward": 1.0}
+    text = capsys.readouterr().out
+    assert "  liger: not installed" in text and "  wrong: WRONG" in text
+    rows = [line.split() for line in text.splitlines() if line.startswith("eager")]
+    assert [row[1:3] for row in rows] == [["forward", "1"], ["both", "3"], ["backward", "2"]]
 
 
-def test_what_mutates_its_arguments_is_timed_forward_only(no_gpu_needed: None, tmp_path: Path):
-    field = eager_field("adamw_")
-    rows = ops.measure("adamw_", tiny("adamw_"), field, 3, {}, machine.Lines(None))
-    assert {(row[0], row[1], row[-1]) for row in rows} == {("ours", "forward", "graph"), ("eager", "forward", "events")}
+def test_without_ours_nothing_is_compared_with_it(no_gpu_needed: None, capsys: pytest.CaptureFixture):
+    lineup = ops.Lineup({"eager": plain(cases.specification("norm"))})
+    found = ops.measured("norm", tiny("norm"), lineup, {"eager": 0.0}, 3)
+    ops.show(found)
+    assert not any("x_ours" in line for line in found)
+    assert "n/a" in capsys.readouterr().out
+
+
+def test_what_mutates_its_arguments_is_timed_forward_only(no_gpu_needed: None):
+    lineup = eager_lineup("adamw_")
+    verdicts: dict[str, float | str] = {"ours": 0.0, "eager": 0.0}
+    found = ops.measured("adamw_", tiny("adamw_"), lineup, verdicts, 3)
+    ran = {(line["contestant"], line["mode"], line["timed"]) for line in found}
+    assert ran == {("ours", "forward", "graph"), ("eager", "forward", "events")}
 
 
 def test_the_whole_run_resumes(
