@@ -1,4 +1,5 @@
-"""The ops as benchmark cases: inputs at a model's shapes, the work they must do, and our own and torch's contestant.
+"""The ops as benchmark cases: where ours is, its inputs (profiling/op_inputs.py's), the work that they are, and torch's
+own contestant.
 
 Bytes are compulsory ones (each input read once, each output written once), so a floor is a floor; FLOPs are those of
 the products, causal attention counted as half.
@@ -7,13 +8,15 @@ the products, causal attention counted as half.
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import harness
+import op_inputs
 import torch
 import torch.nn.functional as F
 from nanogpt_kernels import reference
+from op_inputs import Setting, Shape, gpt2
 from torch import Tensor
 from work import (
     Work,
@@ -26,68 +29,12 @@ from work import (
     norm_bytes,
 )
 
-
-@dataclass(frozen=True)
-class Shape:
-    """A batch through a model: B sequences of T tokens, C channels in H heads, V words, N parameters."""
-
-    B: int
-    T: int
-    C: int
-    H: int
-    V: int
-    N: int
-
-    @property
-    def M(self) -> int:
-        return self.B * self.T
-
-
 SHAPES = {
     "tiny": Shape(B=2, T=17, C=128, H=2, V=96, N=5000),  # for checks: ragged tiles, D = 64, seconds when interpreted
-    "race": Shape(B=8, T=1024, C=768, H=12, V=50304, N=8_000_000),
-    "124m": Shape(B=64, T=1024, C=768, H=12, V=50304, N=124_475_904),
-    "1558m": Shape(B=16, T=1024, C=1600, H=25, V=50304, N=1_557_686_400),
+    "race": gpt2("124m", N=8_000_000),
+    "124m": gpt2("124m", B=64),
+    "1558m": gpt2("1558m", B=16),
 }
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a case is measured at."""
-
-    shape: Shape
-    dtype: torch.dtype = torch.bfloat16
-    device: torch.device = field(default_factory=lambda: torch.device("cuda"))
-    p: float = 0.0
-    bias: bool = True
-    seed: int = 0
-
-    def normal(self, *size: int, scale: float = 1.0, dtype: torch.dtype | None = None, grad: bool = True) -> Tensor:
-        """Random on the device; on "meta" of that shape only."""
-        if self.device.type == "meta":
-            return torch.empty(size, dtype=dtype or self.dtype, device="meta", requires_grad=grad)
-        generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + sum(size))
-        x = torch.randn(size, generator=generator, device=self.device)
-        return (x * scale).to(dtype or self.dtype).requires_grad_(grad)
-
-    def vector(self, size: int, around: float = 0.0) -> Tensor:
-        """A one-dimensional parameter: float32."""
-        x = self.normal(size, scale=0.1, dtype=torch.float32, grad=False)
-        return (x + around).requires_grad_()
-
-    def bias_of(self, size: int) -> Tensor | None:
-        return self.vector(size) if self.bias else None
-
-    def ids(self, *size: int) -> Tensor:
-        if self.device.type == "meta":
-            return torch.empty(size, dtype=torch.int64, device="meta")
-        generator = torch.Generator(self.device).manual_seed(self.seed)
-        return torch.randint(self.shape.V, size, generator=generator, device=self.device)
-
-    @property
-    def dropout(self) -> tuple[float, Tensor | None, int]:
-        """(p, seed, site) as the ops take them."""
-        return self.p, torch.tensor([7], device=self.device) if self.p else None, 3
 
 
 @dataclass(frozen=True)
@@ -104,84 +51,12 @@ class Case:
     specified_by: Callable[..., Any] | None = None  # None: the function of that name in nanogpt_kernels/reference.py
 
 
-def _embedding(s: Setting) -> tuple[Any, ...]:
-    x = s.shape
-    return s.ids(x.B, x.T), s.normal(x.V, x.C, scale=0.02), s.normal(x.T, x.C, scale=0.02), *s.dropout
-
-
-def _norm(s: Setting) -> tuple[Any, ...]:
-    x = s.shape
-    return s.normal(x.B, x.T, x.C), s.vector(x.C, 1.0), s.bias_of(x.C)
-
-
-def _add_norm(s: Setting) -> tuple[Any, ...]:
-    x = s.shape
-    r, delta = s.normal(x.B, x.T, x.C), replace(s, seed=s.seed + 1).normal(x.B, x.T, x.C)
-    return r, delta, s.bias_of(x.C), s.vector(x.C, 1.0), s.bias_of(x.C), 1e-5, *s.dropout
-
-
-def _dropout_add(s: Setting) -> tuple[Any, ...]:
-    return *_add_norm(s)[:3], *s.dropout
-
-
 def _torch_dropout_add(r: Tensor, delta: Tensor, b: Tensor | None, p: float, seed: Tensor, site: int) -> Tensor:
     return r + reference.dropout(delta if b is None else delta + b.to(delta.dtype), p, seed, site)
 
 
-def _attention(s: Setting) -> tuple[Any, ...]:
-    x = s.shape
-    return s.normal(x.B, x.T, 3, x.H, x.C // x.H), *s.dropout
-
-
-def _qkv_attention(s: Setting) -> tuple[Any, ...]:
-    x = s.shape
-    w_qkv = s.normal(3 * x.C, x.C, scale=x.C**-0.5)
-    return s.normal(x.B, x.T, x.C), w_qkv, s.bias_of(3 * x.C), x.H, *s.dropout
-
-
-def _cached_attention(s: Setting) -> tuple[Any, ...]:
-    """The last token of a full cache: sampling's usual step."""
-    x = s.shape
-    cache = s.normal(2, x.B, x.H, x.T, x.C // x.H, grad=False)
-    w_qkv = s.normal(3 * x.C, x.C, scale=x.C**-0.5, grad=False)
-    bias = s.bias_of(3 * x.C)
-    return s.normal(x.B, 1, x.C, grad=False), w_qkv, None if bias is None else bias.detach(), x.H, cache, x.T - 1
-
-
-def _bias_gelu(s: Setting) -> tuple[Any, ...]:
-    x = s.shape
-    return s.normal(x.B, x.T, 4 * x.C), s.bias_of(4 * x.C), "gelu"
-
-
 def _torch_bias_gelu(x: Tensor, b: Tensor | None, activation: str) -> Tensor:
     return F.gelu(x if b is None else x + b.to(x.dtype), approximate="tanh" if activation == "gelu_tanh" else "none")
-
-
-def _mlp(s: Setting) -> tuple[Any, ...]:
-    x = s.shape
-    w_fc, w_proj = s.normal(4 * x.C, x.C, scale=x.C**-0.5), s.normal(x.C, 4 * x.C, scale=(4 * x.C) ** -0.5)
-    return s.normal(x.B, x.T, x.C), w_fc, s.bias_of(4 * x.C), w_proj, "gelu"
-
-
-def _linear_cross_entropy(s: Setting) -> tuple[Any, ...]:
-    x = s.shape
-    grad_scale = torch.full((), 1.0 / x.M, device=s.device)
-    return s.normal(x.B, x.T, x.C), s.normal(x.V, x.C, scale=x.C**-0.5), s.ids(x.B, x.T), grad_scale
-
-
-def _grad_norm(s: Setting) -> tuple[Any, ...]:
-    return (s.normal(s.shape.N, dtype=torch.float32, grad=False),)
-
-
-def _adamw(s: Setting) -> tuple[Any, ...]:
-    N = s.shape.N
-    flat = [replace(s, seed=i).normal(N, dtype=torch.float32, grad=False) for i in range(4)]
-    master, m, v, g = flat[0], flat[1] * 0.01, flat[2].square() * 1e-4, flat[3]
-    p = None if s.dtype == torch.float32 else master.to(s.dtype)
-    # clipped a little: what divides the gradient in place would soon have none left
-    scalars = torch.tensor([1e-3, 10.0, 1.0, 1.0, 1.001], dtype=torch.float64, device=s.device)
-    half = N // 2 // 128 * 128
-    return p, master, m, v, g, scalars, [(0, half, 0.1), (half, N, 0.0)], 0.9, 0.95
 
 
 def _rows_work(count: Callable[..., int], wider: int = 1) -> Callable[[Shape, int], tuple[Work, Work | None]]:
@@ -242,20 +117,27 @@ def _adamw_work(x: Shape, size: int) -> tuple[Work, None]:
 
 
 CASES: dict[str, Case] = {
-    "attention": Case(("attention",), _attention, _attention_work),
+    "attention": Case(("attention",), op_inputs.attention, _attention_work),
     "linear_cross_entropy": Case(
-        ("linear_cross_entropy", "cross_entropy"), _linear_cross_entropy, _linear_cross_entropy_work, at_most=16
+        ("linear_cross_entropy", "cross_entropy"),
+        op_inputs.linear_cross_entropy,
+        _linear_cross_entropy_work,
+        at_most=16,
     ),
-    "add_norm": Case(("norm",), _add_norm, _rows_work(add_norm_bytes)),
-    "mlp": Case(("mlp",), _mlp, _mlp_work),
-    "bias_gelu": Case(("mlp",), _bias_gelu, _rows_work(gelu_bytes, 4), specified_by=_torch_bias_gelu),
-    "adamw_": Case(("adamw",), _adamw, _adamw_work, mutates=(0, 1, 2, 3), syncs=True),
-    "norm": Case(("norm",), _norm, _rows_work(norm_bytes)),
-    "qkv_attention": Case(("attention",), _qkv_attention, _qkv_attention_work),
-    "embedding": Case(("embedding",), _embedding, _embedding_work),
-    "dropout_add": Case(("residual",), _dropout_add, _rows_work(_dropout_add_bytes), specified_by=_torch_dropout_add),
-    "cached_attention": Case(("attention",), _cached_attention, _cached_attention_work, mutates=(4,), at_most=16),
-    "grad_norm": Case(("adamw",), _grad_norm, lambda x, size: (Work(bytes=grad_norm_bytes(x.N)), None)),
+    "add_norm": Case(("norm",), op_inputs.add_norm, _rows_work(add_norm_bytes)),
+    "mlp": Case(("mlp",), op_inputs.mlp, _mlp_work),
+    "bias_gelu": Case(("mlp",), op_inputs.bias_gelu, _rows_work(gelu_bytes, 4), specified_by=_torch_bias_gelu),
+    "adamw_": Case(("adamw",), op_inputs.adamw_, _adamw_work, mutates=(0, 1, 2, 3), syncs=True),
+    "norm": Case(("norm",), op_inputs.norm, _rows_work(norm_bytes)),
+    "qkv_attention": Case(("attention",), op_inputs.qkv_attention, _qkv_attention_work),
+    "embedding": Case(("embedding",), op_inputs.embedding, _embedding_work),
+    "dropout_add": Case(
+        ("residual",), op_inputs.dropout_add, _rows_work(_dropout_add_bytes), specified_by=_torch_dropout_add
+    ),
+    "cached_attention": Case(
+        ("attention",), op_inputs.cached_attention, _cached_attention_work, mutates=(4,), at_most=16
+    ),
+    "grad_norm": Case(("adamw",), op_inputs.grad_norm, lambda x, size: (Work(bytes=grad_norm_bytes(x.N)), None)),
 }
 
 

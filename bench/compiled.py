@@ -17,7 +17,7 @@ from typing import Any
 
 import cases
 from aot_compile import Usage, compile_call, compile_for, usage
-from cases import Setting
+from op_inputs import Setting
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import cases
 import machine
 import ops
 import torch
-from cases import Setting, Shape
+from op_inputs import Setting, Shape
 
 from nanogpt_fast.errors import run_command
 

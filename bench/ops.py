@@ -25,8 +25,9 @@ import cases
 import harness
 import machine
 import torch
-from cases import CASES, SHAPES, Setting
+from cases import CASES, SHAPES
 from harness import Contestant
+from op_inputs import Setting
 from work import Work
 
 from nanogpt_fast.errors import ConfigError, did_you_mean, run_command

@@ -19,7 +19,8 @@ import harness
 import machine
 import ops
 import torch
-from cases import CASES, SHAPES, Setting
+from cases import CASES, SHAPES
+from op_inputs import Setting
 from torch import Tensor
 
 from nanogpt_fast.errors import ConfigError, did_you_mean, run_command

@@ -29,8 +29,9 @@ import harness
 import machine
 import ops
 import torch
-from cases import CASES, SHAPES, Setting
+from cases import CASES, SHAPES
 from compiled import Compilers, Resources, Task
+from op_inputs import Setting
 
 from nanogpt_fast.errors import ConfigError, did_you_mean, run_command
 

@@ -22,10 +22,9 @@ import memcheck
 import step
 import step_arms
 import torch
+from op_inputs import Setting
 
 from nanogpt_fast.errors import run_command
-
-sys.path.append(str(machine.ROOT / "profiling"))
 
 RACED = ("attention", "qkv_attention", "embedding")  # where a race is likeliest: products, atomics, sorted segments
 
@@ -59,7 +58,7 @@ PARTS: dict[str, Callable[[int, torch.dtype], Iterator[Any]]] = {
 }
 
 
-def with_switches(op: str, at: cases.Setting, arch: int) -> Iterator[Any]:
+def with_switches(op: str, at: Setting, arch: int) -> Iterator[Any]:
     """The launches of an op as its rows stand, and with each of their switches the other way."""
     calls = cases.recorded(op, at, arch, backward=True)
     yield from calls

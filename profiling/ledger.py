@@ -32,9 +32,11 @@ from nanogpt_kernels.ops.cross_entropy import cross_entropy_in_place
 from nanogpt_kernels.ops.embedding import embedding
 from nanogpt_kernels.ops.mlp import bias_gelu
 from nanogpt_kernels.ops.norm import add_norm, norm
+from op_inputs import gpt2
 from torch import Tensor
 
-C, F, V, VALID = 768, 3072, 50304, 50257  # GPT-2 124M
+SHAPE = gpt2("124m")
+C, F, V, VALID = SHAPE.C, 4 * SHAPE.C, SHAPE.V, SHAPE.valid
 PROGRAMS = 16
 
 

@@ -20,8 +20,10 @@ import argparse
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+from op_inputs import GPT2
 from work import (
     EXPONENTIALS_A_CLOCK,
     FULL,
@@ -63,12 +65,7 @@ CHOICES = {  # --gpu: the name that the driver gives, a key of gpus.GPUS
     "rtx5090": "NVIDIA GeForce RTX 5090",
     "rtxpro6000": "NVIDIA RTX PRO 6000 Blackwell Workstation Edition",
 }
-MODELS = {
-    "124m": GPTConfig(n_layer=12, n_head=12, n_embd=768, bias=False),
-    "350m": GPTConfig(n_layer=24, n_head=16, n_embd=1024, bias=False),
-    "774m": GPTConfig(n_layer=36, n_head=20, n_embd=1280, bias=False),
-    "1558m": GPTConfig(n_layer=48, n_head=25, n_embd=1600, bias=False),
-}
+MODELS = {name: replace(config, bias=False) for name, config in GPT2.items()}  # as nanoGPT trains them
 
 
 def product(M: int, K: int, N: int, rounds: int, extra: int = 0) -> Work:

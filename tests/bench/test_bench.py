@@ -21,6 +21,7 @@ import step
 import torch
 import tune
 from harness import Arm, Bound, Contestant, plain
+from op_inputs import Setting, Shape
 from work import Work
 
 from nanogpt_fast.errors import ConfigError, DeviceError
@@ -29,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DEVICE = kernel_case.DEVICE
 
 
-def tiny(op: str, **options: Any) -> cases.Setting:
+def tiny(op: str, **options: Any) -> Setting:
     return cases.setting(op, "tiny", device=DEVICE, dtype=options.pop("dtype", torch.float32), **options)
 
 
@@ -53,7 +54,7 @@ def test_every_switch_of_a_launch_row_is_a_contestant():
 
 
 def test_work_counts_products_and_bytes_once():
-    shape = cases.Shape(B=2, T=8, C=4, H=2, V=16, N=10)
+    shape = Shape(B=2, T=8, C=4, H=2, V=16, N=10)
     forward, backward = cases.CASES["linear_cross_entropy"].work(shape, 2)
     assert (forward.flops, backward and backward.flops) == (2 * 16 * 4 * 16, 4 * 16 * 4 * 16)
     assert forward.bytes == 2 * (16 * 4 + 16 * 4)

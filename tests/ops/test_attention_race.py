@@ -10,6 +10,7 @@ import cases
 import kernel_case
 import pytest
 import race
+from op_inputs import Setting
 
 
 @pytest.mark.gpu
@@ -19,6 +20,6 @@ import race
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("T", [1024, 1000])
 def test_many_runs_give_the_same_bits(op: str, p: float, T: int):
-    at = cases.Setting(replace(cases.SHAPES["race"], T=T), device=kernel_case.DEVICE, p=p)
+    at = Setting(replace(cases.SHAPES["race"], T=T), device=kernel_case.DEVICE, p=p)
     counts = race.race(op, at, 300, race.Ballast(at.device, 512))
     assert len(counts) > 1 and not any(counts.values()), f"runs that differ: {counts}; see TRITON_PTXAS_PATH"
