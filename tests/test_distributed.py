@@ -1,6 +1,7 @@
 """Ranks: two gloo processes train what one does alone; the device and the environment are checked before anything."""
 
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -207,3 +208,34 @@ def test_a_dtype_that_the_cpu_emulates_is_warned_of(
     for line in lines:
         instructions = {"bfloat16": "neither AVX512_BF16 nor AMX_BF16", "float16": "neither AVX512_FP16 nor AMX_FP16"}
         assert instructions[name] in line and f"emulates {name}" in line and "--dtype=float32" in line
+
+
+FAULTS = """
+import resource
+import torch
+from nanogpt_fast.distributed import join
+
+def step() -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    held = [torch.zeros(2**20) for _ in range(16)]  # 64 MiB, freed at once
+    del held
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+{join}
+print(min([step() for _ in range(6)][2:]))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's malloc")
+def test_on_the_cpu_freed_memory_is_kept_for_the_next_step():
+    faults = {}
+    for call in ("", "join('cpu', 'gloo', 1)"):
+        run = subprocess.run(
+            [sys.executable, "-c", FAULTS.format(join=call)],
+            env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        faults[bool(call)] = int(run.stdout)
+    assert faults[True] < 100 < faults[False], faults
