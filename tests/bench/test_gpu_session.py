@@ -218,7 +218,10 @@ def test_memcheck_reaches_the_rows_of_narrow_tiles():
             found.setdefault(call.op, set()).update(blocks)
             assert not blocks or max(blocks) < memcheck.T, call.op  # more than one tile
     narrow = {op for op, sizes in found.items() if sizes & {16, 32}}
-    assert narrow >= {f"attention_bwd_{row}" for row in ("dq_masked", "dkdv", "dkdv_masked", "atomic", "atomic_masked")}
+    assert narrow >= {
+        f"attention_bwd_{row}"
+        for row in ("dq_dropout_or_docs", "dkdv", "dkdv_dropout_or_docs", "atomic", "atomic_dropout_or_docs")
+    }
 
 
 def test_tune_takes_the_dearest_kernels_of_the_last_profile(out: Path):
