@@ -2,10 +2,10 @@
 
     compute-sanitizer --tool memcheck --error-exitcode 9 python bench/memcheck.py [--out DIR]
 
-Attention comes with heads of 32, 64 and 128, without dropout and with it (rows of their own: _dropout_or_docs), deterministic
-and atomic, over a T of several tiles and a rest: on sm_90 two products of tiles of 16 or 32 in one loop have been seen
-to corrupt memory (pytorch/helion #1905, triton-lang/triton #11366), and these rows have such tiles. Results are held
-against the specification too.
+Attention comes with heads of 32, 64 and 128, without dropout and with it (rows of their own: _dropout_or_docs),
+deterministic and atomic, over a T of several tiles and a rest: on sm_90 two products of tiles of 16 or 32 in one loop
+have been seen to corrupt memory (pytorch/helion #1905, triton-lang/triton #11366), and these rows have such tiles.
+Results are held against the specification too.
 """
 
 import argparse
