@@ -1,13 +1,18 @@
 """A float32 step of nanoGPT README's CPU job: stock nanoGPT's, ours, and the parts that no rewriting in torch removes.
 
-    python bench/cpu_step.py --nanogpt DIR [--rounds 5] [--steps 60]
+    python bench/cpu_step.py --nanogpt DIR [--rounds 30] [--steps 8]
 
-DIR is a checkout of karpathy/nanoGPT. Every arm is a process of its own, in turn, and prints its median step; ratios
-are pair by pair within a round. products: the step's matrix products alone; attention and GELU: those kernels of torch,
-forward and backward. All write to memory that is there already.
+DIR is a checkout of karpathy/nanoGPT. Every arm is a process of its own; they take turns of a few steps, the order
+turned about each round, and a ratio is of two medians within one round: a machine that drifts, drifts under both.
+
+Parts: the step's matrix products alone; torch's attention and GELU, forward and backward; LayerNorm likewise; update:
+the gradient's norm, AdamW, zeroing; residual: the additions of the residual stream, both ways, and the cross-entropy.
+All write to memory that is there already. dispatch is our whole step on 4 tokens, 16 channels wide: what Python,
+autograd and torch's dispatcher take when there is next to nothing to compute.
 """
 
 import argparse
+import json
 import statistics
 import subprocess
 import sys
@@ -25,7 +30,6 @@ from nanogpt_fast.settings.cli import load_config
 from nanogpt_fast.step import TrainStep
 
 B, T, C, H, V, LAYERS = 12, 64, 128, 4, 65, 4  # configs/shakespeare_char_cpu.toml on Tiny Shakespeare
-ARMS = ("nanogpt", "ours", "products", "attention", "GELU")
 WEIGHTS = [(3 * C, C), (C, C), (4 * C, C), (C, 4 * C)]  # (out, in), of a layer
 
 
@@ -51,15 +55,15 @@ def nanogpt_step(folder: Path) -> Callable[[], object]:
     return step
 
 
-def our_step() -> Callable[[], object]:
-    config = load_config(["--config", "shakespeare_char_cpu", "--dtype=float32"])
+def our_step(batch: tuple[int, int] = (B, T), width: int = C) -> Callable[[], object]:
+    config = load_config(["--config", "shakespeare_char_cpu", "--dtype=float32", f"--n_embd={width}"])
     world = distributed.join("cpu", "gloo", 1)
     model = GPT(config.shape(V)).train()
     model.init_weights(torch.Generator().manual_seed(1))
     optimizer = AdamW(FlatParameters(model, torch.float32, world.device), config.optim, model.ops)
     optimizer.set_lr(1e-3)
-    step, batch = TrainStep(model, optimizer, world, 1), torch.randint(V, (1, B, T + 1))
-    return lambda: step(batch, 0).loss.item()
+    step, tokens = TrainStep(model, optimizer, world, 1), torch.randint(V, (1, batch[0], batch[1] + 1))
+    return lambda: step(tokens, 0).loss.item()
 
 
 def products() -> Callable[[], object]:
@@ -100,40 +104,111 @@ def gelu() -> Callable[[], object]:
     return step
 
 
-def median_ms(step: Callable[[], object], steps: int) -> float:
-    seconds = []
-    for _ in range(steps + 5):
-        began = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[5:]) * 1e3
+def layer_norm() -> Callable[[], object]:
+    distributed.join("cpu", "gloo", 1)
+    norms = [(torch.randn(B, T, C), torch.randn(C)) for _ in range(2 * LAYERS + 1)]
+    dy, shape = torch.randn(B, T, C), [C]
+
+    def step() -> None:
+        for x, w in norms:
+            _, mean, rstd = torch.ops.aten.native_layer_norm(x, shape, w, None, 1e-5)
+            torch.ops.aten.native_layer_norm_backward(dy, x, shape, mean, rstd, w, None, [True, True, False])
+
+    return step
+
+
+def update() -> Callable[[], object]:
+    p, g, m, v = (torch.rand(LAYERS * 12 * C * C + (V + T) * C) for _ in range(4))
+    steps = torch.ones(())
+
+    def step() -> None:
+        torch.linalg.vector_norm(g)
+        torch._fused_adamw_(
+            [p], [g], [m], [v], [], [steps], lr=1e-3, beta1=0.9, beta2=0.99, weight_decay=0.1, eps=1e-8,
+            amsgrad=False, maximize=False,
+        )  # fmt: skip
+        g.zero_()
+
+    return step
+
+
+def residual() -> Callable[[], object]:
+    distributed.join("cpu", "gloo", 1)
+    stream = [torch.randn(B, T, C) for _ in range(2 * LAYERS + 1)]
+    logits, targets = torch.randn(B * T, V, requires_grad=True), torch.randint(V, (B * T,))
+
+    def step() -> None:
+        for r, delta in [*zip(stream, stream[1:])] * 2:  # forward, and the gradients of both branches
+            torch.add(r, delta)
+        torch.autograd.grad(F.cross_entropy(logits, targets), logits)
+
+    return step
+
+
+PARTS: dict[str, Callable[[], Callable[[], object]]] = {
+    "products": products,
+    "attention": attention,
+    "GELU": gelu,
+    "LayerNorm": layer_norm,
+    "update": update,
+    "residual": residual,
+    "dispatch": lambda: our_step((1, 4), 16),
+}
+
+
+class Arm:
+    """A process that makes one arm's steps when told how many."""
+
+    def __init__(self, name: str, nanogpt: Path):
+        command = [sys.executable, __file__, "--nanogpt", str(nanogpt), "--arm", name]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.turn(5)
+
+    def turn(self, steps: int) -> float:
+        """Their median time in ms, without the first, whose caches hold another arm's data."""
+        assert self.process.stdin and self.process.stdout
+        print(steps + 1, file=self.process.stdin, flush=True)
+        for line in self.process.stdout:
+            if line.startswith("["):  # nanoGPT's model prints lines of its own
+                return statistics.median(json.loads(line)[1:])
+        raise SystemExit(f"{self.process.args} ended: exit code {self.process.wait()}")
+
+
+def serve(step: Callable[[], object]) -> None:
+    """Lines of stdin, a number of steps each, answered by their times in ms."""
+    for line in sys.stdin:
+        times = []
+        for _ in range(int(line)):
+            began = time.perf_counter()
+            step()
+            times.append((time.perf_counter() - began) * 1e3)
+        print(json.dumps(times), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", type=Path, required=True, help="checkout of karpathy/nanoGPT")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--arm", choices=ARMS, help="only this one, in this process: prints its milliseconds")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=8, help="of an arm's turn")
+    parser.add_argument("--arm", choices=["nanogpt", "ours", *PARTS], help=argparse.SUPPRESS)
     args = parser.parse_args()
+    makers = {"nanogpt": lambda: nanogpt_step(args.nanogpt), "ours": our_step, **PARTS}
     if args.arm:
-        make = {"ours": our_step, "products": products, "attention": attention, "GELU": gelu}
-        step = make[args.arm]() if args.arm in make else nanogpt_step(args.nanogpt)
-        print(median_ms(step, args.steps))
+        serve(makers[args.arm]())
         return
-    rounds = []
-    for _ in range(args.rounds):
-        figures = {}
-        for arm in ARMS:
-            done = subprocess.run([sys.executable, *sys.argv, "--arm", arm], capture_output=True, text=True, check=True)
-            figures[arm] = float(done.stdout.split()[-1])
+    arms = {name: Arm(name, args.nanogpt) for name in makers}
+    rounds: list[dict[str, float]] = []
+    for i in range(args.rounds):
+        order = list(arms)[:: 1 if i % 2 else -1]
+        figures = {name: arms[name].turn(args.steps) for name in order}
+        figures["parts but dispatch"] = sum(figures[name] for name in PARTS if name != "dispatch")
         rounds.append(figures)
-        print({arm: round(ms, 2) for arm, ms in figures.items()}, flush=True)
-    print(f"\n{'':<12}{'ms, median':>11}{'of nanoGPT, pair by pair':>26}")
-    for arm in ARMS:
-        ratios = sorted(figures[arm] / figures["nanogpt"] for figures in rounds)
-        ms = statistics.median(figures[arm] for figures in rounds)
-        print(f"{arm:<12}{ms:>11.2f}{statistics.median(ratios):>12.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})")
+        print(f"round {i + 1} of {args.rounds}", file=sys.stderr)
+    print(f"{'':<20}{'ms, median':>11}   of nanoGPT, round by round: median (quartiles)")
+    for name in [*makers, "parts but dispatch"]:
+        low, middle, high = statistics.quantiles([figures[name] / figures["nanogpt"] for figures in rounds], n=4)
+        ms = statistics.median(figures[name] for figures in rounds)
+        print(f"{name:<20}{ms:>11.2f}   {middle:.3f} ({low:.3f} to {high:.3f})")
 
 
 if __name__ == "__main__":
