@@ -56,8 +56,8 @@ setup(
     package_dir={"nanogpt_fast": "nanogpt_fast", "nanogpt_kernels": "kernels/nanogpt_kernels"},
     cmdclass={"build_py": BuildWithConfigs},
     install_requires=[
-        "torch>=2.10,<2.14",
-        'triton>=3.6,<3.8; platform_system == "Linux"',
+        "torch>=2.11,<2.15",
+        'triton>=3.6,<3.9; platform_system == "Linux"',
         "numpy>=1.26",
         "safetensors>=0.5",
         "tyro>=1.0.10",

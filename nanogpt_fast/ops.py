@@ -127,5 +127,5 @@ def _triton(spec: str, device_type: str) -> Ops:
             f"Triton cannot be imported: {error}",
             where=f"--kernels={spec}",
             expected="triton >= 3.6 (Linux)",
-            hint="pip install 'triton>=3.6,<3.8', or --kernels=reference",
+            hint="pip install 'triton>=3.6', or --kernels=reference",
         ) from error

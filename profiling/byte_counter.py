@@ -1,6 +1,6 @@
 """Counts the bytes that kernels load and store while Triton's interpreter runs them (TRITON_INTERPRET=1).
 
-The interpreter of Triton 3.6, torch 2.10's and 2.11's, breaks with numpy 2.4 and later: `accept_new_numpy` mends it.
+The interpreter of Triton 3.6, torch 2.11's, breaks with numpy 2.4 and later: `accept_new_numpy` mends it.
 """
 
 from collections.abc import Iterator

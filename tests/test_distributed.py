@@ -238,4 +238,6 @@ def test_on_the_cpu_freed_memory_is_kept_for_the_next_step():
             check=True,
         )
         faults[bool(call)] = int(run.stdout)
-    assert faults[True] < 100 < faults[False], faults
+    assert faults[True] < 100, faults
+    if faults[False] < 100:
+        pytest.skip(f"torch {torch.__version__} keeps freed memory here by itself")
