@@ -20,49 +20,25 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import machine  # noqa: F401  (first: it makes the packages importable)
+import step_arms
 import torch
 import torch.nn.functional as F
 
-from nanogpt_fast import distributed
-from nanogpt_fast.model import GPT
-from nanogpt_fast.optim import AdamW, FlatParameters
+from nanogpt_fast.distributed import World, join
 from nanogpt_fast.settings.cli import load_config
-from nanogpt_fast.step import TrainStep
 
 B, T, C, H, V, LAYERS = 12, 64, 128, 4, 65, 4  # configs/shakespeare_char_cpu.toml on Tiny Shakespeare
 WEIGHTS = [(3 * C, C), (C, C), (4 * C, C), (C, 4 * C)]  # (out, in), of a layer
 
 
-def nanogpt_step(folder: Path) -> Callable[[], object]:
-    """train.py's step: forward, backward, clip, AdamW, as --device=cpu --compile=False runs it."""
-    sys.path.insert(0, str(folder))
-    from model import GPT as Stock
-    from model import GPTConfig as StockConfig
-
-    sizes = dict(block_size=T, vocab_size=V, n_layer=LAYERS, n_head=H, n_embd=C, dropout=0.0, bias=False)
-    model = Stock(StockConfig(**sizes)).train()
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
-    tokens = torch.randint(V, (B, T + 1))
-
-    def step() -> float:
-        _, loss = model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
-
-    return step
-
-
-def our_step(batch: tuple[int, int] = (B, T), width: int = C) -> Callable[[], object]:
-    config = load_config(["--config", "shakespeare_char_cpu", "--dtype=float32", f"--n_embd={width}"])
-    world = distributed.join("cpu", "gloo", 1)
-    model = GPT(config.shape(V)).train()
-    model.init_weights(torch.Generator().manual_seed(1))
-    optimizer = AdamW(FlatParameters(model, torch.float32, world.device), config.optim, model.ops)
-    optimizer.set_lr(1e-3)
-    step, tokens = TrainStep(model, optimizer, world, 1), torch.randint(V, (1, batch[0], batch[1] + 1))
+def training_step(arm: str, nanogpt: Path, batch: tuple[int, int] = (B, T), width: int = C) -> Callable[[], object]:
+    config = load_config(
+        ["--config", "shakespeare_char_cpu", "--dtype=float32", f"--vocab_size={V}", f"--n_embd={width}"]
+    )
+    world = World() if arm == "nanogpt" else join("cpu", "gloo", 1)  # join keeps freed memory, which is ours alone
+    setup = step_arms.Setup(config, torch.float32, world, step_arms.initial_weights(config), nanogpt)
+    step, tokens = step_arms.make_arm(arm, setup), torch.randint(V, (1, batch[0], batch[1] + 1))
     return lambda: step(tokens, 0).loss.item()
 
 
@@ -81,7 +57,7 @@ def products() -> Callable[[], object]:
 
 
 def attention() -> Callable[[], object]:
-    distributed.join("cpu", "gloo", 1)  # keeps freed memory
+    join("cpu", "gloo", 1)  # keeps freed memory
     layers = [torch.randn(B, T, 3, H, C // H, requires_grad=True) for _ in range(LAYERS)]
     d_out = torch.randn(B, H, T, C // H)
 
@@ -105,7 +81,7 @@ def gelu() -> Callable[[], object]:
 
 
 def layer_norm() -> Callable[[], object]:
-    distributed.join("cpu", "gloo", 1)
+    join("cpu", "gloo", 1)
     norms = [(torch.randn(B, T, C), torch.randn(C)) for _ in range(2 * LAYERS + 1)]
     dy, shape = torch.randn(B, T, C), [C]
 
@@ -133,7 +109,7 @@ def update() -> Callable[[], object]:
 
 
 def residual() -> Callable[[], object]:
-    distributed.join("cpu", "gloo", 1)
+    join("cpu", "gloo", 1)
     stream = [torch.randn(B, T, C) for _ in range(2 * LAYERS + 1)]
     logits, targets = torch.randn(B * T, V, requires_grad=True), torch.randint(V, (B * T,))
 
@@ -152,7 +128,6 @@ PARTS: dict[str, Callable[[], Callable[[], object]]] = {
     "LayerNorm": layer_norm,
     "update": update,
     "residual": residual,
-    "dispatch": lambda: our_step((1, 4), 16),
 }
 
 
@@ -190,9 +165,16 @@ def main() -> None:
     parser.add_argument("--nanogpt", type=Path, required=True, help="checkout of karpathy/nanoGPT")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--steps", type=int, default=8, help="of an arm's turn")
-    parser.add_argument("--arm", choices=["nanogpt", "ours", *PARTS], help=argparse.SUPPRESS)
+    parser.add_argument("--arm", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    makers = {"nanogpt": lambda: nanogpt_step(args.nanogpt), "ours": our_step, **PARTS}
+    if not (args.nanogpt / "model.py").is_file():
+        parser.error(f"--nanogpt: {args.nanogpt} holds no model.py: name a checkout of karpathy/nanoGPT")
+    makers = {
+        "nanogpt": lambda: training_step("nanogpt", args.nanogpt),
+        "ours": lambda: training_step("reference", args.nanogpt),
+        **PARTS,
+        "dispatch": lambda: training_step("reference", args.nanogpt, (1, 4), 16),
+    }
     if args.arm:
         serve(makers[args.arm]())
         return
@@ -201,7 +183,7 @@ def main() -> None:
     for i in range(args.rounds):
         order = list(arms)[:: 1 if i % 2 else -1]
         figures = {name: arms[name].turn(args.steps) for name in order}
-        figures["parts but dispatch"] = sum(figures[name] for name in PARTS if name != "dispatch")
+        figures["parts but dispatch"] = sum(figures[name] for name in PARTS)
         rounds.append(figures)
         print(f"round {i + 1} of {args.rounds}", file=sys.stderr)
     print(f"{'':<20}{'ms, median':>11}   of nanoGPT, round by round: median (quartiles)")

@@ -3,7 +3,7 @@
 from typing import Any
 
 import amp_C  # noqa: F401  (built with --cuda_ext)
-import fused_layer_norm_cuda  # noqa: F401
+import fused_layer_norm_cuda  # noqa: F401  (likewise)
 import torch
 from apex.normalization.fused_layer_norm import fused_layer_norm_affine
 from apex.optimizers import FusedAdam
