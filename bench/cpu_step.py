@@ -2,8 +2,8 @@
 
     python bench/cpu_step.py --nanogpt DIR [--rounds 30] [--steps 8]
 
-DIR is a checkout of karpathy/nanoGPT. Every arm is a process of its own; they take turns of a few steps, the order
-turned about each round, and a ratio is of two medians within one round: a machine that drifts, drifts under both.
+DIR is a checkout of karpathy/nanoGPT. Every arm is a process of its own; they take turns of a few steps, each round
+begun by another, and a ratio is of two medians within one round: a machine that drifts, drifts under both.
 
 Parts: the step's matrix products alone; torch's attention and GELU, forward and backward; LayerNorm likewise; update:
 the gradient's norm, AdamW, zeroing; residual: the additions of the residual stream, both ways, and the cross-entropy.
@@ -12,11 +12,8 @@ autograd and torch's dispatcher take when there is next to nothing to compute.
 """
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +21,7 @@ import machine  # noqa: F401  (first: it makes the packages importable)
 import step_arms
 import torch
 import torch.nn.functional as F
+import turns
 
 from nanogpt_fast.distributed import World, join
 from nanogpt_fast.settings.cli import load_config
@@ -131,35 +129,6 @@ PARTS: dict[str, Callable[[], Callable[[], object]]] = {
 }
 
 
-class Arm:
-    """A process that makes one arm's steps when told how many."""
-
-    def __init__(self, name: str, nanogpt: Path):
-        command = [sys.executable, __file__, "--nanogpt", str(nanogpt), "--arm", name]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.turn(5)
-
-    def turn(self, steps: int) -> float:
-        """Their median time in ms, without the first, whose caches hold another arm's data."""
-        assert self.process.stdin and self.process.stdout
-        print(steps + 1, file=self.process.stdin, flush=True)
-        for line in self.process.stdout:
-            if line.startswith("["):  # nanoGPT's model prints lines of its own
-                return statistics.median(json.loads(line)[1:])
-        raise SystemExit(f"{self.process.args} ended: exit code {self.process.wait()}")
-
-
-def serve(step: Callable[[], object]) -> None:
-    """Lines of stdin, a number of steps each, answered by their times in ms."""
-    for line in sys.stdin:
-        times = []
-        for _ in range(int(line)):
-            began = time.perf_counter()
-            step()
-            times.append((time.perf_counter() - began) * 1e3)
-        print(json.dumps(times), flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", type=Path, required=True, help="checkout of karpathy/nanoGPT")
@@ -176,13 +145,18 @@ def main() -> None:
         "dispatch": lambda: training_step("reference", args.nanogpt, (1, 4), 16),
     }
     if args.arm:
-        serve(makers[args.arm]())
+        turns.serve(lambda: ({}, makers[args.arm](), dict))
         return
-    arms = {name: Arm(name, args.nanogpt) for name in makers}
+    command = [sys.executable, __file__, "--nanogpt", str(args.nanogpt), "--arm"]
+    arms = {name: turns.Apart([*command, name]) for name in makers}
+    for arm in arms.values():
+        arm.turn(5)
     rounds: list[dict[str, float]] = []
     for i in range(args.rounds):
-        order = list(arms)[:: 1 if i % 2 else -1]
-        figures = {name: arms[name].turn(args.steps) for name in order}
+        figures = {
+            name: statistics.median(arms[name].turn(args.steps)["seconds"]) * 1e3
+            for name in turns.rotated(list(arms), i)
+        }
         figures["parts but dispatch"] = sum(figures[name] for name in PARTS)
         rounds.append(figures)
         print(f"round {i + 1} of {args.rounds}", file=sys.stderr)

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,8 +91,32 @@ def end(process: subprocess.Popen, grace_s: float = GRACE_S) -> None:
     process.wait()
 
 
-def run_stage(stage: Stage, seconds: float, out: Path) -> dict[str, Any]:
-    """Run it for at most so long; {"status", "rc", "seconds", "result": the last line of its output}."""
+def waited(process: subprocess.Popen, seconds: float, every_second: Callable[[float], Any]) -> int:
+    """Its exit code; TimeoutExpired when the time is up."""
+    began = time.monotonic()
+    while True:
+        left = began + seconds - time.monotonic()
+        try:
+            return process.wait(min(1.0, max(0.0, left)))
+        except subprocess.TimeoutExpired:
+            if left <= 1.0:
+                raise
+            every_second(time.monotonic() - began)
+
+
+def last_line(path: str) -> str:
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 2000))
+        lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else ""
+
+
+Watch = Callable[[Stage, float, float, str], None]  # (stage, seconds it has run, seconds it has, its last line)
+
+
+def run_stage(stage: Stage, seconds: float, out: Path, watch: Watch | None = None) -> dict[str, Any]:
+    """Run it for at most so long; {"status", "rc", "seconds", "result": the last line of its output}. watch is called
+    once a second meanwhile."""
     folders = [machine.ROOT, machine.ROOT / "kernels", BENCH, os.environ.get("PYTHONPATH", "")]
     python_path = os.pathsep.join(str(folder) for folder in folders if folder)
     given = {**os.environ, "PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1", **stage.env}
@@ -115,7 +139,9 @@ def run_stage(stage: Stage, seconds: float, out: Path) -> dict[str, Any]:
         except OSError as problem:
             return {"status": "failed", "rc": None, "seconds": 0.0, "result": str(problem)}
         try:
-            rc = process.wait(max(0.1, seconds))
+            rc = waited(
+                process, max(0.1, seconds), lambda ran: watch and watch(stage, ran, seconds, last_line(log.name))
+            )
             status = "done" if rc == 0 else "failed"
         except subprocess.TimeoutExpired:
             rc, status = None, "over its limit" if seconds >= stage.limit_s else "cut off"
@@ -131,7 +157,7 @@ def run_stage(stage: Stage, seconds: float, out: Path) -> dict[str, Any]:
 
 
 def run_session(
-    stages: Sequence[Stage], minutes: float, out: Path, tree: str, any_tree: bool = False
+    stages: Sequence[Stage], minutes: float, out: Path, tree: str, any_tree: bool = False, watch: Watch | None = None
 ) -> list[tuple[str, dict[str, Any]]]:
     """Run what is left to do until the time is up; (stage, outcome) of each stage, also of those not run."""
     out.mkdir(parents=True, exist_ok=True)
@@ -150,7 +176,7 @@ def run_session(
         else:
             lines.write(stage=stage.name, status="started")
             print(f"{stage.name}: up to {min(stage.limit_s, left):.0f} s", flush=True)
-            outcomes[stage.name] = run_stage(stage, min(stage.limit_s, left), out)
+            outcomes[stage.name] = run_stage(stage, min(stage.limit_s, left), out, watch)
         lines.write(stage=stage.name, **outcomes[stage.name])
         print(f"{stage.name}: {outcomes[stage.name]['status']}: {outcomes[stage.name]['result']}", flush=True)
     return [(stage.name, outcomes[stage.name]) for stage in stages]

@@ -26,6 +26,7 @@ from nanogpt_fast.settings.config import Config, GPTConfig
 from nanogpt_fast.step import StepResult, TrainStep
 
 LR = 1e-4
+OTHERS = ("nanogpt", "hf", "llm.c")  # arms that are not our trainer
 Arm = Callable[[Tensor, int], StepResult]  # (token ids [A, B, T + 1], iteration) -> (loss, gradient norm)
 
 
@@ -52,6 +53,11 @@ def initial_weights(config: Config) -> dict[str, Tensor]:
     model = GPT(config.shape(config.model.vocab_size or 50304))
     model.init_weights(torch.Generator().manual_seed(config.run.seed))
     return model.state_dict()
+
+
+def is_ours(name: str) -> bool:
+    """Whether an arm is our trainer's step, by some set of ops."""
+    return name.split("+")[0] not in OTHERS
 
 
 def make_arm(name: str, setup: Setup) -> Arm:

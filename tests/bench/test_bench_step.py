@@ -5,10 +5,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import kernel_table
 import machine
 import pytest
 import step
 import step_arms
+import step_timing
 import torch
 from nanogpt_kernels import launch
 from torch.profiler import ProfilerActivity
@@ -52,8 +54,8 @@ def test_step_out_of_memory_takes_half_the_batch(tmp_path: Path, monkeypatch: py
 
         return run
 
-    expected = step.first_step
-    monkeypatch.setattr(step, "first_step", lambda arm, setup: expected(stock("reference", setup), setup))
+    expected = step_timing.first_step
+    monkeypatch.setattr(step_timing, "first_step", lambda arm, setup: expected(stock("reference", setup), setup))
     monkeypatch.setattr(step_arms, "make_arm", small_machine)
     argv = [*STEP, "--batch_size=8", "--warmup=1", "--arms", "reference", "reference+compile", "--out", str(tmp_path)]
     assert step.main(argv) == 0
@@ -151,8 +153,8 @@ def test_the_table_of_kernels_counts_what_the_gpu_did(monkeypatch: pytest.Monkey
         def __exit__(self, *_: Any) -> None:
             pass
 
-    monkeypatch.setattr(step, "profile", Profile)
-    assert step.kernels(lambda: None, torch.device("cuda")) == [
+    monkeypatch.setattr(kernel_table, "profile", Profile)
+    assert kernel_table.kernels(lambda: None, torch.device("cuda")) == [
         {"kernel": "gemm", "calls": 2, "ms": 3.0, "share": 0.75}, {"kernel": "_k", "calls": 2, "ms": 1.0, "share": 0.25}
     ]  # fmt: skip
 
@@ -161,7 +163,7 @@ def test_a_profiler_that_fails_costs_its_table_only(tmp_path: Path, monkeypatch:
     def broken(**_: Any) -> Any:
         raise RuntimeError("CUPTI is not there")
 
-    monkeypatch.setattr(step, "profile", broken)
+    monkeypatch.setattr(kernel_table, "profile", broken)
     assert step.main([*STEP, "--profile", "--arms", "reference", "--out", str(tmp_path)]) == 0
     assert [row["status"] for row in machine.read_lines(tmp_path / "step.jsonl")] == ["ok"]
     assert "CUPTI" in machine.read_lines(tmp_path / "kernels.jsonl")[0]["status"]
@@ -170,7 +172,7 @@ def test_a_profiler_that_fails_costs_its_table_only(tmp_path: Path, monkeypatch:
 def test_our_kernels_are_known_by_the_rows_that_launch_them():
     config = step.configuration("gpt2_124m", n_layer=1, batch_size=4)
     setup = step_arms.Setup(config, torch.bfloat16, World(), {})
-    known = step.launch_ops("triton+atomic=true", setup)
+    known = kernel_table.launch_ops("triton+atomic=true", setup)
     assert "attention_bwd_atomic" in known.values() and known["_adamw_kernel"] == "adamw"
     assert set(known.values()) <= launch.TABLE.keys() and len(known) > 10
-    assert step.launch_ops("reference+compile", setup) == {}
+    assert kernel_table.launch_ops("reference+compile", setup) == {}
