@@ -40,7 +40,7 @@ SLICES = {  # of the GPU tests, by the beginning of the file's name; what no sli
 @dataclass(frozen=True)
 class Stage:
     """command: in a process of its own, from the repository's root. missing: why it cannot run here. rehearsal: the
-    command for the CPU. env: a variable that is None is unset."""
+    command for the CPU. env: a variable that is None is unset. suite: of bench/run.py."""
 
     name: str
     command: Sequence[str]
@@ -49,6 +49,7 @@ class Stage:
     env: dict[str, str | None] = field(default_factory=dict)
     missing: str = ""
     rehearsal: Sequence[str] = ()
+    suite: str = "kernels"  # of bench/run.py
 
 
 def gpu_test_slices() -> dict[str, list[str]]:
@@ -96,12 +97,13 @@ def all_stages(out: Path, arch: int = 90, ptxas: Path | None = None, sanitizer: 
         for name, files in gpu_test_slices().items()
     ]
     stages = [
-        Stage("environment", script("environment.py"), 30, rehearsal=script("environment.py", "--dry_run")),
-        Stage("compile", script("warm_cache.py", f"--arch={arch}", "--total_s=30"), 45,
+        Stage("environment", script("environment.py"), 30, suite="environment",
+              rehearsal=script("environment.py", "--dry_run")),
+        Stage("compile", script("warm_cache.py", f"--arch={arch}", "--total_s=30"), 45, suite="compile",
               rehearsal=script("warm_cache.py", "--parts=race", "--most=2")),
-        Stage("step", script("step.py", "--profile", "--total_s", SECONDS, "--arms", *SWITCHED), 70,
+        Stage("step", script("step.py", "--profile", "--total_s", SECONDS, "--arms", *SWITCHED), 70, suite="step",
               rehearsal=script("step.py", "--profile", *on_cpu, *one_step, "--batch_size=1", "--arms", "triton")),
-        Stage("ops", script(*ops, "124m", "--peers", "none", "--no_compile"), 90,
+        Stage("ops", script(*ops, "124m", "--peers", "none", "--no_compile"), 90, suite="ops",
               rehearsal=script(*checked, "--peers=none")),
         Stage("shipped", pytest(*on_gpu, *shipped_tests()), 60,
               rehearsal=pytest("-k", "test_widths and float32", *shipped_tests())),
@@ -114,14 +116,15 @@ def all_stages(out: Path, arch: int = 90, ptxas: Path | None = None, sanitizer: 
         Stage("tune", script("tune.py", DEAREST, "--total_s", SECONDS), 90, least_s=45,
               rehearsal=script("tune.py", "adamw", "--dry_run")),
         Stage("step-peers", script("step.py", "--total_s", SECONDS, "--arms", "triton", "nanogpt+compile",
-                                   "reference+compile"), 120,
+                                   "reference+compile"), 120, suite="step",
               rehearsal=script("step.py", *on_cpu, *one_step, "--arms", "reference", "nanogpt")),
-        Stage("peers", script(*ops, "124m"), 180, rehearsal=script(*checked, "--peers=pytorch")),
+        Stage("peers", script(*ops, "124m"), 180, suite="ops", rehearsal=script(*checked, "--peers=pytorch")),
         *tests,
         Stage("race-all", script("race.py"), 120, rehearsal=script(*race, "grad_norm")),
         Stage("race-dropout", script("race.py", "--p=0.1", "--repeats=300"), 90,
               rehearsal=script(*race, "dropout_add", "--p=0.1")),
-        Stage("ops-1558m", script(*ops, "1558m"), 180, rehearsal=script(*checked, "--peers=pytorch", "--no_bias")),
+        Stage("ops-1558m", script(*ops, "1558m"), 180, suite="ops",
+              rehearsal=script(*checked, "--peers=pytorch", "--no_bias")),
     ]  # fmt: skip
     named = assembled_by(ptxas) if ptxas else {}
     return [replace(stage, env={**named, **stage.env}) for stage in stages]

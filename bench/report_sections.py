@@ -1,0 +1,299 @@
+"""What bench/report.py shows: sections of text, tables and plots, made from the rows of a run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import charts
+import harness
+import machine
+
+Row = dict[str, Any]
+Rows = dict[str, list[Row]]  # by kind: their field "bench"
+Table = tuple[str, list[str], list[list[Any]]]  # (caption, header, cells)
+MACHINE = ("gpu", "cpu", "driver", "power_limit_w", "cores", "threads", "flags", "load", "cuda", "torch", "triton",
+           "python", "commit", "dirty")  # fmt: skip
+
+
+@dataclass
+class Section:
+    """text: paragraphs; charts: (what draws a PNG there, its caption)."""
+
+    title: str
+    text: list[str] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    charts: list[tuple[Callable[[Path], None], str]] = field(default_factory=list)
+
+
+def read(folder: Path) -> Rows:
+    """All complete rows of a folder, in the order in which they were written, without the results file made of them."""
+    found: Rows = {}
+    for path in sorted(folder.glob("[a-z]*.jsonl")):
+        for row in machine.read_lines(path):
+            if "bench" in row:
+                found.setdefault(row["bench"], []).append(row)
+    return found
+
+
+def every_section(rows: Rows, cannot: list[str]) -> list[Section]:
+    parts = [the_machine(rows), *the_steps(rows), the_explanation(rows), the_samples(rows), the_ops(rows),
+             the_loader(rows), the_runs(rows), not_shown(rows, cannot)]  # fmt: skip
+    return [part for part in parts if part is not None]
+
+
+# ---- rows ----
+
+
+def latest(rows: list[Row], *keys: str) -> list[Row]:
+    """The last row of each combination of these fields, where it was written last."""
+    last: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        key = tuple(str(row.get(name)) for name in keys)
+        last.pop(key, None)
+        last[key] = row
+    return list(last.values())
+
+
+def ok(row: Row) -> bool:
+    return row.get("status", "ok") == "ok"
+
+
+def spread(values: list[float]) -> str:
+    """Median (quartiles) of ratios."""
+    found = harness.summary(values)
+    return f"{found['ms']:.3f} ({found['q1']:.3f} to {found['q3']:.3f})"
+
+
+def paired(mine: Row | None, theirs: Row) -> str:
+    """What mine takes of theirs, round by round; "" where the two did not take turns."""
+    if mine is None or mine is theirs or mine.get("run") != theirs.get("run"):
+        return ""
+    pairs = list(zip(mine.get("seconds") or [], theirs.get("seconds") or []))
+    return spread([a / b for a, b in pairs]) if pairs else ""
+
+
+def quartiles(row: Row, scale: float = 1.0) -> str:
+    return f"{row['q1'] * scale:.4g} to {row['q3'] * scale:.4g}"
+
+
+def percent(value: float | None, digits: int = 1) -> str | None:
+    return None if value is None else f"{value:.{digits}%}"
+
+
+# ---- sections ----
+
+
+def the_machine(rows: Rows) -> Section:
+    section = Section("Machine")
+    facts = (rows.get("environment") or next(iter(rows.values())))[-1]
+    words = lambda value: ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    shown = [[name, words(facts[name])] for name in MACHINE if facts.get(name) not in (None, "", [])]
+    section.tables.append(("what it ran on", ["", "value"], shown))
+    cells = []
+    for row in latest(list(filter(ok, rows.get("roof", []))), "what", "dtype", "shape", "of", "name"):
+        shape = "x".join(map(str, row["shape"])) if row.get("shape") else f"{row.get('bytes', 0) / 1e9:.3g} GB"
+        what = " ".join(word for word in (row["what"], row.get("dtype"), row.get("name"), shape) if word)
+        rate, unit = (row["tflops"], "TFLOP/s") if "tflops" in row else (row["gbps"], "GB/s")
+        cells.append([what, rate, unit, row.get("sheet"), percent(row.get("of_sheet"))])
+    if cells:
+        section.tables.append(("the roof, measured", ["", "rate", "unit", "data sheet", "of it"], cells))
+    return section
+
+
+def the_steps(rows: Rows) -> list[Section]:
+    """A section for each configuration that was timed."""
+    every, best = rows.get("step", []), best_gemm(rows)
+    return [
+        _steps_of([row for row in every if row["config"] == c], best) for c in dict.fromkeys(r["config"] for r in every)
+    ]
+
+
+def best_gemm(rows: Rows) -> dict[str, float]:
+    """{dtype: TFLOP/s of the best product}"""
+    best: dict[str, float] = {}
+    for row in rows.get("roof", []):
+        if row.get("what") == "gemm" and "tflops" in row:
+            best[row["dtype"]] = max(best.get(row["dtype"], 0.0), row["tflops"])
+    return best
+
+
+def _steps_of(rows: list[Row], best: dict[str, float]) -> Section:
+    config, last = rows[-1]["config"], rows[-1]
+    in_turn = latest([row for row in rows if row["how"] == "in turn"], "arm", "run")
+    turned = {(row["arm"], row.get("run")) for row in in_turn}
+    alone = latest([row for row in rows if row["how"] == "alone"], "arm", "run")
+    listed = in_turn + [row for row in alone if (row["arm"], row.get("run")) not in turned]
+    first = {row.get("run"): row for row in reversed(in_turn) if ok(row)}  # of each run
+    cells = []
+    for row in listed:
+        if not ok(row):
+            cells.append([row["arm"], *[None] * 7, row["status"]])
+            continue
+        share = row["tflops"] / best[row["dtype"]] if row.get("dtype") in best and "tflops" in row else None
+        ratio, note = paired(first.get(row.get("run")), row), "" if row["how"] == "in turn" else "alone, not in turn"
+        cells.append([row["arm"], row["ms_s"] * 1e3, quartiles(row, 1e3), row["tokens_per_s"],
+                      percent(row.get("mfu_nanogpt")), percent(share), ratio, row.get("peak_gb"), note])  # fmt: skip
+    header = [
+        "arm",
+        "ms a step",
+        "quartiles",
+        "tokens/s",
+        "MFU",
+        "of best GEMM",
+        "first arm's time / its",
+        "peak GB",
+        "note",
+    ]
+    section = Section(f"Training step, {config}")
+    section.text.append(
+        f"{last['tokens']:,} tokens a step, {last.get('params', 0) / 1e6:.4g}M parameters; MFU by nanoGPT's count "
+        f"against {last.get('peak')}."
+    )
+    section.tables.append(("arms in turn, each round begun by another", header, cells))
+    done = list(filter(ok, listed))
+    bars = [(row["arm"], row["tokens_per_s"], row["tokens"] / row["q3"], row["tokens"] / row["q1"]) for row in done]
+    if bars:
+        draw = lambda path: charts.bars(path, bars, f"{config}: tokens a second", "tokens/s")
+        section.charts.append((draw, f"Tokens a second of each arm of {config}; the black lines are quartiles."))
+    return section
+
+
+def the_ops(rows: Rows) -> Section | None:
+    timed = [row for row in rows.get("ops", []) if "contestant" in row and row.get("mode") != "check"]
+    timed = latest(timed, "op", "size", "contestant", "mode")
+    if not timed:
+        return None
+    section = Section("Ops, one at a time")
+    section.text.append(
+        "Milliseconds a call; backward is the paired difference of both and forward. The floor is the op's work at the "
+        "machine's rates. The last ratio is to ours, or to plain PyTorch where ours did not run."
+    )
+    cells = []
+    for row in timed:
+        label = f"{row['op']} {row['size']}"
+        if not ok(row):
+            cells.append([label, row["contestant"], row.get("mode", ""), *[None] * 5, row["status"]])
+            continue
+        base = next((name for name in ("x_ours", "x_eager") if name in row), "")
+        ratio = f"{row[base]:.3f}" if base else None
+        if base and f"{base}_q1" in row:
+            ratio = f"{row[base]:.3f} ({row[f'{base}_q1']:.3f} to {row[f'{base}_q3']:.3f})"
+        cells.append([label, row["contestant"], row["mode"], row["ms"], quartiles(row), row["tflops"] or None,
+                      percent(row.get("of_floor")), ratio, ""])  # fmt: skip
+    header = ["op", "contestant", "mode", "ms", "quartiles", "TFLOP/s", "of its floor", "ratio", "note"]
+    section.tables.append(("ops", header, cells))
+    mine = [row for row in timed if ok(row) and "of_floor" in row and row["mode"] != "both"]
+    who = "ours" if any(row["contestant"] == "ours" for row in mine) else "eager"
+    bars = [
+        (f"{row['op']} {row['mode']}", row["of_floor"] * 100, None, None) for row in mine if row["contestant"] == who
+    ]
+    if bars:
+        draw = lambda path: charts.bars(path, bars, f"{who}: the floor's time over the measured", "%")
+        section.charts.append((draw, "How near each op is to its floor: 100% could not be faster on this machine."))
+    return section
+
+
+def the_samples(rows: Rows) -> Section | None:
+    every = latest(rows.get("sample", []), "arm", "run")
+    if not every:
+        return None
+    first, cells = next(filter(ok, every), None), []
+    for row in every:
+        if ok(row):
+            cells.append([row["arm"], row["ms_token"], quartiles(row), row["tokens_per_s"], paired(first, row), ""])
+        else:
+            cells.append([row["arm"], *[None] * 4, row["status"]])
+    section, last = Section("Sampling"), every[-1]
+    section.text.append(
+        f"{last.get('new_tokens')} tokens after a prompt of {last.get('prompt')}, greedy, {last.get('config')}."
+    )
+    header = ["arm", "ms a token", "quartiles", "tokens/s", "first arm's time / its", "note"]
+    section.tables.append(("arms in turn", header, cells))
+    bars = [(row["arm"], row["tokens_per_s"], None, None) for row in every if ok(row)]
+    if bars:
+        draw = lambda path: charts.bars(path, bars, "sampling: tokens a second", "tokens/s")
+        section.charts.append((draw, "Tokens a second of one sequence."))
+    return section
+
+
+def the_loader(rows: Rows) -> Section | None:
+    every = latest(rows.get("loader", []), "table", "format", "order", "worker", "batch_size", "block_size")
+    if not every:
+        return None
+    section, header = Section("Loader"), ["", "batch", "M tokens/s", "us a batch", "us in next()"]
+    cells: dict[str, list[list[Any]]] = {}
+    for row in every:
+        name = row["worker"] if row["table"] == "worker" else f"{row['format']}, {row['order']}"
+        shape = f"{row['batch_size']}x{row['block_size']}"
+        cells.setdefault(row["table"], []).append(
+            [name, shape, row["tokens_per_s"] / 1e6, row["us_batch"], row["wait_us"], percent(row.get("data_wait"), 3)]
+        )
+    if worker := cells.pop("worker", []):
+        section.tables.append(("by who reads, beside a step on the CPU", header, [row[:5] for row in worker]))
+    fed = [row for some in cells.values() for row in some]
+    if fed:
+        rate = next(row["consumer_tokens_per_s"] for row in every if "consumer_tokens_per_s" in row)
+        section.tables.append(
+            (f"by format and order, a thread beside a consumer of {rate:,.0f} tokens/s", [*header, "data wait"], fed)
+        )
+    return section
+
+
+def the_runs(rows: Rows) -> Section | None:
+    last = latest(rows.get("train", []), "arm", "round")
+    if not last:
+        return None
+    stock = {row["round"]: row["wall_s"] for row in last if row["arm"] == "nanogpt" and ok(row)}
+    cells = []
+    for arm in dict.fromkeys(row["arm"] for row in last):
+        mine = [row for row in last if row["arm"] == arm]
+        done = list(filter(ok, mine))
+        if not done:
+            cells.append([arm, *[None] * 4, mine[-1]["status"]])
+            continue
+        ratios = [row["wall_s"] / stock[row["round"]] for row in done if row["round"] in stock and arm != "nanogpt"]
+        middle = [harness.summary([row[key] for row in done])["ms"] for key in ("wall_s", "iter_ms", "val_loss")]
+        cells.append([arm, *middle, spread(ratios) if ratios else "", f"{len(done)} run(s)"])
+    section = Section("Whole training runs")
+    section.text.append(f"{last[-1].get('iterations')} iterations, each run a process from start to end.")
+    header = ["arm", "wall s", "ms an iteration", "val loss", "of nanoGPT's wall time", "note"]
+    section.tables.append(("in turn", header, cells))
+    return section
+
+
+def the_explanation(rows: Rows) -> Section | None:
+    every = rows.get("profile", [])
+    if not every:
+        return None
+    every = [row for row in every if row.get("run") == every[-1].get("run")]
+    section = Section("Where the step goes")
+    parts = [row for row in every if ok(row) and row["part"] != "step"]
+    if not parts:
+        section.text.append(f"Not profiled: {every[-1]['status']}.")
+        return section
+    whole = next((row for row in every if row.get("part") == "step"), {})
+    section.text += [text for text in (whole.get("text"), whole.get("advice")) if text]
+    cells = [[row["part"], row["ms"], percent(row.get("share")), row.get("floor_ms"), percent(row.get("of_floor"))]
+             for row in parts]  # fmt: skip
+    header = ["part", "ms a step", "share", "floor ms", "floor / measured"]
+    section.tables.append((f"{whole.get('ms', 0):.4g} ms a step", header, cells))
+    bars = [(row["part"], row["ms"], row.get("floor_ms")) for row in parts]
+    draw = lambda path: charts.beside_floor(path, bars, "where a step goes")
+    section.charts.append((draw, "Milliseconds a step of each part, beside the least that this machine could take."))
+    return section
+
+
+def not_shown(rows: Rows, cannot: list[str]) -> Section | None:
+    """What is missing from the page, and why."""
+    failed = [row for kind in rows.values() for row in kind if not ok(row)]
+    who = lambda row: " ".join(str(row[k]) for k in ("op", "size", "config", "arm", "contestant", "part") if row.get(k))
+    cells = [
+        [row["bench"], who(row), row["status"]] for row in latest(failed, "bench", "op", "arm", "contestant", "part")
+    ]
+    if not cells and not cannot:
+        return None
+    section = Section("What this does not show", [f"Not on this machine: {line}." for line in cannot])
+    if cells:
+        section.tables.append(("rows without a time, and why", ["of", "who", "reason"], cells))
+    return section
