@@ -18,7 +18,7 @@ import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,19 +83,24 @@ def make(base: str, words: list[str], setup: Setup) -> "Loop":
 
 def nanogpt(setup: Setup) -> Trainee:
     """Stock nanoGPT's model and optimizer."""
-    shape, device = setup.shape, setup.world.device
-    stock = stock_model(setup.nanogpt)
+    model, optim = nanogpt_model(setup).train(), setup.config.optim
+    betas = (optim.beta1, optim.beta2)
+    optimizer = model.configure_optimizers(optim.weight_decay, LR, betas, setup.world.device.type)
+    return Trainee(model, optimizer, lambda model, ids, targets: model(ids, targets)[1])
+
+
+def nanogpt_model(setup: Setup) -> Any:
+    """nanoGPT's GPT in float32 with Setup.weights, on the device."""
+    shape, stock = setup.shape, stock_model(setup.nanogpt)
     if shape.activation != "gelu":
         raise Missing(f"stock nanoGPT has the erf GELU only, not {shape.activation}")
     sizes = dict(block_size=shape.block_size, vocab_size=shape.vocab_size, n_layer=shape.n_layer)
     sizes |= dict(n_head=shape.n_head, n_embd=shape.n_embd, dropout=shape.dropout, bias=shape.bias)
-    model = stock.GPT(stock.GPTConfig(**sizes)).to(device).train()
+    model = stock.GPT(stock.GPTConfig(**sizes)).to(setup.world.device)
     missing, unexpected = model.load_state_dict(setup.weights, strict=False)  # lm_head is tied to wte
     if unexpected or set(missing) - {"lm_head.weight"}:
         raise ConfigError("this is not the nanoGPT we know", found=f"parameters {unexpected or missing}")
-    optim = setup.config.optim
-    optimizer = model.configure_optimizers(optim.weight_decay, LR, (optim.beta1, optim.beta2), device.type)
-    return Trainee(model, optimizer, lambda model, ids, targets: model(ids, targets)[1])
+    return model
 
 
 def stock_model(folder: Path | None) -> Any:
@@ -113,7 +118,7 @@ def stock_model(folder: Path | None) -> Any:
     return module
 
 
-def huggingface_model(setup: Setup) -> tuple[nn.Module, str]:
+def huggingface_model(setup: Setup) -> tuple[Any, str]:
     """(GPT2LMHeadModel in float32 with Setup.weights, on the device; what is not the same, or "").
 
     Its layers always have biases: where ours have none they are zeros and frozen, so that the parameters that learn and
@@ -174,6 +179,12 @@ def mixed_dtype(setup: Setup) -> torch.dtype | None:
     return setup.dtype if setup.world.device.type == "cuda" and setup.dtype != torch.float32 else None
 
 
+def autocast_of(setup: Setup) -> AbstractContextManager[Any]:
+    """As nanoGPT's train.py and sample.py run a model."""
+    mixed = mixed_dtype(setup)
+    return torch.amp.autocast(setup.world.device.type, mixed) if mixed else nullcontext()
+
+
 class Loop:
     """step(batch [A, B, T + 1], iteration) -> StepResult: A micro-batches, clipping, AdamW."""
 
@@ -181,7 +192,8 @@ class Loop:
 
     def __init__(self, trainee: Trainee, setup: Setup):
         self.model, self.optimizer, self.loss = trainee.model, trainee.optimizer, trainee.loss
-        self.device, self.clip = setup.world.device, setup.config.optim.grad_clip or float("inf")
+        self.setup, self.device = setup, setup.world.device
+        self.clip = setup.config.optim.grad_clip or float("inf")
         self.mixed = mixed_dtype(setup)
         self.note = "; ".join(filter(None, [trainee.note, self.package and version(self.package)]))
         self.set_up()
@@ -209,7 +221,7 @@ class Bare(Loop):
 
     def set_up(self) -> None:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.mixed == torch.float16)
-        self.autocast = torch.amp.autocast(self.device.type, self.mixed) if self.mixed else nullcontext()
+        self.autocast = autocast_of(self.setup)
 
     def step(self, micro_batches: list[tuple[Tensor, Tensor]]) -> StepResult:
         total = torch.zeros((), device=self.device)
