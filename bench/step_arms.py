@@ -1,21 +1,19 @@
-"""A training step as bench/step.py times it: by our trainer with some set of ops, or by stock nanoGPT.
+"""A training step as bench/step.py times it: by our trainer with some set of ops, or by somebody else's.
 
 KERNELS[+compile][+CHOICE=true|false ...]    KERNELS is what --kernels takes; compile: torch.compile of the model;
                                              CHOICE: a switch of nanogpt_kernels' launch rows (atomic, fused)
-nanogpt[+compile]                            model.py of a checkout of karpathy/nanoGPT, driven as its train.py does
+nanogpt|hf[+fabric|+accelerate][+compile]    other people's models and loops: bench/trainers.py
+llm.c                                        a program of its own, timed by bench/llmc_binary.py
 """
 
-import importlib.util
-import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import cases
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanogpt_fast.distributed import World
 from nanogpt_fast.errors import ConfigError
@@ -63,11 +61,13 @@ def is_ours(name: str) -> bool:
 def make_arm(name: str, setup: Setup) -> Arm:
     """ConfigError for a word nobody knows, Missing where the machine lacks something."""
     base, *words = name.split("+")
+    if base in ("nanogpt", "hf"):
+        import trainers  # which takes Setup and Missing from here
+
+        return trainers.make(base, words, setup)
+    if base == "llm.c":
+        raise Missing("llm.c is a program of its own: python bench/llmc_binary.py --llmc DIR writes its row")
     compiled, switches = "compile" in words, [word for word in words if word != "compile"]
-    if base == "nanogpt":
-        if switches:
-            raise ConfigError(f"{switches[0]!r} means nothing to nanoGPT", expected="nanogpt or nanogpt+compile")
-        return Nanogpt(setup, compiled)
     turned = overrides(switches)
     model = GPT(setup.shape, select_ops(base, setup.world.device.type)).train()
     model.load_state_dict(setup.weights)
@@ -121,56 +121,3 @@ def recorded(name: str, config: Config, dtype: torch.dtype, arch: int) -> Any:
     with cases.overridden(overrides(switches)), launch.recording(arch) as calls:
         step(batch, 0)
     return calls
-
-
-class Nanogpt:
-    """Stock nanoGPT's model and optimizer, stepped as its train.py does: autocast, scaler, clipping, AdamW."""
-
-    def __init__(self, setup: Setup, compiled: bool):
-        shape, self.device = setup.shape, setup.world.device
-        stock = _stock_model(setup.nanogpt)
-        sizes = dict(block_size=shape.block_size, vocab_size=shape.vocab_size, n_layer=shape.n_layer)
-        sizes |= dict(n_head=shape.n_head, n_embd=shape.n_embd, dropout=shape.dropout, bias=shape.bias)
-        self.model: nn.Module = stock.GPT(stock.GPTConfig(**sizes)).to(self.device).train()
-        missing, unexpected = self.model.load_state_dict(setup.weights, strict=False)  # lm_head is tied to wte
-        if unexpected or set(missing) - {"lm_head.weight"}:
-            raise ConfigError("this is not the nanoGPT we know", found=f"parameters {unexpected or missing}")
-        optim = setup.config.optim
-        self.clip = optim.grad_clip or float("inf")
-        betas = (optim.beta1, optim.beta2)
-        configure: Any = self.model.configure_optimizers
-        self.optimizer = configure(optim.weight_decay, LR, betas, self.device.type)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=setup.dtype == torch.float16)
-        on_gpu = self.device.type == "cuda"  # on the CPU train.py computes in float32, whatever its dtype says
-        self.autocast = torch.amp.autocast("cuda", setup.dtype) if on_gpu else nullcontext()
-        if compiled:
-            self.model.compile()
-
-    def __call__(self, batch: Tensor, iteration: int) -> StepResult:
-        total, tokens = torch.zeros((), device=self.device), batch.to(self.device, non_blocking=True).long()
-        for micro in tokens:
-            with self.autocast:
-                _, loss = self.model(micro[:, :-1].contiguous(), micro[:, 1:].contiguous())
-                loss = loss / len(tokens)
-            total += loss.detach()
-            self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(total, norm)
-
-
-def _stock_model(folder: Path | None) -> Any:
-    if folder is None:
-        raise Missing("stock nanoGPT: name a checkout of karpathy/nanoGPT by --nanogpt DIR or NANOGPT_DIR")
-    path = folder / "model.py"
-    if not path.is_file():
-        raise Missing(f"stock nanoGPT: {path} is no file")
-    spec = importlib.util.spec_from_file_location("stock_nanogpt_model", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
