@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt_fast.ops import GRAD_NORM, LOSS_SCALE, LR, MAX_NORM, STEP, Ops, exact_device
+from nanogpt_fast.run import ranges
 from nanogpt_fast.settings.config import OptimConfig
 
 ALIGNMENT = 128  # elements: 256 bytes of the narrowest dtype
@@ -96,17 +97,18 @@ class AdamW:
     def step(self) -> Tensor:
         """Clip, update, zero the gradient. Returns the norm before clipping (non-finite: nothing was updated)."""
         flat, scalars = self.flat, self.scalars
-        scalars[GRAD_NORM] = self.ops.grad_norm(flat.grad).to(scalars.device)
-        norm = scalars[GRAD_NORM] / scalars[LOSS_SCALE]
-        params = None if flat.params is flat.master else flat.params
-        self.ops.adamw_(
-            params, flat.master, self.m, self.v, flat.grad, scalars, self.segments, self.config.beta1, self.config.beta2
-        )
-        flat.grad.zero_()
-        finite = torch.isfinite(norm)
-        self.bad_steps.copy_(torch.where(finite, 0, self.bad_steps + 1))
-        if self.scale_loss:
-            self._update_loss_scale(finite)
+        betas = self.config.beta1, self.config.beta2
+        with ranges.span(ranges.GRAD_NORM):
+            scalars[GRAD_NORM] = self.ops.grad_norm(flat.grad).to(scalars.device)
+            norm = scalars[GRAD_NORM] / scalars[LOSS_SCALE]
+        with ranges.span(ranges.UPDATE):
+            params = None if flat.params is flat.master else flat.params
+            self.ops.adamw_(params, flat.master, self.m, self.v, flat.grad, scalars, self.segments, *betas)
+            flat.grad.zero_()
+            finite = torch.isfinite(norm)
+            self.bad_steps.copy_(torch.where(finite, 0, self.bad_steps + 1))
+            if self.scale_loss:
+                self._update_loss_scale(finite)
         return norm
 
     def set_lr(self, lr: float) -> None:

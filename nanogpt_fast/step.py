@@ -9,6 +9,7 @@ from nanogpt_fast.distributed import World
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import exact_device
 from nanogpt_fast.optim import AdamW
+from nanogpt_fast.run.ranges import ALL_REDUCE, BACKWARD, FORWARD, STEP, span
 
 
 class StepResult(NamedTuple):
@@ -32,6 +33,10 @@ class TrainStep:
         self.counter = torch.zeros(1, dtype=torch.int64, device=exact_device(self.device))
 
     def __call__(self, batch: Tensor, iteration: int) -> StepResult:
+        with span(STEP):
+            return self._step(batch, iteration)
+
+    def _step(self, batch: Tensor, iteration: int) -> StepResult:
         A, B, T = batch.size(0), batch.size(1), batch.size(2) - 1
         world, optimizer, model = self.world, self.optimizer, self.model
         micro_batches = A * world.size
@@ -40,9 +45,12 @@ class TrainStep:
         grad_scale = (optimizer.loss_scale / (micro_batches * B * T)).float().to(self.device)
         total = torch.zeros((), device=self.device)
         for micro in tokens:
-            loss, nll = model(micro[:, :-1], micro[:, 1:], grad_scale, self.counter)
-            loss.backward()
+            with span(FORWARD):
+                loss, nll = model(micro[:, :-1], micro[:, 1:], grad_scale, self.counter)
+            with span(BACKWARD):
+                loss.backward()
             total += nll.mean()
             self.counter += 1
-        world.all_reduce_(optimizer.flat.grad)
+        with span(ALL_REDUCE):
+            world.all_reduce_(optimizer.flat.grad)
         return StepResult(total / A, optimizer.step())

@@ -29,7 +29,7 @@ from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import REFERENCE, Ops, select_ops
 from nanogpt_fast.optim import AdamW, FlatParameters
 from nanogpt_fast.restore import Restored, restore, shape_of
-from nanogpt_fast.run import checkpoint
+from nanogpt_fast.run import checkpoint, tracing
 from nanogpt_fast.run.log import RunLog
 from nanogpt_fast.run.rundir import RunLock, clean_stale, probe_writable
 from nanogpt_fast.settings.cli import load_config, to_toml
@@ -94,6 +94,8 @@ def main(argv: list[str]) -> int:
         stack.callback(run_log.close)
         if not config.run.eval_only:  # an evaluation adds a line to the run's metrics, it is no new run
             run_log.run(**run_facts(config, shape, start, dtype, peak.source))
+        facts = tracing.facts_of(config, model.config, world.device, dtype, world.size) if world.is_main else {}
+        window = tracing.window_of_run(config, start, world.device, model, facts) if world.is_main else tracing.Window()
         trainer = Trainer(
             config=config,
             world=world,
@@ -107,6 +109,7 @@ def main(argv: list[str]) -> int:
             peak=peak,
             start=start,
             best_val_loss=best_val_loss_of(resumed),
+            window=window,
         )
         if world.is_main and not config.run.eval_only:
             begin_out_dir(config, shape, start)
@@ -138,7 +141,7 @@ def begin_out_dir(config: Config, shape: GPTConfig, start: int) -> None:
     probe_writable(out_dir, need_bytes=12 * shape.num_params(non_embedding=False))
     if moved := checkpoint.set_aside_later(out_dir, start if config.run.init_from == "resume" else -1):
         print(f"checkpoints of an earlier run, which this one does not continue, are now in {moved}")
-    write_atomic(out_dir / "config.toml", to_toml(config.replace(dry_run=False)).encode())
+    write_atomic(out_dir / "config.toml", to_toml(config.replace(dry_run=False, profile="")).encode())
 
 
 def load_weights(config: Config, say: Any) -> Restored:
@@ -148,7 +151,8 @@ def load_weights(config: Config, say: Any) -> Restored:
         say(f"Initializing from {restored.source}")
         return restored
     say(f"Resuming training from {restored.source}")
-    then, place = restored.run_config, {"init_from", "out_dir", "data_dir", "eval_only", "debug", *vars(config.model)}
+    then, place = restored.run_config, {"init_from", "out_dir", "data_dir", "eval_only", "debug"}
+    place |= {"profile", "profiler", *vars(config.model)}
     changed = {k: v for k, v in config.flat().items() if k in then and then[k] != v and k not in place}
     if changed:
         say("changed since the checkpoint: " + ", ".join(f"{k} {then[k]} -> {v}" for k, v in changed.items()))

@@ -4,7 +4,7 @@ import logging
 import math
 import shlex
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from nanogpt_fast.errors import CheckpointError, DeviceError, DivergedError
 from nanogpt_fast.hardware import Peak, flops_per_token
 from nanogpt_fast.ops import exact_device
 from nanogpt_fast.optim import learning_rate
-from nanogpt_fast.run import checkpoint
+from nanogpt_fast.run import checkpoint, ranges
 from nanogpt_fast.run.log import RunLog
+from nanogpt_fast.run.ranges import span
 from nanogpt_fast.run.stopping import StopSignals
+from nanogpt_fast.run.tracing import Window
 from nanogpt_fast.scoring import estimate_loss
 from nanogpt_fast.settings.config import Config
 from nanogpt_fast.step import StepResult, TrainStep
@@ -45,8 +47,10 @@ class Trainer:
     peak: Peak  # what MFU divides by
     start: int = 0
     best_val_loss: float = math.inf
+    window: Window = field(default_factory=Window)  # the iterations to trace, none unless --profile names some
 
     def __post_init__(self) -> None:
+        self.window.say = self.log.line
         self.out_dir = Path(self.config.run.out_dir)
         self.model, self.optimizer = self.step.model, self.step.optimizer
         self._flops = {k: v * self.config.tokens_per_iter for k, v in flops_per_token(self.model.config).items()}
@@ -64,19 +68,15 @@ class Trainer:
                 self._evaluate_and_save(self.start)
                 return stop.exit_code
             try:
-                for iteration in range(self.start, end):
-                    self.optimizer.set_lr(learning_rate(iteration, self.config.optim))
-                    if iteration % run.eval_interval == 0:
-                        self._evaluate_and_save(iteration)
-                    result = self.step(next(self.loader), iteration)
-                    self._since_log += 1
-                    self._tick += self.peak.refine()
-                    if iteration % run.log_interval == 0:
-                        self._log_iteration(iteration, result)
-                    if self.world.any(stop.received is not None):
-                        self.save(iteration + 1, must=True)
-                        self.log.line(self.resume_line(iteration + 1))
-                        return stop.exit_code or 143
+                with self.window as window:
+                    for iteration in range(self.start, end):
+                        self._tick += window.reach(iteration, self._step_ms())
+                        with span(ranges.ITERATION):
+                            self._iterate(iteration)
+                        if self.world.any(stop.received is not None):
+                            self.save(iteration + 1, must=True)
+                            self.log.line(self.resume_line(iteration + 1))
+                            return stop.exit_code or 143
             except RuntimeError as error:  # torch.OutOfMemoryError is one; MPS raises a plain one
                 if not isinstance(error, torch.OutOfMemoryError) and "MPS backend out of memory" not in str(error):
                     raise
@@ -86,6 +86,24 @@ class Trainer:
         elif self._saved_step < 0 or (run.always_save_checkpoint and self._saved_step < end - 1):
             self.save(end, must=True)
         return 0
+
+    def _iterate(self, iteration: int) -> None:
+        """Schedule, evaluate and save where it is due, step, log."""
+        run = self.config.run
+        self.optimizer.set_lr(learning_rate(iteration, self.config.optim))
+        if iteration % run.eval_interval == 0:
+            self._evaluate_and_save(iteration)
+        with span(ranges.DATA):
+            batch = next(self.loader)
+        result = self.step(batch, iteration)
+        self._since_log += 1
+        if self.window.open:
+            self._traced = True
+        else:  # a product in the window would pass for one of the step's
+            self._tick += self.peak.refine()
+        if iteration % run.log_interval == 0:
+            with span(ranges.LOG):
+                self._log_iteration(iteration, result)
 
     def _out_of_memory(self, error: Exception) -> DeviceError:
         data = self.config.data
@@ -109,7 +127,8 @@ class Trainer:
     # ---- evaluation and checkpoints ----
 
     def _evaluate_and_save(self, iteration: int) -> None:
-        losses = self._estimate(iteration)
+        with span(ranges.EVALUATION):
+            losses = self._estimate(iteration)
         if losses is not None:
             self._report_evaluation(iteration, losses)
         val = losses.get("val") if losses else None
@@ -177,7 +196,8 @@ class Trainer:
         }
         content = checkpoint.Checkpoint(step, asdict(self.model.config), flat.named(flat.master), tensors, state)
         try:
-            path = checkpoint.save(self.out_dir, content, keep_last=self.config.run.keep_last)
+            with span(ranges.CHECKPOINT):
+                path = checkpoint.save(self.out_dir, content, keep_last=self.config.run.keep_last)
         except CheckpointError as error:
             self._failed_saves += 1
             if must or self._failed_saves >= MAX_FAILED_SAVES:
@@ -190,8 +210,13 @@ class Trainer:
     # ---- figures ----
 
     def _restart_clock(self) -> None:
-        self._tick, self._since_log = time.perf_counter(), 0
+        self._tick, self._since_log, self._traced = time.perf_counter(), 0, False
         self.loader.take_wait()
+
+    def _step_ms(self) -> float | None:
+        """Milliseconds an iteration took lately, by nanoGPT's running mean; None until that has settled."""
+        rate = self._flops_per_s
+        return self._flops["nanogpt"] / self.world.size / rate * 1e3 if rate else None
 
     def _log_iteration(self, iteration: int, result: StepResult) -> None:
         loss = result.loss.to(exact_device(self.world.device)).double()
@@ -201,6 +226,7 @@ class Trainer:
         seconds = (now - self._tick) / self._since_log
         wait = self.loader.take_wait() / (now - self._tick)
         self._tick, self._since_log = now, 0
+        traced, self._traced = self._traced, False
         if self.optimizer.bad_steps >= MAX_BAD_STEPS:
             raise DivergedError(
                 f"the gradient was not finite {int(self.optimizer.bad_steps)} iterations in a row",
@@ -210,10 +236,10 @@ class Trainer:
             )
         tokens_per_s = self.config.tokens_per_iter / seconds
         rates = {name: flops / seconds / self.world.size for name, flops in self._flops.items()}
-        if iteration - self.start >= 5:  # nanoGPT: let the loop settle first
+        if iteration - self.start >= 5 and not traced:  # nanoGPT: let the loop settle first
             running, rate = self._flops_per_s, rates["nanogpt"]
             self._flops_per_s = rate if running is None else 0.9 * running + 0.1 * rate
-        mfu = {name: _percent(self.peak.mfu(rate)) for name, rate in rates.items()}
+        mfu = {name: None if traced else _percent(self.peak.mfu(rate)) for name, rate in rates.items()}
         smooth = _percent(self.peak.mfu(self._flops_per_s)) if self._flops_per_s else -100.0  # nanoGPT's mark
         shown = "n/a" if smooth is None or self.peak.flops is None else f"{smooth:.2f}%"
         figures: dict[str, float | None] = {
@@ -230,7 +256,8 @@ class Trainer:
         }
         eta = seconds * (self.config.optim.max_iters - iteration)
         rest = f"grad norm {norm:.3f}, {tokens_per_s / 1e3:,.1f}K tok/s, data wait {wait * 100:.1f}%, eta {_clock(eta)}"
-        line = f"iter {iteration}: loss {loss:.4f}, time {seconds * 1e3:.2f}ms, mfu {shown}"
+        while_tracing = " (tracing)" if traced else ""  # slower than the run is: in no average, without an MFU
+        line = f"iter {iteration}: loss {loss:.4f}, time {seconds * 1e3:.2f}ms{while_tracing}, mfu {shown}"
         self.log.train(iteration, figures, f"{line}, {rest}")
         self.log.progress(iteration + 1, f"loss {loss:.3f} {tokens_per_s / 1e3:,.1f}K tok/s")
 

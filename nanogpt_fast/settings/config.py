@@ -6,6 +6,7 @@ The comment beside a field is its help text. How files and flags become a Config
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -178,6 +179,22 @@ class SystemConfig:
     backend: str = "nccl"  # torch.distributed backend for CUDA ranks (CPU ranks use gloo)
     dry_run: bool = False  # print the resolved configuration, tokens, memory; train nothing
     debug: bool = False  # tracebacks instead of short errors
+    profile: str = ""  # START:STOP, iterations to trace as a Python slice: 10:15 is 10 to 14; to out_dir/profile
+    profiler: Literal["torch", "nsys"] = "torch"  # a trace for Perfetto, or NVTX ranges for a run under nsys
+
+    def __post_init__(self) -> None:
+        _ = self.window
+
+    @property
+    def window(self) -> range:
+        """The iterations that --profile names; empty without it. ConfigError for anything but START:STOP."""
+        if not self.profile:
+            return range(0)
+        found = re.fullmatch(r"(\d{1,12}):(\d{1,12})", self.profile)
+        window = range(int(found[1]), int(found[2])) if found else range(0)
+        rule = "START:STOP, two whole numbers, START < STOP, as in a Python slice: 10:15 traces iterations 10 to 14"
+        require_range(bool(window), "profile", rule, self.profile)
+        return window
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +207,15 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     log: LogConfig = field(default_factory=LogConfig)
     system: SystemConfig = field(default_factory=SystemConfig)
+
+    def __post_init__(self) -> None:
+        window, last = self.system.window, self.optim.max_iters
+        if window and (window.stop > last + 1 or self.run.eval_only):
+            raise ConfigError(
+                "--profile asks for iterations that this run does not have",
+                where=f"profile = {self.system.profile!r}, max_iters = {last}, eval_only = {self.run.eval_only}",
+                expected="none with eval_only" if self.run.eval_only else f"STOP <= {last + 1}: the last one is {last}",
+            )
 
     @property
     def tokens_per_iter(self) -> int:
