@@ -108,6 +108,7 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, help="sequences a micro-batch: 64, on a CPU the preset's")
     parser.add_argument("--accumulation", type=int, help="micro-batches a step, instead of --tokens")
     parser.add_argument("--tokens", type=int, help="of a step: 0.5M, on a CPU the preset's micro-batches")
+    parser.add_argument("--block_size", type=int, help="instead of the preset's")
     parser.add_argument("--vocab_size", type=int, help="of a preset on characters: 65 for Tiny Shakespeare")
     parser.add_argument("--dropout", type=float)
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
@@ -132,7 +133,7 @@ def parsed(argv: list[str]) -> argparse.Namespace:
 def setup_of(args: argparse.Namespace) -> Setup:
     """What all arms start from. ConfigError for a preset on characters without --vocab_size."""
     tiny, on_cpu = TINY if args.tiny else {}, args.device == "cpu"
-    config = configuration(args.config, **tiny)
+    config = configuration(args.config, **{"block_size": args.block_size, **tiny})
     vocab, recipe = args.vocab_size or config.model.vocab_size, RECIPES.get(config.data.dataset)
     if not vocab and recipe is not None and recipe.tokenizer == "char":
         raise ConfigError(
