@@ -68,55 +68,57 @@ CHOICES = {  # --gpu: the name that the driver gives, a key of gpus.GPUS
 MODELS = {name: replace(config, bias=False) for name, config in GPT2.items()}  # as nanoGPT trains them
 
 
-def product(M: int, K: int, N: int, rounds: int, extra: int = 0) -> Work:
+def product(M: int, K: int, N: int, rounds: int, extra: int = 0, size: int = HALF) -> Work:
     """[M, K] times [K, N], `rounds` times a step; extra: elements that its epilogue reads or writes besides."""
-    return Work(2.0 * M * K * N * rounds, float(HALF * (M * K + K * N + M * N + extra) * rounds))
+    return Work(2.0 * M * K * N * rounds, float(size * (M * K + K * N + M * N + extra) * rounds))
 
 
-def weight_gradient(M: int, K: int, N: int, rounds: int) -> Work:
+def weight_gradient(M: int, K: int, N: int, rounds: int, size: int = HALF) -> Work:
     """[N, M] times [M, K] added into float32."""
-    return Work(2.0 * M * K * N * rounds, float((HALF * (M * K + M * N) + 2 * FULL * K * N) * rounds))
+    return Work(2.0 * M * K * N * rounds, float((size * (M * K + M * N) + 2 * FULL * K * N) * rounds))
 
 
-def step_work(config: GPTConfig, batch: int, micro_steps: int, *, deterministic: bool = False) -> dict[str, Work]:
-    """{op: its work} in a training step of micro_steps x batch sequences."""
+def step_work(
+    config: GPTConfig, batch: int, micro_steps: int, *, deterministic: bool = False, size: int = HALF
+) -> dict[str, Work]:
+    """{op: its work} in a training step of micro_steps x batch sequences, in a compute dtype of `size` bytes."""
     L, H, C, T, V = config.n_layer, config.n_head, config.n_embd, config.block_size, config.vocab_size
     M, F, D, N = batch * T, 4 * C, C // H, config.num_params(non_embedding=False)
     layers = L * micro_steps
     pairs = batch * H * T * T / 2 * layers  # (query, key) below the diagonal
-    tiled = pairs * (1 + TILE / T)
+    tiled = pairs * min(1 + TILE / T, 2.0)  # the whole square at most
     products, exps = (7, 2) if deterministic else (5, 1)  # the deterministic form rebuilds the scores for dQ
     matmul = 2.0 * D * tiled
     norms = [  # forward, backward; the first norm has nothing to add
-        micro_steps * norm_bytes(M, C, backward=b) + 2 * layers * add_norm_bytes(M, C, backward=b)
+        micro_steps * norm_bytes(M, C, size, backward=b) + 2 * layers * add_norm_bytes(M, C, size, backward=b)
         for b in (False, True)
     ]
-    embeddings = micro_steps * sum(embedding_bytes(M, C, backward=b) for b in (False, True))
+    embeddings = micro_steps * sum(embedding_bytes(M, C, size, backward=b) for b in (False, True))
     return {
-        "qkv": product(M, C, 3 * C, layers),
-        "qkv, dgrad": product(M, 3 * C, C, layers),
-        "qkv, wgrad": weight_gradient(M, C, 3 * C, layers),
-        "attention": Work(2 * matmul, float(attention_bytes(M, C, backward=False) * layers), tiled),
+        "qkv": product(M, C, 3 * C, layers, size=size),
+        "qkv, dgrad": product(M, 3 * C, C, layers, size=size),
+        "qkv, wgrad": weight_gradient(M, C, 3 * C, layers, size=size),
+        "attention": Work(2 * matmul, float(attention_bytes(M, C, size, backward=False) * layers), tiled),
         f"attention backward, {products} products": Work(
-            products * matmul, float(attention_bytes(M, C, backward=True) * layers), exps * tiled
+            products * matmul, float(attention_bytes(M, C, size, backward=True) * layers), exps * tiled
         ),
-        "attention projection": product(M, C, C, layers),
-        "attention projection, dgrad": product(M, C, C, layers),
-        "attention projection, wgrad": weight_gradient(M, C, C, layers),
-        "fc + GELU": product(M, C, F, layers, extra=M * F),
-        "fc, dgrad": product(M, F, C, layers),
-        "fc, wgrad": weight_gradient(M, C, F, layers),
-        "MLP projection": product(M, F, C, layers),
-        "MLP projection, dgrad + dGELU": product(M, C, F, layers, extra=M * F),
-        "MLP projection, wgrad": weight_gradient(M, F, C, layers),
-        "head": product(M, C, V, micro_steps),
-        "head, dgrad": product(M, V, C, micro_steps),
-        "head, wgrad": weight_gradient(M, C, V, micro_steps),
-        "cross-entropy in place": Work(bytes=float(cross_entropy_bytes(M, V, passes=2) * micro_steps)),
+        "attention projection": product(M, C, C, layers, size=size),
+        "attention projection, dgrad": product(M, C, C, layers, size=size),
+        "attention projection, wgrad": weight_gradient(M, C, C, layers, size=size),
+        "fc + GELU": product(M, C, F, layers, extra=M * F, size=size),
+        "fc, dgrad": product(M, F, C, layers, size=size),
+        "fc, wgrad": weight_gradient(M, C, F, layers, size=size),
+        "MLP projection": product(M, F, C, layers, size=size),
+        "MLP projection, dgrad + dGELU": product(M, C, F, layers, extra=M * F, size=size),
+        "MLP projection, wgrad": weight_gradient(M, F, C, layers, size=size),
+        "head": product(M, C, V, micro_steps, size=size),
+        "head, dgrad": product(M, V, C, micro_steps, size=size),
+        "head, wgrad": weight_gradient(M, C, V, micro_steps, size=size),
+        "cross-entropy in place": Work(bytes=float(cross_entropy_bytes(M, V, size, passes=2) * micro_steps)),
         "residual + LayerNorm": Work(bytes=float(norms[0])),
         "residual + LayerNorm, backward": Work(bytes=float(norms[1])),
         "embedding, both ways": Work(bytes=float(embeddings)),
-        "gradient norm, AdamW, zeroing": Work(bytes=float(grad_norm_bytes(N) + adamw_bytes(N) + FULL * N)),
+        "gradient norm, AdamW, zeroing": Work(bytes=float(grad_norm_bytes(N) + adamw_bytes(N, size) + FULL * N)),
     }
 
 

@@ -41,9 +41,9 @@ def attention_bytes(M: int, C: int, size: int = HALF, *, backward: bool) -> int:
     return (8 if backward else 4) * size * M * C
 
 
-def cross_entropy_bytes(M: int, V: int, *, passes: int) -> int:
+def cross_entropy_bytes(M: int, V: int, size: int = HALF, *, passes: int) -> int:
     """Logits read and overwritten by their gradient: 2 passes through memory, 3 with the second read that hits L2."""
-    return passes * HALF * M * V
+    return passes * size * M * V
 
 
 def embedding_bytes(M: int, C: int, size: int = HALF, *, backward: bool) -> int:

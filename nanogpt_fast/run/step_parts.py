@@ -109,7 +109,7 @@ def summarise(
             expected=f"a range {ranges.WINDOW!r} around ranges {ranges.ITERATION!r}",
             found=f"{len(events)} events",
         )
-    reading = _Reading(tree, window)
+    reading = _Reading(tree, window, alone=facts.get("ranks", 1) == 1)
     on_gpu = any(e.category in GPU_CATEGORIES for e in events)
     spent = reading.gpu(events) if on_gpu else reading.cpu()
     scale = 1e-3 / steps
@@ -144,8 +144,8 @@ def summarise(
 class _Reading:
     """One pass over a trace: microseconds by part, by place (a range of ours, which way), by name."""
 
-    def __init__(self, tree: list[Event], window: Event):
-        self.window = window
+    def __init__(self, tree: list[Event], window: Event, alone: bool):
+        self.window, self.alone = window, alone
         self.tree = [e for e in tree if e.start >= window.start and e.end <= window.end + 1.0]
         self.places: dict[tuple[str, bool], float] = defaultdict(float)
         self.names: dict[tuple[str, str], float] = defaultdict(float)
@@ -189,7 +189,7 @@ class _Reading:
         names = {e.name for e in event.around()}
         if ranges.DATA in names:
             return DATA_WAIT
-        if ranges.ALL_REDUCE in names:
+        if ranges.ALL_REDUCE in names and not self.alone:
             return COMMUNICATION
         works = event.name.startswith("aten::") and not NO_WORK.match(event.name)
         return self.kind(event.name, event) if works else DISPATCH

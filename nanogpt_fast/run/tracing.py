@@ -211,10 +211,9 @@ def paragraph(summary: Summary) -> str:
     parts = ", ".join(f"{part} {ms / total:.0%}" for part, ms in shown)
     text = f"{summary.steps} traced steps took {total:.2f} ms each: {parts}."
     if summary.untraced_ms:
-        text += (
-            f" The steps before took {summary.untraced_ms:.2f} ms: tracing costs "
-            f"{max(0.0, total / summary.untraced_ms - 1):.0%}, most of it in Python and dispatch."
-        )
+        text += f" Those before took {summary.untraced_ms:.2f} ms."
+        if total > 1.02 * summary.untraced_ms:
+            text += f" Tracing costs {total / summary.untraced_ms - 1:.0%}, most of it in Python and dispatch."
     if summary.top:
         first = summary.top[0]
         text += f" Dearest: {first['name'][:60]}, {first['ms']:.2f} ms in {first['calls']:g} calls."

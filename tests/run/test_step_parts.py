@@ -22,11 +22,16 @@ def annotated(name: str, start: float, end: float) -> dict[str, Any]:
 
 
 def kernel(name: str, start: float, end: float, stream: int = 7, cat: str = "kernel", op: int = 0, launch: int = 0):
-    return record(name, start, end, cat, stream, stream=stream, correlation=launch, **{"External id": op})
+    args = {"stream": stream, "correlation": launch, "External id": op}
+    return {**record(name, start, end, cat, stream), "args": args}
 
 
-def op(name: str, start: float, end: float, number: int, sequence: int = -1) -> dict[str, Any]:
-    return record(name, start, end, **{"External id": number, "Sequence number": sequence})
+def op(name: str, start: float, end: float, number: int, sequence: int = -1, tid: int = 1) -> dict[str, Any]:
+    return {**record(name, start, end, tid=tid), "args": {"External id": number, "Sequence number": sequence}}
+
+
+def engine(name: str, start: float, end: float, sequence: int) -> dict[str, Any]:
+    return op(f"autograd::engine::evaluate_function: {name}", start, end, 0, sequence, tid=2)
 
 
 def summary(records: list[dict[str, Any]], wall_ms: float = 0.1) -> Summary:
@@ -46,10 +51,10 @@ HOST = [
     annotated("h0.add_norm", 24, 38),
     op("aten::add", 25, 30, 3, sequence=7),
     annotated("backward", 40, 70),
-    {**record("autograd::engine::evaluate_function: AddBackward0", 41, 60, **{"Sequence number": 7}), "tid": 2},
-    {**op("aten::add_", 42, 50, 4), "tid": 2},
-    {**record("autograd::engine::evaluate_function: X", 61, 66, **{"Sequence number": 5}), "tid": 2},
-    {**op("aten::mm", 62, 65, 5), "tid": 2},
+    engine("AddBackward0", 41, 60, sequence=7),
+    op("aten::add_", 42, 50, 4, tid=2),
+    engine("X", 61, 66, sequence=5),
+    op("aten::mm", 62, 65, 5, tid=2),
     annotated("update", 70, 80),
     op("aten::mul_", 71, 79, 6),
 ]

@@ -57,7 +57,7 @@ def test_the_trace_holds_our_ranges_and_the_summary_is_on_the_disk(captured: tup
 def test_what_is_said_names_the_parts_and_what_tracing_costs(captured: tuple[Summary, Path]):
     summary, folder = captured
     said = tracing.report(summary, folder)
-    assert f"{STEPS} traced steps took" in said and "tracing costs" in said and "https://ui.perfetto.dev" in said
+    assert f"{STEPS} traced steps took" in said and "Tracing costs" in said and "https://ui.perfetto.dev" in said
     assert all(part in said for part in summary.parts) and "mlp" in said
 
 

@@ -1,0 +1,65 @@
+"""A run's own training step on random tokens: the model, optimizer and batch that its configuration asks for."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanogpt_fast.data.dataset import read_meta
+from nanogpt_fast.data.splits import dataset_folder
+from nanogpt_fast.distributed import World, resolve_device, resolve_dtype
+from nanogpt_fast.errors import DataError
+from nanogpt_fast.model import GPT
+from nanogpt_fast.ops import REFERENCE, select_ops
+from nanogpt_fast.optim import AdamW, FlatParameters
+from nanogpt_fast.run import tracing
+from nanogpt_fast.settings.config import Config
+from nanogpt_fast.step import TrainStep
+from nanogpt_fast.weights.canonical import GPT2_PADDED
+
+
+@dataclass(frozen=True)
+class BuiltStep:
+    """step(batch, i) trains once; facts are what a summary of it says."""
+
+    config: Config
+    step: TrainStep
+    batch: Tensor  # [A, B, T + 1]
+    device: torch.device
+    dtype: torch.dtype
+    facts: dict
+
+
+def vocab_size_of(config: Config) -> int:
+    """--vocab_size, else the dataset's, as train takes it. DataError where there is no dataset to ask."""
+    if config.model.vocab_size:
+        return config.model.vocab_size
+    folder = dataset_folder(config.data)
+    if folder is None:
+        raise DataError(
+            "the vocabulary is not known: the dataset is not there",
+            where=f"dataset = {config.data.dataset!r}, data_dir = {config.data.data_dir!r}",
+            expected="a prepared folder, or --vocab_size",
+            hint=f"python -m nanogpt_fast.prepare {config.data.dataset}, or --vocab_size=N (GPT-2: {GPT2_PADDED})",
+        )
+    meta = read_meta(folder)
+    return GPT2_PADDED if meta is None or meta.tokenizer.get("kind") == "gpt2" else meta.vocab_size
+
+
+def build(config: Config, learning_rate: float = 1e-4) -> BuiltStep:
+    """On the device that the configuration names, compiled where train would compile."""
+    vocab, device = vocab_size_of(config), resolve_device(config.system.device)
+    dtype, shape = resolve_dtype(config.system.dtype, device), config.shape(vocab)
+    ops = select_ops(config.system.kernels, device.type)
+    wide = torch.float32 if config.system.residual_dtype == "float32" else None
+    model = GPT(shape, ops, wide, config.system.recompute_gelu).train()
+    generator = torch.Generator().manual_seed(config.run.seed)
+    model.init_weights(generator)
+    optimizer = AdamW(FlatParameters(model, dtype, device), config.optim, ops, scale_loss=dtype == torch.float16)
+    optimizer.set_lr(learning_rate)
+    if config.system.compile and device.type == "cuda" and ops is REFERENCE:
+        model.compile()
+    size = (config.data.gradient_accumulation_steps, config.data.batch_size, shape.block_size + 1)
+    batch = torch.randint(vocab, size, generator=generator)
+    step = TrainStep(model, optimizer, World(device=device), config.run.seed)
+    return BuiltStep(config, step, batch, device, dtype, tracing.facts_of(config, shape, device, dtype, ranks=1))
