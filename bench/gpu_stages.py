@@ -118,6 +118,8 @@ def all_stages(out: Path, arch: int = 90, ptxas: Path | None = None, sanitizer: 
         Stage("step-peers", script("step.py", "--total_s", SECONDS, "--arms", "triton", "nanogpt+compile",
                                    "reference+compile"), 120, suite="step",
               rehearsal=script("step.py", *on_cpu, *one_step, "--arms", "reference", "nanogpt")),
+        Stage("profile", script("profile_stage.py"), 60, suite="profile",
+              rehearsal=script("profile_stage.py", "--device=cpu", "--tiny", "--steps=2")),
         Stage("peers", script(*ops, "124m"), 180, suite="ops", rehearsal=script(*checked, "--peers=pytorch")),
         *tests,
         Stage("race-all", script("race.py"), 120, rehearsal=script(*race, "grad_norm")),
@@ -125,6 +127,13 @@ def all_stages(out: Path, arch: int = 90, ptxas: Path | None = None, sanitizer: 
               rehearsal=script(*race, "dropout_add", "--p=0.1")),
         Stage("ops-1558m", script(*ops, "1558m"), 180, suite="ops",
               rehearsal=script(*checked, "--peers=pytorch", "--no_bias")),
+        *(Stage(f"step-{size}", script("step.py", "--config", f"gpt2_{size}", "--total_s", SECONDS, "--arms", "triton",
+                                       "nanogpt+compile"), 150, suite="step",
+                rehearsal=script("step.py", "--config", f"gpt2_{size}", *on_cpu, *one_step, "--arms", "reference"))
+          for size in ("350m", "774m", "1558m")),
+        Stage("sample", script("sampling.py", "--quick"), 90, suite="sample",
+              rehearsal=script("sampling.py", "--device=cpu", "--tiny", "--arms", "ours", "ours, no cache")),
+        Stage("loader", script("loader.py", "--quick"), 60, suite="loader", rehearsal=script("loader.py", "--tiny")),
     ]  # fmt: skip
     named = assembled_by(ptxas) if ptxas else {}
     return [replace(stage, env={**named, **stage.env}) for stage in stages]

@@ -211,26 +211,31 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--work_rows", type=int, default=768, help="tokens that the training-like step works on")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch's")
     parser.add_argument("--quick", action="store_true", help="one batch shape, slices of 0.15 s, 3 rounds")
+    parser.add_argument("--tiny", action="store_true", help="next to nothing: to see that this runs")
     parser.add_argument("--out", type=Path, help="append to DIR/loader.jsonl")
     args = parser.parse_args(argv)
-    if args.quick:
-        args.seconds, args.rounds = 0.15, 3
+    if args.quick or args.tiny:
+        args.seconds, args.rounds = (0.001, 1) if args.tiny else (0.15, 3)
+    shapes = [GPT2] if args.quick else [(2, 64)] if args.tiny else SHAPES
+    fed_shape = shapes[-1]
     torch.set_num_threads(args.threads)
     facts = {**machine.machine_facts(), "device": "cpu", "threads": args.threads, "rounds": args.rounds}
     lines = machine.Lines(args.out and args.out / "loader.jsonl", bench="loader", status="ok", **facts)
     with tempfile.TemporaryDirectory() as folder:
-        files = write_files(Path(folder), TOKENS // 4 if args.quick else TOKENS)
+        files = write_files(Path(folder), TOKENS // (256 if args.tiny else 4 if args.quick else 1))
         step, plain = training_step(args.work_rows), next(iter(files))
         rows = []
-        for shape in [GPT2] if args.quick else SHAPES:
+        for shape in shapes:
             rows += workers(files[plain], *shape, step, args)
         for row in rows:
             lines.write(table="worker", format=plain, order="shuffle", **row)
         show("where batches are read, beside a step on the CPU", rows, "worker", "added_us", "step_us")
-        by_format = fed({name: loader_of(paths, *GPT2, prefetch=2) for name, paths in files.items()}, GPT2, args)
+        by_format = fed(
+            {name: loader_of(paths, *fed_shape, prefetch=2) for name, paths in files.items()}, fed_shape, args
+        )
         for row in by_format:
             lines.write(table="format", order="shuffle", worker="thread", format=row.pop("name"), **row)
-        by_order = fed({o: loader_of(files[plain], *GPT2, 2, o) for o in ("shuffle", "nanogpt")}, GPT2, args)
+        by_order = fed({o: loader_of(files[plain], *fed_shape, 2, o) for o in ("shuffle", "nanogpt")}, fed_shape, args)
         for row in by_order:
             lines.write(table="order", format=plain, worker="thread", order=row.pop("name"), **row)
         labelled = [{"file": name, **row} for name, row in zip(files, by_format)]

@@ -98,6 +98,7 @@ def setup_of(args: argparse.Namespace) -> Setup:
 def main(argv: list[str]) -> int:
     args = parsed(argv)
     setup = setup_of(args)
+    args.prompt = min(args.prompt, setup.shape.block_size // 2)
     room = setup.shape.block_size - args.prompt
     args.new_tokens = args.new_tokens or (min(room, TINY) if args.tiny else room)
     args.rounds, args.new_tokens = (5, min(64, args.new_tokens)) if args.quick else (args.rounds, args.new_tokens)
