@@ -29,8 +29,9 @@ if script == os.environ.get("PLANTED_HANG"):
 """
 WRITES = {"environment": "environment", "compile": "compile", "step": "step", "step-peers": "step", "tune": "",
           "race": "race", "race-own-ptxas": "race", "race-all": "race", "race-dropout": "race", "memcheck": "memcheck",
-          "shipped": "tests", "ops": "ops", "peers": "ops", "ops-1558m": "ops", "profile": "profile", "sample": "sample",
-          "loader": "loader", "step-350m": "step", "step-774m": "step", "step-1558m": "step"}  # fmt: skip
+          "shipped": "tests", "ops": "ops", "peers": "ops", "ops-1558m": "ops", "profile": "profile",
+          "sample": "sample", "loader": "loader"}  # fmt: skip
+WRITES |= {f"step-{size}": "step" for size in ("350m", "774m", "1558m")}
 
 
 @pytest.fixture
