@@ -50,6 +50,8 @@ class Cell:
 
 # ---- values ----
 
+LONG = 36  # letters of a cell that may be broken into lines
+
 FIGURE = re.compile(r"[-+<>~]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?( ?%)?( ?(x|to|\(|\[).*|( [A-Za-z/]{1,12}){0,2})$")
 
 
@@ -80,7 +82,8 @@ def _columns_of_figures(rows: Sequence[Sequence[Any]], width: int) -> list[bool]
     """Which columns hold numbers, alone or with a unit or a range behind them: those are right-aligned."""
     found = []
     for i in range(width):
-        texts = [text for row in rows if (text := shown(row[i])) not in ("", "-", "n/a")]
+        cells = [row[i] for row in rows if not (isinstance(row[i], Cell) and row[i].bad)]
+        texts = [text for cell in cells if (text := shown(cell)) not in ("", "-", "n/a")]
         found.append(bool(texts) and all(FIGURE.match(text) for text in texts))
     return found
 
@@ -120,14 +123,16 @@ table { border-collapse: separate; border-spacing: 0; font-size: .86rem; line-he
 caption { text-align: left; padding: .4rem .6rem; color: var(--dim); }
 th, td { padding: .34rem .6rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line);
   max-width: 24rem; overflow-wrap: break-word; }
+td, tbody th { white-space: nowrap; }
+td.long { white-space: normal; min-width: 20rem; }
 tbody tr:last-child > * { border-bottom: 0; }
 thead th { background: var(--band); vertical-align: bottom; position: sticky; top: 0; z-index: 2; font-weight: 600; }
 tbody th { font-weight: 600; position: sticky; left: 0; z-index: 1; background: var(--back);
   border-right: 1px solid var(--line); }
 thead th:first-child { left: 0; z-index: 3; border-right: 1px solid var(--line); }
 .n { text-align: right; }
-td.n, tbody th.n { white-space: nowrap; }
-.bad { color: var(--bad); min-width: 14rem; }
+.bad { color: var(--bad); }
+.none { color: var(--dim); }
 [title] { text-decoration: underline dotted; text-decoration-color: var(--dim); text-underline-offset: 3px;
   cursor: help; }
 thead button { all: unset; cursor: pointer; }
@@ -244,10 +249,16 @@ def _anchored(link: Link) -> str:
 
 
 def table(
-    header: Sequence[Any], rows: Iterable[Sequence[Any]], *, caption: str = "", notes: Sequence[Any] = ()
+    header: Sequence[Any],
+    rows: Iterable[Sequence[Any]],
+    *,
+    caption: str = "",
+    label: str = "",
+    notes: Sequence[Any] = (),
 ) -> Html:
     """A table that scrolls where it is wide: its first column stays in sight, figures stand right, `notes` below it.
-    ValueError for a row of another length than the header."""
+    label: its name for a screen reader, where no caption is to be seen. ValueError for a row of another length than
+    the header."""
     kept = _checked(header, rows)
     right = _columns_of_figures(kept, len(header))
     head = "".join(_cell("th", cell, right[i], 'scope="col"') for i, cell in enumerate(header))
@@ -258,7 +269,7 @@ def table(
     if not kept:
         lines.append(f'<tr><td colspan="{len(header)}">no rows</td></tr>')
     title = f"<caption>{_escaped(caption)}</caption>" if caption else ""
-    label = _escaped(caption or "table")
+    label = _escaped(label or caption or "table")
     below = "".join(f"<li>{_inline(n if isinstance(n, tuple) else (n,))}</li>" for n in notes)
     return Html(
         f'<div class="wide" tabindex="0" role="region" aria-label="{label}"><table>{title}\n'
@@ -273,7 +284,13 @@ def _cell(tag: str, cell: Any, right: bool, extra: str = "") -> str:
     value, note, bad, order = (
         (cell.value, cell.note, cell.bad, cell.order) if isinstance(cell, Cell) else (cell, "", False, None)
     )
-    classes = " ".join(name for name, on in (("n", right), ("bad", bad)) if on)
+    marks = (
+        ("n", right and not bad),
+        ("bad", bad),
+        ("none", shown(value) == "n/a"),
+        ("long", tag == "td" and len(shown(value)) > LONG),
+    )
+    classes = " ".join(name for name, on in marks if on)
     text = _anchored(value) if isinstance(value, Link) else _escaped(value)
     if note:
         text = f'<span title="{html.escape(note)}">{text}</span>'
@@ -317,9 +334,14 @@ def _line(cells: Sequence[Any]) -> str:
     return "| " + " | ".join(map(_markdown, cells)) + " |"
 
 
+def markdown_text(text: Any) -> str:
+    """A text on one line whose signs Markdown does not take for its own."""
+    return re.sub(r"([\\|`*\[\]$])", r"\\\1", " ".join(shown(text).split())).replace("<", "&lt;")
+
+
 def _markdown(cell: Any) -> str:
     value = cell.value if isinstance(cell, Cell) else cell
-    text = re.sub(r"([\\|`*\[\]$])", r"\\\1", " ".join(shown(value).split())).replace("<", "&lt;")
+    text = markdown_text(value)
     if isinstance(value, Link) and value.safe and not value.url.startswith("#"):
         return f"[{text}]({re.sub(r'[()|]', lambda m: f'%{ord(m[0]):02X}', value.url)})"
     return text

@@ -130,12 +130,12 @@ def test_figures_stand_right_and_texts_left():
     ]
     tags = Tags(page.table([*"abcdefgh"], rows))
     first = [attributes.get("class") for tag, attributes in tags.found if tag in ("th", "td")][8:16]
-    assert first == [None, "n", "n", "n", None, "n", None, "n"]
+    assert first == [None, "n", "n", "n", None, "n", "none", "n"]
     assert page.markdown_table([*"abcdefgh"], rows).splitlines()[1] == "|---|---:|---:|---:|---|---:|---|---:|"
 
 
 def test_sorting_takes_the_number_behind_the_text():
-    row = ["r", 1.5, "1,234 (1,200 to 1,300)", page.Cell("best", order=7.0), "text", None, "~380,000", "45%"]
+    row = ["r", 1.5, "1,234 (1,200 to 1,300)", page.Cell(3, order=7.0), "text", None, "~380,000", "45%"]
     keys = [attributes.get("data-v") for attributes in Tags(page.table([*"abcdefgh"], [row])).of("td")]
     assert keys == ["1.5", "1234", "7", None, None, "380000", "45"]
 
