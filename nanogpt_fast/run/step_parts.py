@@ -15,7 +15,16 @@ from typing import Any
 
 from nanogpt_fast.errors import DataError
 from nanogpt_fast.run import ranges
-from nanogpt_fast.run.trace_events import GPU_CATEGORIES, LAUNCH_CATEGORIES, Event, nest, pieces
+from nanogpt_fast.run.trace_events import (
+    GPU_CATEGORIES,
+    LAUNCH_CATEGORIES,
+    Event,
+    Places,
+    is_ours,
+    nest,
+    pieces,
+    split_name,
+)
 
 PRODUCTS, ATTENTION, GELU, NORM = "matrix products", "attention", "GELU", "LayerNorm and residual"
 LOSS, EMBEDDING, OPTIMIZER = "cross-entropy", "embedding", "AdamW, norm, zeroing"
@@ -52,9 +61,6 @@ NO_WORK = re.compile(
 CONTEXT = {  # what elementwise work belongs to, by the range of ours that it is in
     "add_norm": NORM, "norm": NORM, "mlp": GELU, "embedding": EMBEDDING, "linear_cross_entropy": LOSS,
     "qkv_attention": ATTENTION, ranges.GRAD_NORM: OPTIMIZER, ranges.UPDATE: OPTIMIZER,
-}  # fmt: skip
-OUR_RANGES = {*CONTEXT, "linear", "cached_attention", ranges.FORWARD, ranges.BACKWARD, ranges.ALL_REDUCE, ranges.STEP,
-              ranges.DATA, ranges.EVALUATION, ranges.CHECKPOINT, ranges.LOG, ranges.ITERATION, ranges.WINDOW,
 }  # fmt: skip
 ASIDE = {ranges.EVALUATION: EVALUATION, ranges.CHECKPOINT: CHECKPOINT}  # counted whole: they are no part of a step
 TOP = 20
@@ -116,7 +122,7 @@ def summarise(
     rows: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     layers: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for (place, backward), us in reading.places.items():
-        layer, op = _split(place)
+        layer, op = split_name(place)
         rows[op][backward] += us * scale
         if layer:
             layers[layer][op] += us * scale
@@ -152,26 +158,12 @@ class _Reading:
         self.calls: Counter[tuple[str, str]] = Counter()
         self.gaps: dict[str, Any] = {}
         self.streams: dict[str, Any] = {}
-        # Forward operators by autograd's number, which operators without a gradient show before the one that takes it:
-        # so the last counts. It leads from a backward event to the range of what that differentiates.
-        forward = [e for e in self.tree if e.sequence >= 0 and not any(a.backward for a in e.around())]
-        self.forward = {e.sequence: e for e in forward}
-        self.turns = _turns([e for e in self.tree if e.track == window.track and _split(e.name)[1] in OUR_RANGES])
-
-    def place(self, event: Event | None) -> tuple[str, bool]:
-        """(the innermost range of ours, whether it is that op's backward)."""
-        if event is None:
-            return ranges.WINDOW, False
-        engine = next((e for e in event.around() if e.backward), None)
-        if engine is None:
-            found = _range(event)
-            return found, found == ranges.BACKWARD
-        source = self.forward.get(engine.sequence)
-        return (_range(source) if source is not None else ranges.BACKWARD), True
+        self.where = Places(self.tree)
+        self.turns = _turns([e for e in self.tree if e.track == window.track and is_ours(e)])
 
     def count(self, name: str, part: str, event: Event | None, us: float) -> None:
         self.names[name, part] += us
-        self.places[self.place(event)] += us
+        self.places[self.where.place(event)] += us
 
     # ---- the CPU's own time ----
 
@@ -197,7 +189,7 @@ class _Reading:
     def kind(self, name: str, event: Event | None) -> str:
         """The part of something that computes: by its name, else by the range it is in."""
         named = next((part for part, words in KINDS if words.search(name)), None)
-        context = CONTEXT.get(_split(self.place(event)[0])[1])
+        context = CONTEXT.get(split_name(self.where.place(event)[0])[1])
         if context == OPTIMIZER and named in (None, COPIES, ELEMENTWISE):
             return OPTIMIZER
         if context == ATTENTION and name in ("aten::bmm", "aten::baddbmm"):
@@ -285,16 +277,6 @@ def _turns(events: list[Event]) -> list[tuple[float, Event | None]]:
 def _aside(event: Event | None) -> str | None:
     """EVALUATION or CHECKPOINT for what is inside one."""
     return next((ASIDE[e.name] for e in event.around() if e.name in ASIDE), None) if event is not None else None
-
-
-def _range(event: Event) -> str:
-    return next((e.name for e in event.around() if _split(e.name)[1] in OUR_RANGES), ranges.WINDOW)
-
-
-def _split(name: str) -> tuple[str, str]:
-    """("h3", "mlp") of h3.mlp, ("", name) of any other."""
-    found = re.fullmatch(r"(h\d+)\.(\w+)", name)
-    return (found[1], found[2]) if found else ("", name)
 
 
 def _rank(event: Event, part: str) -> int:

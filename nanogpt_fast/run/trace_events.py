@@ -6,16 +6,23 @@ Operators and ranges are on CPU threads, kernels and copies on a GPU's streams. 
 
 import gzip
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nanogpt_fast.errors import DataError
+from nanogpt_fast.run import ranges
 
 CPU_CATEGORIES = ("cpu_op", "user_annotation")
 GPU_CATEGORIES = ("kernel", "gpu_memcpy", "gpu_memset")
 LAUNCH_CATEGORIES = ("cuda_runtime", "cuda_driver")
+OPS = {"embedding", "norm", "add_norm", "qkv_attention", "cached_attention", "linear", "mlp", "linear_cross_entropy"}
+OUR_RANGES = {
+    *OPS, ranges.WINDOW, ranges.ITERATION, ranges.DATA, ranges.STEP, ranges.FORWARD, ranges.BACKWARD, ranges.ALL_REDUCE,
+    ranges.GRAD_NORM, ranges.UPDATE, ranges.EVALUATION, ranges.CHECKPOINT, ranges.LOG,
+}  # fmt: skip
 
 
 @dataclass(slots=True, eq=False)
@@ -133,3 +140,40 @@ def pieces(events: Iterable[Event], start: float, end: float) -> Iterator[Piece]
             del running[which]
     if end > at:
         yield Piece(at, end, ())
+
+
+# ---- our ranges among the events ----
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """("h3", "mlp") of h3.mlp, ("", name) of any other."""
+    found = re.fullmatch(r"(h\d+)\.(\w+)", name)
+    return (found[1], found[2]) if found else ("", name)
+
+
+def is_ours(event: Event) -> bool:
+    return split_name(event.name)[1] in OUR_RANGES
+
+
+class Places:
+    """Which range of ours an event of nest()'s belongs to; a backward event to that of what it differentiates."""
+
+    def __init__(self, tree: Iterable[Event]):
+        # By autograd's number, which operators without a gradient show before the one that takes it: the last counts.
+        forward = [e for e in tree if e.sequence >= 0 and not any(a.backward for a in e.around())]
+        self._forward = {e.sequence: e for e in forward}
+
+    def place(self, event: Event | None) -> tuple[str, bool]:
+        """(the innermost range of ours, whether this is its backward)."""
+        if event is None:
+            return ranges.WINDOW, False
+        engine = next((e for e in event.around() if e.backward), None)
+        if engine is None:
+            found = _range(event)
+            return found, found == ranges.BACKWARD
+        source = self._forward.get(engine.sequence)
+        return (_range(source) if source is not None else ranges.BACKWARD), True
+
+
+def _range(event: Event) -> str:
+    return next((e.name for e in event.around() if is_ours(e)), ranges.WINDOW)

@@ -1,6 +1,8 @@
 """profiling/step_trace.py: the run's own step and vocabulary, through run/tracing.py."""
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import built_step
@@ -48,3 +50,17 @@ def test_it_prints_the_parts_and_keeps_the_trace(tmp_path: Path, capsys: pytest.
     assert found["steps"] == 2 and found["untraced_ms"] > 0
     assert sum(found["parts"].values()) == pytest.approx(found["wall_ms"], rel=0.05)
     assert (tmp_path / "trace/trace.json.gz").exists()
+
+
+def test_nsys_gets_the_window_and_the_runs_own_flags(tmp_path: Path):
+    """Under a stand-in for nsys that prints its arguments."""
+    stand_in = tmp_path / "nsys"
+    stand_in.write_text('#!/bin/sh\necho "$@"\n')
+    stand_in.chmod(0o755)
+    script = Path(step_trace.__file__).with_name("nsys.sh")
+    env = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    shown = subprocess.run([script, "report", "--config", "quickstart"], env=env, capture_output=True, text=True)
+    assert shown.stdout.startswith("profile --output report ") and "--capture-range cudaProfilerApi" in shown.stdout
+    assert shown.stdout.endswith("train --profile=10:15 --profiler=nsys --config quickstart\n")
+    usage = subprocess.run([script], env=env, capture_output=True, text=True)
+    assert usage.returncode and "usage: profiling/nsys.sh REPORT" in usage.stderr
