@@ -150,7 +150,7 @@ def no_gpu_needed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(harness, "make_arm", make_arm)
     monkeypatch.setattr(harness, "interleaved", interleaved)
-    monkeypatch.setattr(harness, "input_sets", lambda size: 2)
+    monkeypatch.setattr(harness, "input_sets", lambda size, kind: 2)
     monkeypatch.setattr(machine, "floor_ms", lambda work, dtype: (0.5, "bytes"))
     monkeypatch.setattr(machine, "gpu_state", lambda: {"sm_mhz": 1980.0})
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
