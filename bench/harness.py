@@ -5,6 +5,7 @@ last CPU_SPAN_MS; over several sets of inputs in turn (so that they come from me
 interleaved A B C, B C A, ... (machines drift). A ratio is of two times of the same round: `paired`.
 """
 
+import gc
 import math
 import statistics
 import time
@@ -21,7 +22,7 @@ REPLAY_MS = 8.0  # a timed span lasts about so long: events resolve 0.5 us
 CPU_SPAN_MS = 20.0  # and so long on a CPU, where the clock is exact and the other processes are not
 MOST_CALLS = 64  # in one graph
 MOST_CPU_S = 3.0  # for a turn of an arm's calls: one that takes longer would be most of a run
-MOST_CPU_SETS = 16  # of inputs: they are made anew for every contestant
+MOST_CPU_SETS = 4  # of inputs: they are made anew for every contestant
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 2e-3}  # relative; float32 products may be TF32
 
 
@@ -81,6 +82,12 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
     return float(torch.linalg.vector_norm(ours.detach().float() - theirs.detach().float())) / norm
 
 
+def release(device: torch.device) -> None:
+    """Give back a GPU's memory that garbage in cycles holds. Not on a CPU, where collecting takes longer than timing."""
+    if device.type == "cuda":
+        gc.collect()
+
+
 def poison(device: torch.device, megabytes: int) -> None:
     """Leave NaN in the memory that is handed out next, so that an element nobody writes shows."""
     if device.type != "cuda":
@@ -106,7 +113,7 @@ class Arm:
 
 
 def input_sets(bytes_of_one: int, device_type: str = "cuda") -> int:
-    """How many sets of inputs overflow the last cache three times; 64 at most, on a CPU 16."""
+    """How many sets of inputs overflow the last cache three times; 64 at most, on a CPU 4."""
     if device_type == "cuda":
         cache, most = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size, MOST_CALLS
     else:

@@ -1,6 +1,5 @@
 """Who takes part in an op's benchmark (ops.py), who cannot, and whose results are wrong, with the reason."""
 
-import gc
 import importlib
 import os
 import shutil
@@ -129,5 +128,5 @@ def checked(op: str, at: Setting, lineup: Lineup) -> dict[str, float | str]:
             verdicts[name] = f"failed: {first_line(problem)}"
         if isinstance(verdicts[name], str):
             del lineup.contestants[name]
-        gc.collect()
+        harness.release(at.device)
     return verdicts

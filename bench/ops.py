@@ -13,7 +13,6 @@ two, paired by round, with their quartiles.
 """
 
 import argparse
-import gc
 import itertools
 import sys
 from collections.abc import Callable
@@ -82,7 +81,7 @@ def timed(
             arms |= made
         except Exception as problem:
             how[name] = f"not timed: {first_line(problem)}"
-        gc.collect()
+        harness.release(at.device)
     spans = harness.interleaved(arms, rounds, lambda: state.update(machine.gpu_state()))
     times = {(name, mode): spans[f"{name}|{mode}"] for name in how for mode in MODES if f"{name}|{mode}" in spans}
     for name in lineup.contestants:
@@ -233,7 +232,7 @@ def main(argv: list[str]) -> int:
         measure(op, at, lineup, args.rounds, facts, lines, measured_roof)
         wrong += not lineup.contestants.keys() & {"ours" if device.type == "cuda" else "eager"}
         lines.write(size=size, op=op, asked=asked, finished=machine.tree_hash())
-        gc.collect()
+        harness.release(at.device)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     print(f"{wrong} of our ops missing or wrong" if device.type == "cuda" or args.check else f"{wrong} ops failed")
