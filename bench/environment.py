@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--seconds", type=float, default=12.0, help="for the roof; 0 leaves it out")
-    parser.add_argument("--config", default="gpt2_124m", help="whose products are timed; none leaves them out")
+    parser.add_argument("--config", help="whose products are timed; none leaves them out")
     parser.add_argument("--dry_run", action="store_true", help="what can be known without a device")
     parser.add_argument("--out", type=Path, help="append to DIR/environment.jsonl and DIR/roof.jsonl")
     args = parser.parse_args(argv)
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
         print(f"{name}: {value}", flush=True)
     if not args.dry_run and args.seconds > 0.0:
         lines = machine.Lines(args.out and args.out / "roof.jsonl", bench="roof", **ours)
-        config = None if args.config == "none" else args.config
+        config = None if args.config == "none" else args.config or roof.CONFIG[args.device]
         print(roof.shown(roof.roof_of(device, None, config, args.seconds, lines)))
         print(f"state after: {machine.gpu_state()}")
     return 0

@@ -83,7 +83,7 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
 
 
 def release(device: torch.device) -> None:
-    """Give back a GPU's memory that garbage in cycles holds. Not on a CPU, where collecting takes longer than timing."""
+    """Give back a GPU's memory that garbage in cycles holds. Not on a CPU: collecting takes longer than timing."""
     if device.type == "cuda":
         gc.collect()
 
@@ -130,11 +130,14 @@ def _span_ms(run: Callable[[], Any]) -> float:
     return begin.elapsed_time(end)
 
 
-def make_arm(calls: Sequence[Callable[[], Any]], pool: Any, capturable: bool = True) -> Arm:
+def make_arm(calls: Sequence[Callable[[], Any]], pool: Any, capturable: bool = True, device_type: str = "cuda") -> Arm:
     """Warm the calls up, then capture them in turn into one graph; events where that fails (they wait for the device).
+    On a CPU `make_cpu_arm`.
 
     pool: of graphs that never run at once, and share their memory.
     """
+    if device_type == "cpu":
+        return make_cpu_arm(calls)
 
     def all_calls() -> None:
         for call in calls:

@@ -38,16 +38,15 @@ def first_line(problem: BaseException) -> str:
     return f"{type(problem).__name__}: {text[0]}"[:160] if text else type(problem).__name__
 
 
-def contestants(op: str, at: Setting, peers: list[str], compiled: bool = True, timed: bool = False) -> Lineup:
-    """Everyone for an op. timed: on a CPU ours is left out, since the interpreter's times mean nothing; results can be
-    compared there all the same."""
-    lineup, on_cpu = Lineup(), at.device.type == "cpu"
-    if timed and on_cpu:
-        lineup.absent["ours"] = "missing: Triton ops need a GPU"
-    else:
+def contestants(op: str, at: Setting, peers: list[str], compiled: bool = True, ours: bool = True) -> Lineup:
+    """Everyone for an op; without ours on a CPU, where its interpreter's times mean nothing."""
+    lineup = Lineup()
+    if ours:
         lineup.add("ours", lambda: _ours(op, at))
+    else:
+        lineup.absent["ours"] = "missing: Triton ops need a GPU"
     lineup.add("eager", lambda: {"eager": harness.plain(cases.specification(op), capturable=not CASES[op].syncs)})
-    if compiled and on_cpu and not cpp_compiler():
+    if compiled and at.device.type == "cpu" and not cpp_compiler():
         lineup.absent["torch.compile"] = "missing: torch.compile on a CPU needs a C++ compiler (g++, clang++ or CXX)"
     elif compiled:
         lineup.add("torch.compile", lambda: _compiled(op))

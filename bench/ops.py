@@ -68,15 +68,16 @@ def timed(
     op: str, at: Setting, lineup: Lineup, rounds: int
 ) -> tuple[dict[tuple[str, str], list[float]], dict[str, str], dict[str, Any]]:
     """({(contestant, mode): milliseconds a call}, {contestant: how, or what went wrong}, the GPU's state meanwhile)."""
-    sets, on_cpu = harness.input_sets(bytes_of_inputs(op, at), at.device.type), at.device.type == "cpu"
-    pool, arms, how, state = None if on_cpu else torch.cuda.graph_pool_handle(), {}, {}, {}
-    make_arm = lambda calls, capturable: (
-        harness.make_cpu_arm(calls) if on_cpu else harness.make_arm(calls, pool, capturable)
-    )
+    kind = at.device.type
+    sets = harness.input_sets(bytes_of_inputs(op, at), kind)
+    pool, arms, how, state = None if kind == "cpu" else torch.cuda.graph_pool_handle(), {}, {}, {}
     for name, contestant in lineup.contestants.items():
         try:
             modes = calls_of(contestant, op, at, sets)
-            made = {f"{name}|{mode}": make_arm(calls, contestant.capturable) for mode, calls in modes.items()}
+            made = {
+                f"{name}|{mode}": harness.make_arm(calls, pool, contestant.capturable, kind)
+                for mode, calls in modes.items()
+            }
             how[name] = next(iter(made.values())).how
             arms |= made
         except Exception as problem:
@@ -204,10 +205,10 @@ def main(argv: list[str]) -> int:
             raise ConfigError(f"unknown {kind} {name!r}{did_you_mean(name, known)}", expected=", ".join(known))
     if args.dry_run:
         return dry_run(args, peers)
-    device = torch.device(args.device)
+    device, timed_on_cpu = torch.device(args.device), args.device == "cpu" and not args.check
     if device.type == "cpu" and args.check and args.dtype != "float32":
         raise ConfigError("Triton's interpreter does not compute bfloat16 exactly", hint="--check --dtype=float32")
-    if device.type == "cpu" and cpu_multiplies(getattr(torch, args.dtype)) is False:
+    if timed_on_cpu and cpu_multiplies(getattr(torch, args.dtype)) is False:
         raise ConfigError(f"this CPU does not multiply {args.dtype}: its times mean nothing", hint="--dtype=float32")
     if device.type != "cpu":
         device = machine.require_cuda("bench/ops.py")
@@ -216,26 +217,26 @@ def main(argv: list[str]) -> int:
     asked = [args.dtype, args.p, args.no_bias, args.no_compile, *peers]
     done = machine.read_lines(args.out / "ops.jsonl") if args.resume and args.out else []
     done = [(row["size"], row["op"], row["asked"]) for row in done if row.get("finished") == machine.tree_hash()]
-    measured_roof = roof_for(args, device) if device.type == "cpu" and not args.check else None
-    wrong = 0
+    measured_roof = roof_for(args, device) if timed_on_cpu else None
+    wrong, needed = 0, "eager" if timed_on_cpu else "ours"
     for size, op in itertools.product(args.sizes, args.ops or CASES):
         if (size, op, asked) in done:
             print(f"{op}, {size}: measured before")
             continue
         at = setting_of(op, size, args, device)
-        lineup = contestants(op, at, peers, compiled=not (args.no_compile or args.check), timed=not args.check)
+        lineup = contestants(op, at, peers, not (args.no_compile or args.check), ours=not timed_on_cpu)
         facts = {"op": op, "size": size, "shape": vars(at.shape), "dtype": args.dtype, "p": at.p, "bias": at.bias}
         print(f"{op}, {size}: B={at.shape.B} T={at.shape.T} C={at.shape.C} {args.dtype}", flush=True)
         if args.check:
             wrong += check(op, at, lineup, facts, lines)
             continue
         measure(op, at, lineup, args.rounds, facts, lines, measured_roof)
-        wrong += not lineup.contestants.keys() & {"ours" if device.type == "cuda" else "eager"}
+        wrong += needed not in lineup.contestants
         lines.write(size=size, op=op, asked=asked, finished=machine.tree_hash())
         harness.release(at.device)
-        if device.type == "cuda":
+        if not timed_on_cpu:
             torch.cuda.empty_cache()
-    print(f"{wrong} of our ops missing or wrong" if device.type == "cuda" or args.check else f"{wrong} ops failed")
+    print(f"{wrong} ops failed" if timed_on_cpu else f"{wrong} of our ops missing or wrong")
     return 1 if wrong else 0
 
 

@@ -32,13 +32,21 @@ from nanogpt_fast.settings.config import GPTConfig
 
 DTYPES = ("bfloat16", "float16", "float32")
 SECONDS = {"cuda": 15.0, "cpu": 15.0}
+CONFIG = {"cuda": "gpt2_124m", "cpu": "shakespeare_char_cpu"}  # whose products are timed by default
 ROUNDS = {"cuda": 10, "cpu": 5}
 COPY_BYTES = 2 << 30
+COPY_LEAST = 256 << 20  # on a CPU; else 8 times its cache
+
+
+def _cube(edge: int) -> tuple[int, int, int]:
+    return edge, edge, edge
+
+
 SWEEP = {  # [M, K, N]
-    "cuda": [(2048, 13312, 2048), (4096,) * 3, (16384,) * 3, (2048, 12288, 2048), (2048, 16384, 2048),
-             (4096, 13312, 2048), (2048, 13312, 4096), (4096, 8192, 4096), (6144,) * 3, (8192, 4096, 8192),
-             (8192, 16384, 8192), (12288,) * 3],
-    "cpu": [(512,) * 3, (2048,) * 3, (1024, 2048, 1024), (512, 4096, 512), (2048, 512, 2048), (256, 1024, 1024)],
+    "cuda": [(2048, 13312, 2048), _cube(4096), _cube(16384), (2048, 12288, 2048), (2048, 16384, 2048),
+             (4096, 13312, 2048), (2048, 13312, 4096), (4096, 8192, 4096), _cube(6144), (8192, 4096, 8192),
+             (8192, 16384, 8192), _cube(12288)],
+    "cpu": [_cube(512), _cube(2048), (1024, 2048, 1024), (512, 4096, 512), (2048, 512, 2048), (256, 1024, 1024)],
 }  # fmt: skip
 
 
@@ -167,11 +175,11 @@ def model_products(shape: GPTConfig, batch_size: int) -> dict[str, tuple[int, in
 def items(device: torch.device, dtypes: list[torch.dtype], shape: GPTConfig | None, batch_size: int) -> Iterator[Item]:
     """In order of importance. Without a shape there are no products of a model."""
     on_cpu, edge = device.type == "cpu", GEMM_SIZE[device.type]
-    yield copy_item(device, max(256 << 20, 8 * machine.cache_bytes()) if on_cpu else COPY_BYTES)
+    yield copy_item(device, max(COPY_LEAST, 8 * machine.cache_bytes()) if on_cpu else COPY_BYTES)
     for dtype in dtypes:
-        yield product_item(device, dtype, "square", f"{edge}^3", (edge,) * 3)
-    for dtype in dtypes if shape else []:
-        for name, sizes in model_products(shape, batch_size).items():
+        yield product_item(device, dtype, "square", f"{edge}^3", _cube(edge))
+    for dtype in dtypes:
+        for name, sizes in model_products(shape, batch_size).items() if shape else ():
             yield product_item(device, dtype, "model", name, sizes)
     for dtype in dtypes:
         for sizes in SWEEP[device.type]:
@@ -181,10 +189,8 @@ def items(device: torch.device, dtypes: list[torch.dtype], shape: GPTConfig | No
 def measure_item(item: Item, device: torch.device, rounds: int) -> dict[str, float]:
     """Median and quartiles of its time in ms, and its rate."""
     call = item.make()
-    if device.type == "cpu":
-        arm = harness.make_cpu_arm([call])
-    else:
-        arm = harness.make_arm([call], torch.cuda.graph_pool_handle())
+    pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+    arm = harness.make_arm([call], pool, device_type=device.type)
     found = harness.summary(harness.interleaved({"": arm}, rounds)[""])
     unit, scale = ("gbps", 1e6) if item.what == "copy" else ("tflops", 1e9)
     rate = item.amount / found["ms"] / scale
@@ -297,7 +303,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=list(SWEEP), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: what the device is fast in")
-    parser.add_argument("--config", help="whose products are timed (gpt2_124m, on a CPU shakespeare_char_cpu)")
+    parser.add_argument("--config", help=f"whose products are timed: {CONFIG}")
     parser.add_argument("--batch_size", type=int, help="sequences a micro-batch, instead of the config's")
     parser.add_argument("--vocab_size", type=int, help="instead of the config's or its prepared dataset's")
     parser.add_argument("--seconds", type=float, help=f"begin nothing after so long: {SECONDS}")
@@ -308,7 +314,7 @@ def main(argv: list[str]) -> int:
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise ConfigError(f"--{name} must be above 0", found=str(value))
     device = machine.require_cuda("bench/roof.py --device cuda") if args.device == "cuda" else torch.device("cpu")
-    config = args.config or ("gpt2_124m" if args.device == "cuda" else "shakespeare_char_cpu")
+    config = args.config or CONFIG[args.device]
     lines = machine.Lines(args.out and args.out / "roof.jsonl", bench="roof", **machine.machine_facts(args.device))
     rows = roof_of(device, args.dtype, config, args.seconds or SECONDS[args.device], lines,
                    batch_size=args.batch_size, vocab_size=args.vocab_size)  # fmt: skip
