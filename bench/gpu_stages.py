@@ -98,7 +98,7 @@ def all_stages(out: Path, arch: int = 90, ptxas: Path | None = None, sanitizer: 
     ]
     stages = [
         Stage("environment", script("environment.py"), 30, suite="environment",
-              rehearsal=script("environment.py", "--dry_run")),
+              rehearsal=script("environment.py", "--device=cpu", "--seconds=2")),
         Stage("compile", script("warm_cache.py", f"--arch={arch}", "--total_s=30"), 45, suite="compile",
               rehearsal=script("warm_cache.py", "--parts=race", "--most=2")),
         Stage("step", script("step.py", "--profile", "--total_s", SECONDS, "--arms", *SWITCHED), 70, suite="step",
