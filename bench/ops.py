@@ -24,6 +24,7 @@ from typing import Any
 import cases
 import harness
 import machine
+import peer_facts
 import torch
 from cases import CASES, SHAPES
 from harness import Contestant
@@ -47,8 +48,9 @@ class Lineup:
         try:
             self.contestants |= find()
         except Exception as problem:  # a peer that breaks on import is as good as missing, and must not stop the rest
-            missing = isinstance(problem, ImportError)
-            self.absent[name] = f"{'not installed' if missing else 'broken'} ({first_line(problem)})"
+            missing, how = isinstance(problem, ImportError), peer_facts.facts(name).requires
+            why = f"{'not installed' if missing else 'broken'} ({first_line(problem)})"
+            self.absent[name] = f"{why}; {how}" if how else why
 
 
 def first_line(problem: BaseException) -> str:
@@ -77,7 +79,8 @@ def _compiled(op: str) -> dict[str, Contestant]:
 
 
 def _peer(name: str, op: str) -> dict[str, Contestant]:
-    return importlib.import_module(f"peers.{name}").contestants(op)
+    served = op in peer_facts.facts(name).ops
+    return importlib.import_module(f"peers.{name}").contestants(op) if served else {}
 
 
 def contestants(op: str, at: Setting, peers: list[str], compiled: bool = True) -> Lineup:
@@ -146,8 +149,10 @@ def calls_of(contestant: Contestant, op: str, at: Setting, sets: int) -> dict[st
         forward.append(within(contestant, bound.forward))
         if cases.differentiable(op, at):
             with contestant.within():
-                douts = cases.douts_of(harness.outputs_of(bound.forward()), drawn)
-            whole.append(within(contestant, partial(harness.both, bound, douts)))
+                outs = harness.outputs_of(bound.forward())
+            if any(out is not None and out.requires_grad for out in outs):  # some peers are forward only
+                douts = cases.douts_of(outs, drawn)
+                whole.append(within(contestant, partial(harness.both, bound, douts)))
     return {"forward": forward, "both": whole} if whole else {"forward": forward}
 
 
