@@ -10,6 +10,7 @@ from pathlib import Path
 
 import cases
 import harness
+import peer_facts
 import torch
 from cases import CASES
 from harness import Contestant
@@ -29,8 +30,9 @@ class Lineup:
         try:
             self.contestants |= find()
         except Exception as problem:  # a peer that breaks on import is as good as missing, and must not stop the rest
-            missing = isinstance(problem, ImportError)
-            self.absent[name] = f"{'not installed' if missing else 'broken'} ({first_line(problem)})"
+            missing, how = isinstance(problem, ImportError), peer_facts.facts(name).requires
+            why = f"{'not installed' if missing else 'broken'} ({first_line(problem)})"
+            self.absent[name] = f"{why}; {how}" if how else why
 
 
 def first_line(problem: BaseException) -> str:
@@ -82,7 +84,8 @@ def _compiled(op: str) -> dict[str, Contestant]:
 
 def peer_contestants(name: str, op: str) -> dict[str, Contestant]:
     """{its contestants for the op} of bench/peers/NAME.py."""
-    return importlib.import_module(f"peers.{name}").contestants(op)
+    served = op in peer_facts.facts(name).ops
+    return importlib.import_module(f"peers.{name}").contestants(op) if served else {}
 
 
 # ---- their results ----

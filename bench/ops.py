@@ -51,8 +51,10 @@ def calls_of(contestant: Contestant, op: str, at: Setting, sets: int) -> dict[st
         forward.append(within(contestant, bound.forward))
         if cases.differentiable(op, at):
             with contestant.within():
-                douts = cases.douts_of(harness.outputs_of(bound.forward()), drawn)
-            whole.append(within(contestant, partial(harness.both, bound, douts)))
+                outs = harness.outputs_of(bound.forward())
+            if any(out is not None and out.requires_grad for out in outs):  # some peers are forward only
+                douts = cases.douts_of(outs, drawn)
+                whole.append(within(contestant, partial(harness.both, bound, douts)))
     return {"forward": forward, "both": whole} if whole else {"forward": forward}
 
 

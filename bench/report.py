@@ -32,7 +32,17 @@ LEFT = (
     "part",
     "unit",
 )  # columns of words
-BAD = ("missing", "failed", "WRONG", "not timed", "out of memory", "no time", "ended")  # a reason begins so
+BAD = (
+    "missing",
+    "not installed",
+    "failed",
+    "WRONG",
+    "not timed",
+    "out of memory",
+    "no time",
+    "ended",
+    "broken",
+)  # a reason begins so
 
 
 def sections(folder: Path, cannot: Sequence[str]) -> list[Section]:

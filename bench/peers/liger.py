@@ -1,11 +1,19 @@
-"""Liger-Kernel (PyPI: liger-kernel): LayerNorm and the fused linear cross-entropy. It has no attention, no plain GELU
-MLP (its GEGLU is another function), no optimizer."""
+"""Liger-Kernel (PyPI: liger-kernel), Triton: LayerNorm and the fused linear cross-entropy. It has no attention of this
+kind, no plain GELU MLP (its GEGLU is another function), no optimizer.
+
+norm: it needs a bias; float32 weight and bias, as ours. linear_cross_entropy: the mean, which is ours with grad_scale =
+1 / rows; gradients are computed in forward, as ours are; dw is accumulated in the weights' dtype, or ("float32 dw") in
+float32, as ours is.
+"""
 
 import torch
 from harness import Bound, Contestant, plain
 from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 from liger_kernel.ops.layer_norm import LigerLayerNormFunction
 from torch import Tensor
+
+REQUIRES = "pip install liger-kernel==0.8.5"
+OPS = ("norm", "linear_cross_entropy")
 
 
 def _norm(r: Tensor, w: Tensor, b: Tensor | None, eps: float = 1e-5) -> Tensor:

@@ -4,38 +4,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from attention_forms import Attention, forms
 from harness import Bound, Contestant, plain
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+OPS = ("attention", "linear_cross_entropy", "adamw_", "grad_norm")
 
-def _attention(backend: SDPBackend) -> Any:
+
+def _attention(backend: SDPBackend) -> Attention:
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
     return attention
-
-
-def _packed(backend: SDPBackend) -> Contestant:
-    """On our packed [B, T, 3, H, D], as in nanoGPT: its gradient is put together from three."""
-    attention = _attention(backend)
-    return plain(lambda qkv, *dropout: attention(*qkv.permute(2, 0, 3, 1, 4)))
-
-
-def _separate(backend: SDPBackend) -> Contestant:
-    """On q, k, v that lie apart, so that nothing is put together: the kernels alone."""
-    attention = _attention(backend)
-
-    def bind(qkv: Tensor, *dropout: Any) -> Bound:
-        leaves = [x.contiguous().requires_grad_() for x in qkv.detach().permute(2, 0, 3, 1, 4)]
-        return Bound(
-            lambda: attention(*leaves),
-            leaves,
-            lambda grads: [torch.stack([g.transpose(1, 2) for g in grads], dim=2)] if grads else [],
-        )
-
-    return Contestant(bind)
 
 
 def _linear_cross_entropy() -> Contestant:
@@ -84,11 +66,9 @@ def _adamw() -> Contestant:
 
 def contestants(op: str) -> dict[str, Contestant]:
     if op == "attention":
-        found = {}
-        for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)):
-            found[f"SDPA {name}"] = _packed(backend)
-            found[f"SDPA {name}, q k v apart"] = _separate(backend)
-        return found
+        backends = {"SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION}
+        found = [forms(name, _attention(backend), heads_first=True) for name, backend in backends.items()]
+        return found[0] | found[1]
     if op == "linear_cross_entropy":
         return {"F.linear_cross_entropy": _linear_cross_entropy()}
     if op == "adamw_":
