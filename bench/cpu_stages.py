@@ -30,7 +30,7 @@ def cpu_stages(out: Path, quick: bool, peers: bool) -> list[Stage]:
     fast, alone = ["--quick"] if quick else [], [] if peers else ["--arms", "ours", "ours, no cache"]
     compiled = ("reference+compile", "nanogpt+compile") if peers else ("reference+compile",)
     found = [
-        stage("environment", (40, 60), "environment.py"),
+        stage("environment", (40, 60), "environment.py", "--device=cpu", "--seconds", "8" if quick else "30"),
         stage("step", (60, 400), *step, *arms("reference", theirs=("nanogpt", "hf"), compiled=compiled)),
         stage("profile", (60, 60), "profile_stage.py", *JOB),
         stage("step-trainers", (100, 400), *step, *arms("nanogpt", theirs=(*WRAPPED, "hf"))),

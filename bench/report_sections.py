@@ -14,6 +14,7 @@ Rows = dict[str, list[Row]]  # by kind: their field "bench"
 Table = tuple[str, list[str], list[list[Any]]]  # (caption, header, cells)
 MACHINE = ("gpu", "cpu", "driver", "power_limit_w", "cores", "threads", "flags", "load", "cuda", "torch", "triton",
            "python", "commit", "dirty")  # fmt: skip
+ABSENT = ("missing", "not installed")  # how the status of a row begins whose program is not here
 
 
 @dataclass
@@ -172,6 +173,8 @@ def the_ops(rows: Rows) -> Section | None:
     cells = []
     for row in timed:
         label = f"{row['op']} {row['size']}"
+        if row["status"].startswith(ABSENT):
+            continue  # the last section lists them
         if not ok(row):
             cells.append([label, row["contestant"], row.get("mode", ""), *[None] * 5, row["status"]])
             continue
@@ -285,15 +288,18 @@ def the_explanation(rows: Rows) -> Section | None:
 
 
 def not_shown(rows: Rows, cannot: list[str]) -> Section | None:
-    """What is missing from the page, and why."""
-    failed = [row for kind in rows.values() for row in kind if not ok(row)]
-    who = lambda row: " ".join(str(row[k]) for k in ("op", "size", "config", "arm", "contestant", "part") if row.get(k))
-    cells = [
-        [row["bench"], who(row), row["status"]] for row in latest(failed, "bench", "op", "arm", "contestant", "part")
-    ]
-    if not cells and not cannot:
+    """What is missing from the page, and why: a line for each reason, with all that it keeps away."""
+    grouped: dict[tuple[str, str, str], list[str]] = {}
+    for row in (row for kind in rows.values() for row in kind if not ok(row)):
+        who = next((str(row[key]) for key in ("contestant", "arm", "part") if row.get(key)), "")
+        of = " ".join(str(row[key]) for key in ("op", "size", "config") if row.get(key))
+        places = grouped.setdefault((row["bench"], who, row["status"]), [])
+        if of not in places:
+            places.append(of)
+    if not grouped and not cannot:
         return None
     section = Section("What this does not show", [f"Not on this machine: {line}." for line in cannot])
+    cells = [[kind, who, ", ".join(places), why] for (kind, who, why), places in grouped.items()]
     if cells:
-        section.tables.append(("rows without a time, and why", ["of", "who", "reason"], cells))
+        section.tables.append(("without a time, and why", ["of", "who", "where", "reason"], cells))
     return section

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ops as op_bench
+import lineup
 import step_arms
 import torch
 import turns
@@ -133,5 +133,5 @@ def why(problem: Exception) -> str:
     if isinstance(problem, Missing):
         return f"missing: {problem}"
     return str(problem) if isinstance(problem, ValueError) and "WRONG" in str(problem) else (
-        f"failed: {op_bench.first_line(problem)}"
+        f"failed: {lineup.first_line(problem)}"
     )  # fmt: skip
