@@ -53,7 +53,7 @@ def test_without_an_mfu_tokens_are_drawn_and_without_rows_nothing(file: Path):
 def complete(folder: Path) -> tuple[Path, list[dict[str, Any]]]:
     gpu = {**GPU, "gpu": "NVIDIA Made-up 80GB"}
     rows = [
-        {**FACTS, **gpu, "bench": "environment"},
+        {**FACTS, **gpu, "bench": "environment", "driver": None, "power_limit_w": None},  # a container tells neither
         {**FACTS, **gpu, "bench": "roof", "what": "copy", "gbps": 1.0},
         *({**gemm(of, 1.0, 1.0), **gpu} for of in ("square", "sweep", "model")),
         *({**step(arm, [1.0, 1.0]), **gpu} for arm in ("triton", "nanogpt+compile")),
