@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from compare_rows import (
+    NOT_RECORDED,
     NOTHING,
     Result,
     Row,
@@ -76,7 +77,12 @@ def whole(value: float | None) -> int | None:
 
 def _speed(r: Result) -> Any:
     found = r.tokens_per_s()
-    return None if found is None else round(found[1])
+    return Cell(in_short(r.reason), note=r.reason, bad=True) if found is None else round(found[1])
+
+
+def in_short(reason: str) -> str:
+    """What kind of failure a status tells of; the whole of it stands in another column."""
+    return "out of memory" if "out of memory" in reason else reason.split(":")[0][:20]
 
 
 def _speed_range(r: Result) -> str | None:
@@ -87,7 +93,7 @@ def _speed_range(r: Result) -> str | None:
 def _timed(r: Result) -> Any:
     if not r.ok:
         return Cell(r.reason, bad=True)
-    how = text(r.row, "how") or "not recorded"
+    how = text(r.row, "how") or NOT_RECORDED
     return Cell(how, note="a row alone is not compared with others: machines drift") if how == "alone" else how
 
 
@@ -236,7 +242,8 @@ def same_machine(results: Sequence[Result]) -> list[Pair]:
     """The newest result of each commit and dtype of an arm, model, work and machine against an older one: of the same
     dtype, else of the same commit, else the oldest."""
     groups: dict[tuple[Any, ...], dict[tuple[str, ...], Result]] = {}
-    for r in sorted((r for r in results if r.ok), key=lambda r: (text(r.row, "time"), r.row["line"])):
+    known = [r for r in results if r.ok and machine_name(r.row) != NOT_RECORDED]
+    for r in sorted(known, key=lambda r: (text(r.row, "time"), r.row["line"])):
         work = (text(r.row, key) for key in ("config", "params", "block_size", "tokens", "arm"))
         what = version(r)
         groups.setdefault((machine(r.row), *work), {})[what["commit"], what["dtype"], what["tree"]] = r
@@ -298,7 +305,7 @@ def whole_runs_table(runs: Sequence[WholeRun]) -> Table:
         failed = text(first, "status") if not times else ""
         cores = whole(number(first, "cores"))
         rows.append([
-            text(first, "arm") or "not recorded",
+            text(first, "arm") or NOT_RECORDED,
             machine_name(first) + (f", {cores} cores" if cores else ""),
             Cell(failed or "no time", bad=True) if not times else spread(quartiles(times), 1),
             spread(run.share),
