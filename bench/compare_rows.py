@@ -20,6 +20,7 @@ from nanogpt_fast.errors import DataError  # noqa: E402
 
 Row = dict[str, Any]  # one line, with "file" (its path) and "line" (its number) added
 STOCK = ("nanogpt+compile", "nanogpt")  # what an arm is held against, the first that the run has
+NOT_RECORDED = "not recorded"
 NOTHING = (0.0, 0.0, 0.0)  # in place of quartiles
 HOW = "python bench/run.py --out DIR writes such files; name one, or a folder of them"
 
@@ -124,7 +125,7 @@ def quartiles(values: Iterable[float]) -> tuple[float, float, float]:
 
 def machine_name(row: Row) -> str:
     """The exact GPU, or the CPU where that computed."""
-    return text(row, "gpu") if on_gpu(row) else text(row, "cpu") or "not recorded"
+    return text(row, "gpu") if on_gpu(row) else text(row, "cpu") or NOT_RECORDED
 
 
 def on_gpu(row: Row) -> bool:
@@ -154,7 +155,7 @@ def form(row: Row) -> str:
 
 def commit(row: Row) -> str:
     """The commit, marked where files differed from it."""
-    name = text(row, "commit") or "not recorded"
+    name = text(row, "commit") or NOT_RECORDED
     return f"{name} + changes" if row.get("dirty") is True else name
 
 
@@ -321,7 +322,7 @@ def whole_runs(rows: Sequence[Row]) -> list[WholeRun]:
     groups: dict[tuple[str, ...], dict[str, list[Row]]] = {}
     for r in trained:
         key = r["file"], text(r, "run"), text(r, "config"), machine_name(r)
-        groups.setdefault(key, {}).setdefault(text(r, "arm") or "not recorded", []).append(r)
+        groups.setdefault(key, {}).setdefault(text(r, "arm") or NOT_RECORDED, []).append(r)
     found: list[WholeRun] = []
     for arms in groups.values():
         stock = {r.get("round"): number(r, "wall_s") for name in reversed(STOCK) for r in arms.get(name, ())}

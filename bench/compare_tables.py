@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from compare_rows import (
+    NOT_RECORDED,
     NOTHING,
     Result,
     Row,
@@ -76,7 +77,12 @@ def whole(value: float | None) -> int | None:
 
 def _speed(r: Result) -> Any:
     found = r.tokens_per_s()
-    return None if found is None else round(found[1])
+    return Cell(in_short(r.reason), note=r.reason, bad=True) if found is None else round(found[1])
+
+
+def in_short(reason: str) -> str:
+    """What kind of failure a status tells of; the whole of it stands in another column."""
+    return "out of memory" if "out of memory" in reason else reason.split(":")[0][:20]
 
 
 def _speed_range(r: Result) -> str | None:
@@ -87,7 +93,7 @@ def _speed_range(r: Result) -> str | None:
 def _timed(r: Result) -> Any:
     if not r.ok:
         return Cell(r.reason, bad=True)
-    how = text(r.row, "how") or "not recorded"
+    how = text(r.row, "how") or NOT_RECORDED
     return Cell(how, note="a row alone is not compared with others: machines drift") if how == "alone" else how
 
 
@@ -172,20 +178,20 @@ COLUMNS = [
     Column("GPU or CPU", "its exact name", lambda r: machine_name(r.row)),
     Column("form, power limit", "of a CPU cores, threads and instruction sets", _power),
     Column("model", "", lambda r: text(r.row, "config") or None),
+    Column("tokens/s", "median", _speed),
+    Column("quartiles of tokens/s", "", _speed_range),
+    Column("times stock", "median (quartiles) by round; above 1 is faster", _times_stock),
+    Column("stock is", "the arm it is held against", _stock),
+    Column("MFU, nanoGPT", "nanoGPT's count of FLOPs", _mfu("mfu_nanogpt")),
+    Column("MFU, llm.c", "llm.c's count of FLOPs", _mfu("mfu_llmc")),
+    Column("timed, or why not", "in turn with the run's other arms, or alone", _timed),
+    Column("n", "steps timed", lambda r: r.rounds() if r.ok else None),
+    Column("ms a step", "median", lambda r: 1e3 * (number(r.row, "ms_s") or 0.0) if r.ok else None),
     Column("N, M", "parameters, millions", lambda r: _millions(number(r.row, "params"))),
     Column("T", "tokens of a sequence", lambda r: whole(number(r.row, "block_size"))),
     Column("micro-batch x accumulation", "sequences, and how often a step", _sizes),
     Column("dtype, residual", "of the parameters; of the residual stream where that differs", _dtypes),
     Column("CUDA graph", "", lambda r: _graph(r.row)),
-    Column("tokens/s", "median", _speed),
-    Column("quartiles of tokens/s", "", _speed_range),
-    Column("timed, or why not", "in turn with the run's other arms, or alone", _timed),
-    Column("n", "steps timed", lambda r: r.rounds() if r.ok else None),
-    Column("ms a step", "median", lambda r: 1e3 * (number(r.row, "ms_s") or 0.0) if r.ok else None),
-    Column("times stock", "median (quartiles) by round; above 1 is faster", _times_stock),
-    Column("stock is", "the arm it is held against", _stock),
-    Column("MFU, nanoGPT", "nanoGPT's count of FLOPs", _mfu("mfu_nanogpt")),
-    Column("MFU, llm.c", "llm.c's count of FLOPs", _mfu("mfu_llmc")),
     Column("TFLOP/s", "by nanoGPT's count", lambda r: number(r.row, "tflops") if r.ok else None),
     Column("share of GEMM", "of the best measured product", _share(lambda r: r.best)),
     Column("share of own GEMMs", "of the model's own products", _share(lambda r: r.own)),
@@ -236,7 +242,8 @@ def same_machine(results: Sequence[Result]) -> list[Pair]:
     """The newest result of each commit and dtype of an arm, model, work and machine against an older one: of the same
     dtype, else of the same commit, else the oldest."""
     groups: dict[tuple[Any, ...], dict[tuple[str, ...], Result]] = {}
-    for r in sorted((r for r in results if r.ok), key=lambda r: (text(r.row, "time"), r.row["line"])):
+    known = [r for r in results if r.ok and machine_name(r.row) != NOT_RECORDED]
+    for r in sorted(known, key=lambda r: (text(r.row, "time"), r.row["line"])):
         work = (text(r.row, key) for key in ("config", "params", "block_size", "tokens", "arm"))
         what = version(r)
         groups.setdefault((machine(r.row), *work), {})[what["commit"], what["dtype"], what["tree"]] = r
@@ -298,7 +305,7 @@ def whole_runs_table(runs: Sequence[WholeRun]) -> Table:
         failed = text(first, "status") if not times else ""
         cores = whole(number(first, "cores"))
         rows.append([
-            text(first, "arm") or "not recorded",
+            text(first, "arm") or NOT_RECORDED,
             machine_name(first) + (f", {cores} cores" if cores else ""),
             Cell(failed or "no time", bad=True) if not times else spread(quartiles(times), 1),
             spread(run.share),

@@ -143,7 +143,8 @@ th[aria-sort=descending] button::after { content: " \\2193"; }
 figure { margin: 1rem 0; }
 figure img { max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line); border-radius: 4px; }
 figcaption { color: var(--dim); font-size: .9rem; }
-@media (max-width: 40rem) { tbody th { max-width: 40vw; } body { font-size: 15px; } }
+@media (max-width: 40rem) { tbody th { max-width: 40vw; white-space: normal; } body { font-size: 15px; }
+  td.long { min-width: 12rem; } }
 @media print { .wide { overflow: visible; max-height: none; } }
 """
 

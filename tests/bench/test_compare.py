@@ -132,7 +132,8 @@ def test_rows_that_failed_stay_with_their_reason_after_those_that_ran(file: Path
     rows = table_of(results(file, *bad, lost, step("triton", [1.0, 1.0])))
     assert rows[0]["arm"] == "triton" and len(rows) == 5
     assert {row["timed, or why not"] for row in rows} == {"in turn", "the row has no time", *reasons}
-    assert all(row["tokens/s"] == row["peak GiB"] == row["mJ/token"] == "n/a" for row in rows if row["arm"] != "triton")
+    assert all(row["ms a step"] == row["peak GiB"] == row["mJ/token"] == "n/a" for row in rows[1:])
+    assert sorted(row["tokens/s"] for row in rows[1:]) == ["failed", "missing", "out of memory", "the row has no time"]
 
 
 def test_newest_run_first_all_kept_gpus_before_cpus_and_small_models_first(tmp_path: Path):
@@ -197,6 +198,11 @@ def test_versions_are_compared_on_the_same_machine_and_work_only(file: Path, cha
 def test_equal_names_of_cpus_with_other_instructions_are_not_one_machine(file: Path):
     rows = [{**step("reference", [1.0], commit=c, run=c), **CPU, "gpu": None, "cpu_flags": flags}
             for c, flags in (("1", ["avx2"]), ("2", ["avx2", "avx512f"]))]  # fmt: skip
+    assert compare_tables.same_machine(results(file, *rows)) == []
+
+
+def test_machines_that_rows_do_not_name_are_not_one_machine(file: Path):
+    rows = [{**step("reference", [1.0], commit=c, run=c), "gpu": None} for c in ("1", "2")]
     assert compare_tables.same_machine(results(file, *rows)) == []
 
 

@@ -1,5 +1,6 @@
 """What bench/compare.py draws, and what it says of a file that someone wants to send: on made-up rows."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,10 @@ def file(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("count", [1, 2, 12])
 def test_plots_are_drawn_of_few_and_many_rows(file: Path, count: int):
     pytest.importorskip("matplotlib")
-    rows = [step(f"arm $x_{i}", [1.0 + i, 1.1 + i], config=f"m{i % 3}", params=10.0 ** (6 + i % 3), run=str(i),
+    rows = [step(f"arm $\\x$ {i}", [1.0 + i, 1.1 + i], config=f"m{i % 3}", params=10.0 ** (6 + i % 3), run=str(i),
                  gpu=f"GPU {i % 2}") for i in range(count)]  # fmt: skip
     found = results(
-        file, *rows, step("arm $x_0", [0.9, 1.0], config="m0", params=1e6, gpu="GPU 0", run="z", commit="2")
+        file, *rows, step("arm $\\x$ 0", [0.9, 1.0], config="m0", params=1e6, gpu="GPU 0", run="z", commit="2")
     )
     plots, why = compare_plots.draw_all(found, compare_tables.same_machine(found))
     names = ["mfu_by_size.png"] * (count > 1) + ["mfu_by_gpu.png", "speed_by_arm.png", "two_versions.png"]
@@ -41,10 +42,15 @@ def test_without_an_mfu_tokens_are_drawn_and_without_rows_nothing(file: Path):
     row = step("reference", [1.0, 1.0])
     del row["mfu_nanogpt"]
     plots, _ = compare_plots.draw_all(results(file, row), [])
-    assert [p.name for p in plots] == ["speed_by_gpu.png", "speed_by_arm.png"] and "no row here has an MFU" in plots[
-        0
-    ].caption
+    assert [p.name for p in plots] == ["speed_by_gpu.png", "speed_by_arm.png"]
+    assert "no row here has an MFU" in plots[0].caption
     assert compare_plots.draw_all([], []) == ([], "No plots: no step in these results has a time.")
+
+
+def test_without_matplotlib_the_page_says_so(file: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    plots, why = compare_plots.draw_all(results(file, step("triton", [1.0, 1.0])), [])
+    assert plots == [] and "pip install" in why
 
 
 # ---- rows to send ----
@@ -53,7 +59,7 @@ def test_without_an_mfu_tokens_are_drawn_and_without_rows_nothing(file: Path):
 def complete(folder: Path) -> tuple[Path, list[dict[str, Any]]]:
     gpu = {**GPU, "gpu": "NVIDIA Made-up 80GB"}
     rows = [
-        {**FACTS, **gpu, "bench": "environment"},
+        {**FACTS, **gpu, "bench": "environment", "driver": None, "power_limit_w": None},  # a container tells neither
         {**FACTS, **gpu, "bench": "roof", "what": "copy", "gbps": 1.0},
         *({**gemm(of, 1.0, 1.0), **gpu} for of in ("square", "sweep", "model")),
         *({**step(arm, [1.0, 1.0]), **gpu} for arm in ("triton", "nanogpt+compile")),
@@ -104,6 +110,7 @@ def test_place_and_name_of_a_file(tmp_path: Path):
     wanted = ["its place and name: bench/results/nvidia-made-up-80gb/2026-01-02-abcdef0.jsonl"]
     assert list(compare_check.lacks(tmp_path / "mine.jsonl", rows)) == wanted
     assert list(compare_check.lacks(path, rows)) == []
+    assert list(compare_check.lacks(tmp_path / "cpu" / path.name, rows)) == wanted
 
 
 def test_check_takes_one_file(tmp_path: Path):
