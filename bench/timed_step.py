@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+PACKAGES = ("nanogpt_fast", "nanogpt_kernels")
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -63,12 +64,17 @@ def main() -> None:
     parser.add_argument("--kernels", required=True)
     parser.add_argument("--root", required=True, type=Path, help="whose nanogpt_fast is meant")
     args = parser.parse_args()
-    import nanogpt_fast
+    step = make_step(args.config, args.device, args.dtype, args.kernels)
+    if foreign := strangers(args.root.resolve()):
+        raise SystemExit(f"there is no {foreign[0]} in {args.root}")
+    serve(step)
 
-    found = Path(nanogpt_fast.__file__).resolve().parent.parent
-    if found != args.root.resolve():
-        raise SystemExit(f"nanogpt_fast comes from {found}, not from {args.root}")
-    serve(make_step(args.config, args.device, args.dtype, args.kernels))
+
+def strangers(root: Path) -> list[str]:
+    """Our modules that were loaded from elsewhere: an editable install of another checkout answers for what is missing
+    here, whatever PYTHONPATH says."""
+    ours = {name: module for name, module in sys.modules.items() if name.split(".")[0] in PACKAGES}
+    return [name for name, module in ours.items() if root not in Path(module.__file__ or "").resolve().parents]
 
 
 if __name__ == "__main__":
