@@ -28,8 +28,8 @@ def rotated(names: Sequence[str], turn: int) -> list[str]:
 class Apart:
     """A process that answers to `serve`. facts: what it said of itself when it was ready; Failed if it was not."""
 
-    def __init__(self, command: Sequence[str]):
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, command: Sequence[str], env: dict[str, str] | None = None):
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
         try:
             self.facts: dict[str, Any] = self._answer()
         except Failed:

@@ -1,5 +1,6 @@
 """bench/turns.py, and what uses it: arms in processes of their own. No time is asserted anywhere."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -27,6 +28,15 @@ def make():
     return {"kind": "counting"}, lambda: calls.append(1), lambda: {"calls": len(calls)}
 turns.serve(make)
 """
+
+
+def test_a_turn_s_first_call_is_not_counted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    clock = iter([0.0, 9.0, 9.0, 9.25, 10.0, 10.5])
+    monkeypatch.setattr(turns.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(sys, "stdin", iter(["3\n"]))
+    turns.serve(lambda: ({}, lambda: None, dict))
+    answer = json.loads(capsys.readouterr().out.splitlines()[1].removeprefix(turns.MARK))
+    assert answer["seconds"] == [9.0, 0.25, 0.5]  # Apart.turn(2) asked for three and leaves the first out
 
 
 def test_an_arm_makes_its_calls_and_one_more(capsys: pytest.CaptureFixture):
