@@ -1,4 +1,4 @@
-"""bench/against_revision.py, turns.py, selfcheck.py and `pytest bench`: what they run, what they say when they cannot."""
+"""bench/against_revision.py, turns.py, selfcheck.py, `pytest bench`: what they run, what they say when they cannot."""
 
 import json
 import os
