@@ -97,7 +97,7 @@ def read(where: Path | Iterable[dict[str, Any]], dtype: str | None = None) -> Ro
     rows = [row for row in rows if _machine(row) == _machine(rows[-1])]
     products = [row for row in rows if row["what"] == "gemm"]
     squares = [row["dtype"] for row in products if row["of"] == "square"]
-    dtype = dtype or (squares[-1] if squares else products[-1]["dtype"] if products else "")
+    dtype = dtype or next(iter([*squares[-1:], *(row["dtype"] for row in products)]), "")
     last = {(row["of"], row["name"]): row["tflops"] for row in products if row["dtype"] == dtype}
     return Roof(
         copy_gbps=next((row["gbps"] for row in reversed(rows) if row["what"] == "copy"), None),

@@ -56,7 +56,7 @@ def test_op(benchmark: Any, op: str, mode: str) -> None:
 def test_step(benchmark: Any, request: pytest.FixtureRequest) -> None:
     from timed_step import make_step
 
-    name = request.config.getoption("--config")
+    name: Any = request.config.getoption("--config")
     step = make_step(name, DEVICE.type, str(DTYPE).removeprefix("torch."))
     told(benchmark, config=name)
     benchmark(waited(step))
