@@ -288,6 +288,7 @@ def test_quack_s_functions_are_joined_to_our_ops(monkeypatch: pytest.MonkeyPatch
         quack__mlp={"mlp_func": mlp_func},
         quack__linear_cross_entropy={"chunked_linear_cross_entropy": chunked_linear_cross_entropy},
     )
+    assert {op for op in cases.CASES if module.contestants(op)} == set(module.OPS)
     for op in module.OPS:
         at = tiny(op, bias=bias)
         lineup = ops.Lineup({"eager": plain(cases.specification(op)), **module.contestants(op)})
@@ -321,6 +322,7 @@ def test_packed_and_separate_attentions_of_peers_are_ours(monkeypatch: pytest.Mo
     }  # fmt: skip
     for peer, documented in modules.items():
         module = described(monkeypatch, peer, **documented)
+        assert {op for op in cases.CASES if module.contestants(op)} == set(module.OPS)
         for op in module.OPS:
             found = verdicts(op, module.contestants(op))
             assert found and all(isinstance(v, float) and v < 1e-5 for v in found.values()), (peer, op, found)
