@@ -48,7 +48,7 @@ def test_it_prints_the_parts_and_keeps_the_trace(tmp_path: Path, capsys: pytest.
     assert "vocabulary 23" in shown and "matrix products" in shown and "2 traced steps took" in shown
     found = json.loads((tmp_path / "trace/summary.json").read_text())
     assert found["steps"] == 2 and found["untraced_ms"] > 0
-    assert sum(found["parts"].values()) == pytest.approx(found["wall_ms"], rel=0.05)
+    assert sum(found["parts"].values()) == pytest.approx(found["wall_ms"], rel=0.2)  # 0.05: test_tracing.py
     assert (tmp_path / "trace/trace.json.gz").exists()
 
 
