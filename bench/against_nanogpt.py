@@ -102,7 +102,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="append to DIR/train.jsonl")
     args = parser.parse_args(argv)
     args.dataset = "shakespeare_char" if args.text else "stdlib"
-    facts = {**machine.machine_facts(), "device": "cpu", "iterations": args.iterations, "dataset": args.dataset}
+    facts = {**machine.machine_facts("cpu"), "iterations": args.iterations, "dataset": args.dataset}
     lines = machine.Lines(args.out and args.out / "train.jsonl", bench="train", **facts)
     results: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:

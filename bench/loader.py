@@ -219,7 +219,7 @@ def main(argv: list[str]) -> int:
     shapes = [GPT2] if args.quick else [(2, 64)] if args.tiny else SHAPES
     fed_shape = shapes[-1]
     torch.set_num_threads(args.threads)
-    facts = {**machine.machine_facts(), "device": "cpu", "threads": args.threads, "rounds": args.rounds}
+    facts = {**machine.machine_facts("cpu"), "threads": args.threads, "rounds": args.rounds}
     lines = machine.Lines(args.out and args.out / "loader.jsonl", bench="loader", status="ok", **facts)
     with tempfile.TemporaryDirectory() as folder:
         files = write_files(Path(folder), TOKENS // (256 if args.tiny else 4 if args.quick else 1))

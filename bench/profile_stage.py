@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
         folder = args.out / "profile" if args.out else Path(scratch)
         summary = traced(built, args.steps, folder)
     explained = explanation(summary, roof_of(summary.facts), args.config)
-    facts = {**machine.machine_facts(), "device": args.device, "dtype": summary.facts["dtype"], "kernels": kernels}
+    facts = {**machine.machine_facts(args.device), "dtype": summary.facts["dtype"], "kernels": kernels}
     lines = machine.Lines(args.out and args.out / "profile.jsonl", **facts)
     for row in explained.rows():
         lines.write(**row)

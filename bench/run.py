@@ -61,7 +61,7 @@ def stages_of(suite: str, device: str, out: Path, args: argparse.Namespace) -> l
 
 
 def default_out(device: str) -> Path:
-    facts = machine.machine_facts()
+    facts = machine.machine_facts(device)
     now = datetime.datetime.now().strftime("%Y-%m-%d-%H%M")
     return machine.ROOT / "out-bench" / f"{now}-{slug(facts.get('gpu') or device)}-{facts['commit'][:7]}"
 

@@ -105,7 +105,7 @@ def main(argv: list[str]) -> int:
     if args.serve:
         serve(args.serve, setup, args)
         return 0
-    facts = machine.machine_facts() | {"device": setup.world.device.type, "config": args.config, "batch_size": 1}
+    facts = machine.machine_facts(setup.world.device.type) | {"config": args.config, "batch_size": 1}
     facts |= {"prompt": args.prompt, "new_tokens": args.new_tokens, "block_size": setup.shape.block_size}
     lines = machine.Lines(args.out and args.out / "sample.jsonl", bench="sample", **facts)
     arms: dict[str, Any] = {}

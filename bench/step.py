@@ -25,6 +25,7 @@ from typing import Any
 import harness
 import kernel_table
 import machine
+import nvml
 import step_arms
 import step_timing
 import torch
@@ -160,7 +161,7 @@ def setup_of(args: argparse.Namespace) -> Setup:
 def run(args: argparse.Namespace, argv: list[str], setup: Setup) -> int:
     deadline, device = time.monotonic() + args.total_s, setup.world.device
     peak, source = resolve_peak(device, setup.dtype)
-    facts = machine.machine_facts() | {"device": device.type, "config": args.config, "peak": source}
+    facts = machine.machine_facts(device.type) | {"config": args.config, "peak": source}
     facts |= {"tokens": setup.config.tokens_per_iter, "block_size": setup.shape.block_size}
     facts |= {"params": setup.shape.num_params(non_embedding=False), "vocab_size": setup.shape.vocab_size}
     lines = machine.Lines(args.out and args.out / "step.jsonl", bench="step", **facts)
@@ -175,9 +176,18 @@ def run(args: argparse.Namespace, argv: list[str], setup: Setup) -> int:
                 try:
                     found = make_ready(name, setup, expected, args, argv)
                     running[name] = found
-                    found.seconds = found.time(device, args.steps)
+                    with nvml.energy() as spent:
+                        found.seconds = found.time(device, args.steps)
                     peak = refined(peak, setup)
-                    row |= {"status": "ok", **said(found.facts), **rates(found.seconds, setup, peak)}
+                    if spent.joules is not None:
+                        found.facts["joules_per_token"] = spent.joules / (args.steps * setup.config.tokens_per_iter)
+                    found.facts |= found.state(device)
+                    row |= {
+                        "status": "ok",
+                        "steps": args.steps,
+                        **said(found.facts),
+                        **rates(found.seconds, setup, peak),
+                    }
                 except Exception as problem:  # the next arm has its own model
                     row["status"] = why(problem)
                     running.pop(name, None)
@@ -265,7 +275,6 @@ def profiled(name: str, found: Ready | Apart, setup: Setup, lines: machine.Lines
     """Write and print where one step's time goes, a row a kernel; where the profiler fails, why."""
     device = setup.world.device
     spans: list[float] = []
-    run = f"{time.time():.3f}"  # what the rows of one table have in common
     try:
         rows = kernel_table.kernels(lambda: spans.extend(found.time(device, 1)), device)
         of = kernel_table.launch_ops(name, setup)
@@ -274,7 +283,7 @@ def profiled(name: str, found: Ready | Apart, setup: Setup, lines: machine.Lines
         print(f"{name}: not profiled: {why(problem)}", flush=True)
         return
     for row in rows:
-        lines.write(run=run, arm=name, batch_size=found.facts["batch_size"], launch_op=of.get(row["kernel"], ""), **row)
+        lines.write(arm=name, batch_size=found.facts["batch_size"], launch_op=of.get(row["kernel"], ""), **row)
     busy, whole = sum(row["ms"] for row in rows), spans[0] * 1e3
     print(f"{name}: {busy:.4g} ms in kernels of a step of {whole:.4g} ms under the profiler")
     shown = [[row["kernel"][:70], row["calls"], row["ms"], f"{row['share']:.1%}"] for row in rows[:SHOWN]]

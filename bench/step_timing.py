@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lineup
+import machine
 import step_arms
 import torch
 import turns
@@ -42,6 +43,15 @@ class Ready:
     def time(self, device: torch.device, steps: int) -> list[float]:
         return [self.step(device) for _ in range(steps)]
 
+    def state(self, device: torch.device) -> dict[str, Any]:
+        """Clocks, temperature and power in the middle of one more step: an idle GPU's would say nothing."""
+        if device.type != "cuda":
+            return {}
+        self.arm(self.batch, next(self.numbers))
+        found = machine.gpu_state()
+        torch.cuda.synchronize(device)
+        return found
+
     def end(self) -> None:
         """Nothing to end: the memory goes with the last reference."""
 
@@ -59,6 +69,9 @@ class Apart:
         answer = self.process.turn(steps)
         self.facts |= {key: answer[key] for key in ("peak_gb", "loss_after")}
         return answer["seconds"]
+
+    def state(self, device: torch.device) -> dict[str, Any]:
+        return {}
 
     def end(self) -> None:
         self.process.end()

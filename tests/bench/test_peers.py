@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import cases
-import ops
+import lineup
 import peer_facts
 import pytest
 import torch
@@ -294,8 +294,8 @@ def test_quack_s_functions_are_joined_to_our_ops(monkeypatch: pytest.MonkeyPatch
         lineup = ops.Lineup({"eager": plain(cases.specification(op)), **module.contestants(op)})
         found = ops.checked(op, at, lineup)
         assert found.keys() > {"eager"} and all(isinstance(verdict, float) for verdict in found.values()), found
-        gradients = ops.results(next(iter(module.contestants(op).values())), op, at)[1]
-        assert len(gradients) == len(ops.results(plain(cases.specification(op)), op, at)[1])
+        gradients = lineup.results(next(iter(module.contestants(op).values())), op, at)[1]
+        assert len(gradients) == len(lineup.results(plain(cases.specification(op)), op, at)[1])
 
 
 def test_packed_and_separate_attentions_of_peers_are_ours(monkeypatch: pytest.MonkeyPatch):
