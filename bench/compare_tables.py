@@ -294,8 +294,8 @@ def _both(r: Result) -> str:
 
 
 def whole_runs_table(runs: Sequence[WholeRun]) -> Table:
-    header = ["arm", "machine", "wall s", "of stock nanoGPT's", "n", "ms an iteration", "validation loss", "date",
-              "commit or file", "torch", "Python"]  # fmt: skip
+    header = ["arm", "machine", "dtype", "wall s", "of stock nanoGPT's", "n", "ms an iteration", "validation loss",
+              "date", "commit or file", "torch", "Python"]  # fmt: skip
     rows = []
     for run in runs:
         first = run.first
@@ -307,6 +307,7 @@ def whole_runs_table(runs: Sequence[WholeRun]) -> Table:
         rows.append([
             text(first, "arm") or NOT_RECORDED,
             machine_name(first) + (f", {cores} cores" if cores else ""),
+            text(first, "dtype") or NOT_RECORDED,
             Cell(failed or "no time", bad=True) if not times else spread(quartiles(times), 1),
             spread(run.share),
             len(times),
