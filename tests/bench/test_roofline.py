@@ -65,6 +65,12 @@ def test_attention_waits_for_exponentials():
     assert compute == pytest.approx(2 * products, rel=1e-3) and memory < compute
 
 
+def test_tiles_compute_no_more_than_the_square():
+    """A context shorter than a tile: all pairs, not one and a half times as many."""
+    config = GPTConfig(block_size=64, n_layer=2, n_head=2, n_embd=128)
+    assert step_work(config, 3, 1)["attention"].flops == 4 * 64 * (64 * 64) * 2 * 3 * 2
+
+
 def test_the_deterministic_backward_costs_two_products_and_the_exponentials_again():
     ours, other = works()["attention backward, 5 products"], works(deterministic=True)["attention backward, 7 products"]
     assert other.flops == pytest.approx(ours.flops * 7 / 5) and other.exps == 2 * ours.exps
