@@ -151,7 +151,7 @@ def main(argv: list[str]) -> int:
         torch.cuda.empty_cache()
         row = row_of(output_of(command(program, inputs, B, T, accumulation, args.steps), args), inputs.loss, setup)
     lines.write(**row)
-    print(f"llm.c: {row['status']}" if row["status"] != "ok" else step.said("llm.c", {"batch_size": B, **row}))
+    print(f"llm.c: {row['status']}" if row["status"] != "ok" else step.told("llm.c", {"batch_size": B, **row}))
     return 0 if row["status"] == "ok" else 1
 
 

@@ -18,13 +18,14 @@ from types import ModuleType
 from typing import Any
 
 import cases
-import lineup
+import ops
 import peer_facts
 import pytest
 import torch
 import torch.nn.functional as F
 from attention_forms import forms
 from harness import Contestant, plain
+from lineup import PEERS, Lineup, checked, contestants, results
 from op_inputs import Setting
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,14 +38,14 @@ def tiny(op: str, **options: Any) -> Setting:
 
 def verdicts(op: str, found: dict[str, Contestant]) -> dict[str, float | str]:
     """Against the specification, as bench/ops.py checks."""
-    lineup = ops.Lineup({"eager": plain(cases.specification(op)), **found})
-    return {name: verdict for name, verdict in ops.checked(op, tiny(op), lineup).items() if name != "eager"}
+    lineup = Lineup({"eager": plain(cases.specification(op)), **found})
+    return {name: verdict for name, verdict in checked(op, tiny(op), lineup).items() if name != "eager"}
 
 
 # ---- what they say ----
 
 
-@pytest.mark.parametrize("peer", ops.PEERS)
+@pytest.mark.parametrize("peer", PEERS)
 def test_a_peer_says_its_ops_and_how_to_get_it(peer: str):
     said = peer_facts.facts(peer)
     assert said.ops and set(said.ops) <= set(cases.CASES)
@@ -60,10 +61,10 @@ def test_a_missing_peer_s_row_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch
     for peer in ("quack_kernels", "flash_attention_4"):
         monkeypatch.delitem(sys.modules, f"peers.{peer}", raising=False)
     asked = ["quack_kernels", "flash_attention_4"]
-    absent = ops.contestants("norm", tiny("norm"), asked, compiled=False).absent
+    absent = contestants("norm", tiny("norm"), asked, compiled=False).absent
     assert absent.keys() == {"quack_kernels"}  # the other has no norm, so it is not missed
     assert absent["quack_kernels"].startswith("not installed (") and "quack-kernels[cu13]==" in absent["quack_kernels"]
-    absent = ops.contestants("attention", tiny("attention"), asked, compiled=False).absent
+    absent = contestants("attention", tiny("attention"), asked, compiled=False).absent
     assert "pip install --pre 'flash-attn-4" in absent["flash_attention_4"]
 
 
@@ -160,7 +161,7 @@ def test_a_call_fits_the_installed_package(peer: str, function: str):
 
 def test_every_peer_s_calls_are_listed():
     """torch's own run here; Helion's are files of a checkout, run below."""
-    assert CALLS.keys() | {"pytorch", "helion_pretuned"} == set(ops.PEERS)
+    assert CALLS.keys() | {"pytorch", "helion_pretuned"} == set(PEERS)
     assert matches(["a", "..", "c"], ["a", "b", "c", "d"]) and matches(["a", "b"], ["a", "b", "c"])
     assert not matches(["a", "c"], ["a", "b", "c"]) and not matches(["a", "..", "x"], ["a", "b", "c"])
 
@@ -170,14 +171,15 @@ def test_every_peer_s_calls_are_listed():
 RUN = """
 import sys
 sys.path[:0] = ["bench", "tests/helpers"]
-import json, cases, harness, ops, torch
+import json, cases, harness, torch
+from lineup import Lineup, checked, peer_contestants
 peer, found = sys.argv[1], {}
 for op in sys.argv[2:]:
     at = cases.setting(op, "tiny", device=torch.device("cpu"), dtype=torch.float32)
-    lineup = ops.Lineup({"eager": harness.plain(cases.specification(op))})
-    lineup.add(peer, lambda: ops._peer(peer, op))
+    lineup = Lineup({"eager": harness.plain(cases.specification(op))})
+    lineup.add(peer, lambda: peer_contestants(peer, op))
     found |= {"absent " + name: why for name, why in lineup.absent.items()}
-    found |= {op + ": " + name: verdict for name, verdict in ops.checked(op, at, lineup).items() if name != "eager"}
+    found |= {op + ": " + name: verdict for name, verdict in checked(op, at, lineup).items() if name != "eager"}
 print(json.dumps(found))
 """
 
@@ -291,11 +293,11 @@ def test_quack_s_functions_are_joined_to_our_ops(monkeypatch: pytest.MonkeyPatch
     assert {op for op in cases.CASES if module.contestants(op)} == set(module.OPS)
     for op in module.OPS:
         at = tiny(op, bias=bias)
-        lineup = ops.Lineup({"eager": plain(cases.specification(op)), **module.contestants(op)})
-        found = ops.checked(op, at, lineup)
+        lineup = Lineup({"eager": plain(cases.specification(op)), **module.contestants(op)})
+        found = checked(op, at, lineup)
         assert found.keys() > {"eager"} and all(isinstance(verdict, float) for verdict in found.values()), found
-        gradients = lineup.results(next(iter(module.contestants(op).values())), op, at)[1]
-        assert len(gradients) == len(lineup.results(plain(cases.specification(op)), op, at)[1])
+        gradients = results(next(iter(module.contestants(op).values())), op, at)[1]
+        assert len(gradients) == len(results(plain(cases.specification(op)), op, at)[1])
 
 
 def test_packed_and_separate_attentions_of_peers_are_ours(monkeypatch: pytest.MonkeyPatch):
