@@ -135,11 +135,11 @@ def huggingface_model(setup: Setup) -> tuple[Any, str]:
         embd_pdrop=shape.dropout,
         attn_pdrop=shape.dropout,
         use_cache=False,
-        loss_type="ForCausalLM",
         bos_token_id=None,
         eos_token_id=None,
     )
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    model.loss_type = "ForCausalLM"  # what it takes anyhow, with a warning
     # Conv1D layers, stored (in, out): every matrix of a block
     turned = {name: w.t() if ".h." in name and w.dim() == 2 else w for name, w in setup.weights.items()}
     missing, unexpected = model.load_state_dict(turned, strict=False)

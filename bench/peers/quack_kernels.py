@@ -25,7 +25,8 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, r: Tensor, w: Tensor, b: Tensor | None, eps: float) -> Tensor:
         rows = r.flatten(0, -2)
-        y, rstd, mean = layernorm_fwd(rows, w, b, eps, return_rstd=True, return_mean=True)
+        found: Any = layernorm_fwd(rows, w, b, eps, return_rstd=True, return_mean=True)
+        y, rstd, mean = found
         ctx.save_for_backward(rows, w, rstd, mean)
         ctx.has_bias = b is not None
         return y.view_as(r)

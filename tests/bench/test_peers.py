@@ -314,7 +314,7 @@ def test_packed_and_separate_attentions_of_peers_are_ours(monkeypatch: pytest.Mo
         return sdpa(True)(q, k, v).transpose(1, 2), None
 
     modules = {
-        "flash_attention_2": {"flash_attn": {"flash_attn_qkvpacked_func": packed}},
+        "flash_attention_2": {"flash_attn__flash_attn_interface": {"flash_attn_qkvpacked_func": packed}},
         "flash_attention_3": {"flash_attn_interface": {"flash_attn_qkvpacked_func": packed}},
         "flash_attention_4": {"flash_attn__cute": {"flash_attn_func": apart}},
         "cudnn_frontend": {
