@@ -96,15 +96,15 @@ def read(where: Path | Iterable[dict[str, Any]], dtype: str | None = None) -> Ro
         )
     rows = [row for row in rows if _machine(row) == _machine(rows[-1])]
     products = [row for row in rows if row["what"] == "gemm"]
-    squares = [row["dtype"] for row in products if row["of"] == "square"]
-    dtype = dtype or next(iter([*squares[-1:], *(row["dtype"] for row in products)]), "")
-    last = {(row["of"], row["name"]): row["tflops"] for row in products if row["dtype"] == dtype}
+    ordered = sorted(products, key=lambda row: row["of"] == "square")  # stable: the last square one comes last
+    of_dtype: str = dtype or (ordered[-1]["dtype"] if ordered else "")
+    last = {(row["of"], row["name"]): row["tflops"] for row in products if row["dtype"] == of_dtype}
     return Roof(
         copy_gbps=next((row["gbps"] for row in reversed(rows) if row["what"] == "copy"), None),
         best_tflops=max(last.values(), default=None),
         square_tflops=next((tflops for (of, _), tflops in last.items() if of == "square"), None),
         model_tflops={name: tflops for (of, name), tflops in last.items() if of == "model"},
-        dtype=dtype,
+        dtype=of_dtype,
     )
 
 
