@@ -1,11 +1,16 @@
 PYTHON ?= python
 
-.PHONY: test test-all lint quickstart
+.PHONY: test test-all lint bench bench-compare quickstart
 test:            ## the default suite (lint, types, layout included), parallel
 	$(PYTHON) -m pytest -n auto -m "not slow"
 test-all:        ## everything, heavy cases too
 	$(PYTHON) -m pytest -n auto
 lint:            ## format and lint in place
 	$(PYTHON) -m ruff format . && $(PYTHON) -m ruff check --fix . && $(PYTHON) -m pyright --pythonpath "$$(which $(PYTHON))"
+bench:           ## ops and a step by pytest-benchmark, saved and compared with the run before
+	$(PYTHON) -m pytest bench
+BASE ?= HEAD
+bench-compare:   ## this working copy's step beside that of BASE=revision, in turn
+	$(PYTHON) bench/against_revision.py $(BASE)
 quickstart:      ## the embedded default: offline, CPU, about two minutes
 	$(PYTHON) -m nanogpt_fast.train --config quickstart

@@ -34,7 +34,10 @@ SHAPES = {
     "race": gpt2("124m", N=8_000_000),
     "124m": gpt2("124m", B=64),
     "1558m": gpt2("1558m", B=16),
+    "cpu": Shape(B=12, T=64, C=128, H=4, V=65, N=804_096),  # configs/shakespeare_char_cpu.toml on Tiny Shakespeare
+    "cpu-124m": gpt2("124m", B=1, T=64, V=4096, N=4_000_000),  # GPT-2's width, few tokens and words: milliseconds
 }
+SIZES = {"cuda": ["124m", "1558m"], "cpu": ["cpu", "cpu-124m"]}  # that ops.py takes by default
 
 
 @dataclass(frozen=True)

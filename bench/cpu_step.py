@@ -12,11 +12,8 @@ autograd and torch's dispatcher take when there is next to nothing to compute.
 """
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +21,7 @@ import machine  # noqa: F401  (first: it makes the packages importable)
 import step_arms
 import torch
 import torch.nn.functional as F
+from turns import Worker, serve
 
 from nanogpt_fast.distributed import World, join
 from nanogpt_fast.settings.cli import load_config
@@ -131,33 +129,12 @@ PARTS: dict[str, Callable[[], Callable[[], object]]] = {
 }
 
 
-class Arm:
+def arm(name: str, nanogpt: Path) -> Worker:
     """A process that makes one arm's steps when told how many."""
-
-    def __init__(self, name: str, nanogpt: Path):
-        command = [sys.executable, __file__, "--nanogpt", str(nanogpt), "--arm", name]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.turn(5)
-
-    def turn(self, steps: int) -> float:
-        """Their median time in ms, without the first, whose caches hold another arm's data."""
-        assert self.process.stdin and self.process.stdout
-        print(steps + 1, file=self.process.stdin, flush=True)
-        for line in self.process.stdout:
-            if line.startswith("["):  # nanoGPT's model prints lines of its own
-                return statistics.median(json.loads(line)[1:])
-        raise SystemExit(f"{self.process.args} ended: exit code {self.process.wait()}")
-
-
-def serve(step: Callable[[], object]) -> None:
-    """Lines of stdin, a number of steps each, answered by their times in ms."""
-    for line in sys.stdin:
-        times = []
-        for _ in range(int(line)):
-            began = time.perf_counter()
-            step()
-            times.append((time.perf_counter() - began) * 1e3)
-        print(json.dumps(times), flush=True)
+    try:
+        return Worker([sys.executable, __file__, "--nanogpt", str(nanogpt), "--arm", name])
+    except RuntimeError as problem:
+        raise SystemExit(f"{name} cannot make a step: {problem}") from None
 
 
 def main() -> None:
@@ -178,7 +155,7 @@ def main() -> None:
     if args.arm:
         serve(makers[args.arm]())
         return
-    arms = {name: Arm(name, args.nanogpt) for name in makers}
+    arms = {name: arm(name, args.nanogpt) for name in makers}
     rounds: list[dict[str, float]] = []
     for i in range(args.rounds):
         order = list(arms)[:: 1 if i % 2 else -1]

@@ -1,31 +1,29 @@
-"""The machine as it is: GPU, driver, toolchain, and the two ceilings that everything else is held against.
+"""The machine as it is: device, driver, toolchain, and its measured roof, which everything else is held against.
 
-    python bench/environment.py [--out DIR]
+    python bench/environment.py [--device cuda|cpu] [--seconds 12] [--out DIR]
+    python bench/environment.py --dry_run          what can be known without a device
 
-Ceilings are measured: bytes a second of a device-to-device copy (read and written bytes counted), and FLOP/s of one
-8192^3 bfloat16 product, on random data (zeros run faster).
+One line in DIR/environment.jsonl; roof.py's, of a copy and of matrix products, in DIR/roof.jsonl.
 """
 
 import argparse
 import importlib.metadata
+import os
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-import harness
 import machine
+import roof
 import torch
 
 from nanogpt_fast.errors import run_command
 
 PACKAGES = ("torch", "triton", "numpy", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "safetensors", "tyro",
             "liger-kernel", "quack-kernels", "apex", "flash-attn", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13",
-            "nvidia-cublas-cu12", "nvidia-cublas", "nvidia-cuda-nvcc")  # fmt: skip
+            "nvidia-cublas-cu12", "nvidia-cublas", "nvidia-cuda-nvcc", "nvidia-ml-py")  # fmt: skip
 TOOLS = ("nvcc", "compute-sanitizer", "ncu", "nsys", "cuda-gdb")
-SMI = ("name", "driver_version", "vbios_version", "pci.bus_id", "memory.total", "memory.used", "clocks.max.sm",
-       "clocks.max.mem", "clocks.sm", "clocks.mem", "power.limit", "power.draw", "temperature.gpu", "mig.mode.current",
-       "ecc.mode.current", "compute_mode", "persistence_mode")  # fmt: skip
 
 
 def versions() -> dict[str, str]:
@@ -51,6 +49,10 @@ def software() -> dict[str, Any]:
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
+    """Of the device that computes; a GPU's limits and settings by its driver (nvml.py)."""
+    if device.type == "cpu":
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+        return {"cache_bytes": machine.cache_bytes(), "memory_bytes": memory}
     properties = torch.cuda.get_device_properties(device)
     return {
         "compute_capability": f"{properties.major}.{properties.minor}",
@@ -58,41 +60,34 @@ def hardware(device: torch.device) -> dict[str, Any]:
         "l2_bytes": properties.L2_cache_size,
         "memory_bytes": properties.total_memory,
         "shared_bytes_a_block": properties.shared_memory_per_block_optin,
-        "nvidia_smi": {name: machine.smi(name).get(name) for name in SMI},  # one by one: an unknown field fails a query
-    }
-
-
-def ceilings(device: torch.device) -> dict[str, dict[str, float]]:
-    """Copy (GB/s) and product (TFLOP/s): median and quartiles of interleaved graph replays."""
-    source = torch.randn(1 << 29, device=device)  # 2 GiB
-    sink = torch.empty_like(source)
-    n = 8192
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-    c = torch.empty_like(a)
-    pool = torch.cuda.graph_pool_handle()
-    calls = {"copy": lambda: sink.copy_(source), "gemm": lambda: torch.mm(a, b, out=c)}
-    arms = {name: harness.make_arm([call], pool) for name, call in calls.items()}
-    times = {name: harness.summary(ms) for name, ms in harness.interleaved(arms, rounds=15).items()}
-    moved, flops = 2 * source.numel() * source.element_size(), 2.0 * n**3
-    return {
-        "copy_gbps": {"median": moved / times["copy"]["ms"] / 1e6, **times["copy"]},
-        "gemm_8192_bfloat16_tflops": {"median": flops / times["gemm"]["ms"] / 1e9, **times["gemm"]},
+        "driver_says": machine.gpu_facts(),
     }
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dry_run", action="store_true", help="what can be known without a GPU")
-    parser.add_argument("--out", type=Path, help="append to DIR/environment.jsonl")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--seconds", type=float, default=12.0, help="for the roof; 0 leaves it out")
+    parser.add_argument("--config", help="whose products are timed; none leaves them out")
+    parser.add_argument("--dry_run", action="store_true", help="what can be known without a device")
+    parser.add_argument("--out", type=Path, help="append to DIR/environment.jsonl and DIR/roof.jsonl")
     args = parser.parse_args(argv)
-    facts = software()
-    if not args.dry_run:
+    device = torch.device("cpu")
+    if args.device == "cuda" and not args.dry_run:
         device = machine.require_cuda("bench/environment.py")
-        facts |= hardware(device) | ceilings(device) | machine.gpu_state()
-    lines = machine.Lines(args.out and args.out / "environment.jsonl", bench="environment", **machine.machine_facts())
+    ours = machine.machine_facts("" if args.dry_run else args.device)
+    facts = {**software(), "load": machine.load_average()}
+    if not args.dry_run:
+        facts |= {**hardware(device), "state_before": machine.gpu_state()}
+    lines = machine.Lines(args.out and args.out / "environment.jsonl", bench="environment", status="ok", **ours)
     lines.write(**facts)
-    for name, value in (machine.machine_facts() | facts).items():
-        print(f"{name}: {value}")
+    for name, value in (ours | facts).items():
+        print(f"{name}: {value}", flush=True)
+    if not args.dry_run and args.seconds > 0.0:
+        lines = machine.Lines(args.out and args.out / "roof.jsonl", bench="roof", **ours)
+        config = None if args.config == "none" else args.config or roof.CONFIG[args.device]
+        print(roof.shown(roof.roof_of(device, None, config, args.seconds, lines)))
+        print(f"state after: {machine.gpu_state()}")
     return 0
 
 

@@ -96,7 +96,8 @@ def all_stages(out: Path, arch: int = 90, ptxas: Path | None = None, sanitizer: 
         for name, files in gpu_test_slices().items()
     ]
     stages = [
-        Stage("environment", script("environment.py"), 30, rehearsal=script("environment.py", "--dry_run")),
+        Stage("environment", script("environment.py"), 30,
+              rehearsal=script("environment.py", "--device=cpu", "--seconds=2")),
         Stage("compile", script("warm_cache.py", f"--arch={arch}", "--total_s=30"), 45,
               rehearsal=script("warm_cache.py", "--parts=race", "--most=2")),
         Stage("step", script("step.py", "--profile", "--total_s", SECONDS, "--arms", *SWITCHED), 70,

@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import re
+import secrets
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -23,12 +24,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "profiling")]
 
+import nvml  # noqa: E402
 import torch  # noqa: E402
 from work import EXPONENTIALS_A_CLOCK, Work  # noqa: E402
 
 from nanogpt_fast.errors import DeviceError  # noqa: E402
 from nanogpt_fast.gpus import GPUS  # noqa: E402
 from nanogpt_fast.hardware import peak_flops  # noqa: E402
+
+# Instruction sets beside the baseline whose presence changes a product's rate.
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16")
 
 # ---- the machine ----
 
@@ -100,48 +105,90 @@ def extra_ptxas() -> dict[str, str] | None:
 
 
 @functools.cache
-def machine_facts() -> dict[str, Any]:
-    """What every result line carries."""
-    facts: dict[str, Any] = {
-        "commit": output_of(["git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD"]) or "unknown",
-        "tree": tree_hash(),
-        "torch": torch.__version__,
-        "triton": triton_version(),
-        "python": platform.python_version(),
-    }
-    if torch.cuda.is_available():
-        facts |= {"gpu": torch.cuda.get_device_name(), "driver": smi("driver_version").get("driver_version")}
-    return facts
-
-
-def smi(*fields: str) -> dict[str, Any]:
-    """nvidia-smi's answer for the current device, numbers as such; {} where there is no such tool."""
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device()) if torch.cuda.is_available() else None
-    at = [f"--id=GPU-{properties.uuid}"] if properties is not None and hasattr(properties, "uuid") else []
-    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
-    line = output_of([*query, *at]) or output_of(query)
-    values = [value.strip() for value in line.splitlines()[0].split(",")] if line else []
-    return {name: _number(value) for name, value in zip(fields, values)}
-
-
-def _number(text: str) -> Any:
-    try:
-        return float(text)
-    except ValueError:
-        return text
+def run_id() -> str:
+    """8 hex digits: which process wrote a line."""
+    return secrets.token_hex(4)
 
 
 @functools.cache
-def highest_clock() -> float | None:
-    """Of the multiprocessors, Hz."""
-    clock = smi("clocks.max.sm").get("clocks.max.sm")
-    return clock * 1e6 if isinstance(clock, float) else None
+def machine_facts(device: str = "") -> dict[str, Any]:
+    """What every result line carries. device: type of the one that computes, by default cuda where torch sees it."""
+    git = ["git", "-C", str(ROOT)]
+    commit = output_of([*git, "rev-parse", "--short=10", "HEAD"])
+    facts: dict[str, Any] = {
+        "run": run_id(),
+        "commit": commit or "unknown",
+        "dirty": bool(output_of([*git, "status", "--porcelain", "--untracked-files=no"])) if commit else None,
+        "tree": tree_hash(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton_version(),
+        "cuda": torch.version.cuda,
+        "device": device or ("cuda" if torch.cuda.is_available() else "cpu"),
+    }
+    if facts["device"] != "cuda":
+        return facts | cpu_facts()
+    card = gpu_facts()
+    return (
+        facts | {"gpu": torch.cuda.get_device_name()} | {name: card.get(name) for name in ("driver", "power_limit_w")}
+    )
+
+
+def cpu_facts() -> dict[str, Any]:
+    """The CPU's model, the cores this process may use, torch's threads, and the instruction sets that decide speed."""
+    text = _cpuinfo()
+    named = {name: re.search(rf"^{name}\s*:\s*(.+)$", text, re.MULTILINE) for name in ("model name", "flags")}
+    model, flags = (match[1] if match else "" for match in named.values())
+    return {
+        "cpu": model.strip() or platform.processor() or platform.machine(),
+        "cores": available_cores(),
+        "threads": torch.get_num_threads(),
+        "cpu_flags": [flag for flag in CPU_FLAGS if flag in flags.split()],
+    }
+
+
+def _cpuinfo() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def load_average() -> float | None:
+    """Processes that ran or waited to, over the last minute; None where the system does not tell."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+@functools.cache
+def cache_bytes() -> int:
+    """The largest cache that a core of this CPU sees, bytes; 32 MiB where nothing tells."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        with contextlib.suppress(OSError, ValueError):
+            sizes.append(int(path.read_text().strip().removesuffix("K")) << 10)
+    return max(sizes, default=32 << 20)
+
+
+@functools.cache
+def gpu_facts() -> dict[str, Any]:
+    """nvml.facts, asked once."""
+    return nvml.facts()
 
 
 def gpu_state() -> dict[str, Any]:
-    """Clocks (MHz), temperature and power as they are now: ask while the GPU is busy."""
-    names = {"clocks.sm": "sm_mhz", "clocks.mem": "mem_mhz", "temperature.gpu": "celsius", "power.draw": "watts"}
-    return {names[name]: value for name, value in smi(*names).items()}
+    """Clocks (MHz), temperature, power and throttle reasons as they are now: ask while the GPU is busy. {} without a
+    GPU."""
+    return nvml.state()
+
+
+def highest_clock() -> float | None:
+    """Of the multiprocessors, Hz."""
+    clock = gpu_facts().get("sm_mhz_max")
+    return clock * 1e6 if clock else None
 
 
 def floor_ms(work: Work, dtype: torch.dtype) -> tuple[float, str] | None:

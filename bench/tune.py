@@ -26,6 +26,7 @@ from typing import Any
 
 import cases
 import harness
+import lineup
 import machine
 import ops
 import torch
@@ -168,7 +169,7 @@ class Race:
     def __init__(self, target: Target):
         self.target, self.pool = target, torch.cuda.graph_pool_handle()
         self.stock = harness.plain(cases.ours(target.op))
-        self.expected = ops.results(self._contestant(target.present), target.op, target.at)
+        self.expected = lineup.results(self._contestant(target.present), target.op, target.at)
         inputs = CASES[target.op].inputs(target.at)
         sets = harness.input_sets(sum(a.numel() * a.element_size() for a in inputs if isinstance(a, torch.Tensor)))
         self.calls = ops.calls_of(self.stock, target.op, target.at, sets)[target.mode]
@@ -176,7 +177,8 @@ class Race:
     def right(self, row: Any) -> str:
         """ "" where the row computes what the present one does, else what is wrong."""
         try:
-            error = ops.difference(ops.results(self._contestant(row), self.target.op, self.target.at), self.expected)
+            got = lineup.results(self._contestant(row), self.target.op, self.target.at)
+            error = lineup.difference(got, self.expected)
         except Exception as problem:
             return ops.first_line(problem)
         return "" if error <= harness.TOLERANCE[self.target.at.dtype] else f"WRONG: relative error {error:.3g}"

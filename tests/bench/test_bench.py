@@ -139,7 +139,7 @@ def test_torch_s_own_peers_agree():
 def no_gpu_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything runs once, and a call takes 1 ms forward, 3 ms for both."""
 
-    def make_arm(calls: Any, pool: Any, capturable: bool = True) -> Arm:
+    def make_arm(calls: Any, pool: Any, capturable: bool = True, device_type: str = "cuda") -> Arm:
         for call in calls:
             call()
         return Arm(lambda: None, 1, "graph" if capturable else "events")
@@ -150,8 +150,8 @@ def no_gpu_needed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(harness, "make_arm", make_arm)
     monkeypatch.setattr(harness, "interleaved", interleaved)
-    monkeypatch.setattr(harness, "input_sets", lambda size: 2)
-    monkeypatch.setattr(machine, "floor_ms", lambda work, dtype: (0.5, "bytes"))
+    monkeypatch.setattr(harness, "input_sets", lambda size, kind: 2)
+    monkeypatch.setattr(ops, "floor_of", lambda work, op, at, roof: (0.5, "bytes"))
     monkeypatch.setattr(machine, "gpu_state", lambda: {"sm_mhz": 1980.0})
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
 
@@ -171,6 +171,7 @@ def test_measured_lines_say_what_was_measured(no_gpu_needed: None, tmp_path: Pat
     assert ours["forward"]["gbps"] == work.bytes / 1e6 and ours["forward"]["of_floor"] == 0.5
     assert ours["both"]["sm_mhz"] == 1980.0 and ours["both"]["gpu"] == "G" and ours["both"]["timed"] == "graph"
     assert {mode: line["x_ours"] for mode, line in ours.items()} == {"forward": 1.0, "both": 1.0, "backward": 1.0}
+    assert [ours["both"][name] for name in ("x_eager", "x_eager_q1", "x_eager_q3")] == [1.0, 1.0, 1.0]
     text = capsys.readouterr().out
     assert "  liger: not installed" in text and "  wrong: WRONG" in text
     rows = [line.split() for line in text.splitlines() if line.startswith("eager")]
@@ -182,7 +183,7 @@ def test_without_ours_nothing_is_compared_with_it(no_gpu_needed: None, capsys: p
     found = ops.measured("norm", tiny("norm"), lineup, {"eager": 0.0}, 3)
     ops.show(found)
     assert not any("x_ours" in line for line in found)
-    assert "n/a" in capsys.readouterr().out
+    assert "x eager" in capsys.readouterr().out
 
 
 def test_what_mutates_its_arguments_is_timed_forward_only(no_gpu_needed: None):
