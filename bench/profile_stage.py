@@ -2,7 +2,7 @@
 
     python bench/profile_stage.py [--config gpt2_124m] [--device cuda] [--steps 10] [--out DIR]
 
-The step is the trainer's own, on random tokens (profiling/step_trace.py); DIR/profile/ gets the trace for Perfetto and
+The step is the trainer's own, on random tokens (profiling/built_step.py); DIR/profile/ gets the trace for Perfetto and
 a summary, DIR/profile.jsonl the parts. A real run traces itself: train --profile=10:15.
 """
 
@@ -13,10 +13,9 @@ from pathlib import Path
 
 import machine
 import step
-from built_step import build
+from built_step import build, traced
 from explain import bars, explanation
 from measured_roof import roof_of
-from step_trace import traced
 
 from nanogpt_fast.errors import run_command
 from nanogpt_fast.run import tracing

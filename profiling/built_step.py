@@ -1,6 +1,9 @@
 """A run's own training step on random tokens: the model, optimizer and batch that its configuration asks for."""
 
+import statistics
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,7 +15,8 @@ from nanogpt_fast.errors import DataError
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import REFERENCE, select_ops
 from nanogpt_fast.optim import AdamW, FlatParameters
-from nanogpt_fast.run import tracing
+from nanogpt_fast.run import ranges, tracing
+from nanogpt_fast.run.step_parts import Summary
 from nanogpt_fast.settings.config import Config
 from nanogpt_fast.step import TrainStep
 from nanogpt_fast.weights.canonical import GPT2_PADDED
@@ -63,3 +67,19 @@ def build(config: Config, learning_rate: float = 1e-4) -> BuiltStep:
     batch = torch.randint(vocab, size, generator=generator)
     step = TrainStep(model, optimizer, World(device=device), config.run.seed)
     return BuiltStep(config, step, batch, device, dtype, tracing.facts_of(config, shape, device, dtype, ranks=1))
+
+
+def traced(built: BuiltStep, steps: int, folder: Path) -> Summary:
+    """Time `steps` steps, then trace as many into the folder; the summary says what tracing cost."""
+    step, batch, seconds = built.step, built.batch, []
+    for i in range(steps + 5):
+        began = time.perf_counter()
+        step(batch, i).loss.item()
+        tracing.settle(built.device)
+        seconds.append(time.perf_counter() - began)
+    capture = tracing.Capture(built.device, step.model, built.facts)
+    capture.start()
+    for i in range(steps):
+        with ranges.span(ranges.ITERATION):
+            step(batch, i).loss.item()
+    return capture.stop(folder, untraced_ms=statistics.median(seconds[5:]) * 1e3)

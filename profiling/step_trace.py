@@ -8,33 +8,14 @@ each part against its floor. A real run traces itself: train --profile=10:15.
 """
 
 import argparse
-import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import built_step
 
 from nanogpt_fast.errors import run_command
-from nanogpt_fast.run import ranges, tracing
-from nanogpt_fast.run.step_parts import Summary
+from nanogpt_fast.run import tracing
 from nanogpt_fast.settings.cli import load_config
-
-
-def traced(built: built_step.BuiltStep, steps: int, folder: Path) -> Summary:
-    """Time `steps` steps, then trace as many into the folder; the summary says what tracing cost."""
-    step, batch, seconds = built.step, built.batch, []
-    for i in range(steps + 5):
-        began = time.perf_counter()
-        step(batch, i).loss.item()
-        tracing.settle(built.device)
-        seconds.append(time.perf_counter() - began)
-    capture = tracing.Capture(built.device, step.model, built.facts)
-    capture.start()
-    for i in range(steps):
-        with ranges.span(ranges.ITERATION):
-            step(batch, i).loss.item()
-    return capture.stop(folder, untraced_ms=statistics.median(seconds[5:]) * 1e3)
 
 
 def main(argv: list[str]) -> None:
@@ -46,7 +27,7 @@ def main(argv: list[str]) -> None:
         parser.error("--steps: at least 1")
     built = built_step.build(load_config(rest, prog="python profiling/step_trace.py"))
     with tempfile.TemporaryDirectory() as folder:
-        summary = traced(built, args.steps, args.out or Path(folder))
+        summary = built_step.traced(built, args.steps, args.out or Path(folder))
     facts = summary.facts
     print(f"{facts['device']} ({facts['device_name']}), {facts['dtype']}, vocabulary {facts['shape']['vocab_size']}")
     if args.out:
