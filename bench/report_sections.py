@@ -132,7 +132,8 @@ def _steps_of(rows: list[Row], best: dict[str, float]) -> Section:
             cells.append([row["arm"], *[None] * 7, row["status"]])
             continue
         share = row["tflops"] / best[row["dtype"]] if row.get("dtype") in best and "tflops" in row else None
-        ratio, note = paired(first.get(row.get("run")), row), "" if row["how"] == "in turn" else "alone, not in turn"
+        notes = ["" if row["how"] == "in turn" else "alone, not in turn", row.get("note", "")]
+        ratio, note = paired(first.get(row.get("run")), row), "; ".join(filter(None, notes))
         cells.append([row["arm"], row["ms_s"] * 1e3, quartiles(row, 1e3), row["tokens_per_s"],
                       percent(row.get("mfu_nanogpt")), percent(share), ratio, row.get("peak_gb"), note])  # fmt: skip
     header = [

@@ -131,8 +131,9 @@ def ready(name: str, setup: Setup, expected: tuple[float, float], warmup: int) -
         except torch.OutOfMemoryError:
             print(f"{name}: out of memory at B={b}", flush=True)
             continue
-        if b < B:
-            found.facts["note"] = f"out of memory at B={b * 2}"
+        notes = [getattr(arm, "note", ""), f"out of memory at B={b * 2}" if b < B else ""]
+        if any(notes):
+            found.facts["note"] = "; ".join(filter(None, notes))
         if setup.world.device.type == "cuda":
             found.facts["peak_gb"] = torch.cuda.max_memory_allocated(setup.world.device) / 1e9
         return found

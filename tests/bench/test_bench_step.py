@@ -23,6 +23,7 @@ STEP = ["--device=cpu", "--tiny", "--dtype=float32", "--batch_size=2", "--accumu
 def test_step_writes_each_arm_and_then_compares(tmp_path: Path, capsys: pytest.CaptureFixture):
     arms = ["reference", "odd", "reference+x=true", "nanogpt", "reference+compile"]
     with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("NANOGPT_DIR", raising=False)
         patch.setattr(torch.nn.Module, "compile", lambda model: None)
         assert step.main([*STEP, "--rounds=3", "--profile", "--arms", *arms, "--out", str(tmp_path)]) == 0
     rows = machine.read_lines(tmp_path / "step.jsonl")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gpu_session
 import gpu_stages
@@ -50,7 +51,7 @@ def rehearse(out: Path, monkeypatch: pytest.MonkeyPatch, *names: str, **limits: 
     stages = [replace(s, limit_s=limits.get(s.name, s.limit_s)) for s in stages if not names or s.name in names]
     stock = gpu_session.run_stage
 
-    def spying(stage: Stage, seconds: float, out: Path) -> dict:
+    def spying(stage: Stage, seconds: float, out: Path, watch: Any = None) -> dict:
         path = out / f"{WRITES.get(stage.name)}.jsonl"
         before = len(machine.read_lines(path))
         outcome = stock(stage, seconds, out)
