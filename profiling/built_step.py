@@ -19,7 +19,6 @@ from nanogpt_fast.run import ranges, tracing
 from nanogpt_fast.run.step_parts import Summary
 from nanogpt_fast.settings.config import Config
 from nanogpt_fast.step import TrainStep
-from nanogpt_fast.weights.canonical import GPT2_PADDED
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,8 @@ def vocab_size_of(config: Config) -> int:
     """--vocab_size, else the dataset's, as train takes it. DataError where there is no dataset to ask."""
     if config.model.vocab_size:
         return config.model.vocab_size
+    from nanogpt_fast.weights.canonical import GPT2_PADDED  # which needs safetensors: not on every machine with a GPU
+
     folder = dataset_folder(config.data)
     if folder is None:
         raise DataError(
