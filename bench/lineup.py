@@ -16,6 +16,7 @@ from cases import CASES
 from harness import Contestant
 from op_inputs import Setting
 
+WITHOUT_GPU = ("0 active drivers", "No viable backend")  # what Triton, and torch of cuDNN's attention, say on a CPU
 PEERS = tuple(sorted(path.stem for path in (Path(__file__).parent / "peers").glob("*.py")))
 
 
@@ -127,7 +128,8 @@ def checked(op: str, at: Setting, lineup: Lineup) -> dict[str, float | str]:
             error = difference(got, expected)
             verdicts[name] = error if error <= harness.TOLERANCE[at.dtype] else f"WRONG: relative error {error:.3g}"
         except Exception as problem:
-            verdicts[name] = f"failed: {first_line(problem)}"
+            needs_gpu = at.device.type == "cpu" and any(words in str(problem) for words in WITHOUT_GPU)
+            verdicts[name] = f"{'missing: needs a GPU' if needs_gpu else 'failed'}: {first_line(problem)}"
         if isinstance(verdicts[name], str):
             del lineup.contestants[name]
         harness.release(at.device)

@@ -78,6 +78,11 @@ def quartiles(row: Row, scale: float = 1.0) -> str:
     return f"{row['q1'] * scale:.4g} to {row['q3'] * scale:.4g}"
 
 
+def flops_of(row: Row) -> tuple[float, str]:
+    """(rate, unit): a CPU's in GFLOP/s."""
+    return (row["tflops"] * 1e3, "GFLOP/s") if row.get("device") == "cpu" else (row["tflops"], "TFLOP/s")
+
+
 def percent(value: float | None, digits: int = 1) -> str | None:
     return None if value is None else f"{value:.{digits}%}"
 
@@ -95,7 +100,7 @@ def the_machine(rows: Rows) -> Section:
     for row in latest(list(filter(ok, rows.get("roof", []))), "what", "dtype", "shape", "of", "name"):
         shape = "x".join(map(str, row["shape"])) if row.get("shape") else f"{row.get('bytes', 0) / 1e9:.3g} GB"
         what = " ".join(word for word in (row["what"], row.get("dtype"), row.get("name"), shape) if word)
-        rate, unit = (row["tflops"], "TFLOP/s") if "tflops" in row else (row["gbps"], "GB/s")
+        rate, unit = flops_of(row) if "tflops" in row else (row["gbps"], "GB/s")
         cells.append([what, rate, unit, row.get("sheet"), percent(row.get("of_sheet"))])
     if cells:
         section.tables.append(("the roof, measured", ["", "rate", "unit", "data sheet", "of it"], cells))
@@ -143,7 +148,7 @@ def _steps_of(rows: list[Row], best: dict[str, float]) -> Section:
         "tokens/s",
         "MFU",
         "of best GEMM",
-        "first arm's time / its",
+        "times the first's speed",
         "peak GB",
         "note",
     ]
@@ -169,7 +174,7 @@ def the_ops(rows: Rows) -> Section | None:
     section = Section("Ops, one at a time")
     section.text.append(
         "Milliseconds a call; backward is the paired difference of both and forward. The floor is the op's work at the "
-        "machine's rates. The last ratio is to ours, or to plain PyTorch where ours did not run."
+        "machine's rates; above 100% is what a cache serves. The ratio is to ours, or to plain PyTorch where ours is not."
     )
     cells = []
     for row in timed:
@@ -183,9 +188,19 @@ def the_ops(rows: Rows) -> Section | None:
         ratio = f"{row[base]:.3f}" if base else None
         if base and f"{base}_q1" in row:
             ratio = f"{row[base]:.3f} ({row[f'{base}_q1']:.3f} to {row[f'{base}_q3']:.3f})"
-        cells.append([label, row["contestant"], row["mode"], row["ms"], quartiles(row), row["tflops"] or None,
+        cells.append([label, row["contestant"], row["mode"], row["ms"], quartiles(row), flops_of(row)[0] or None,
                       percent(row.get("of_floor")), ratio, ""])  # fmt: skip
-    header = ["op", "contestant", "mode", "ms", "quartiles", "TFLOP/s", "of its floor", "ratio", "note"]
+    header = [
+        "op",
+        "contestant",
+        "mode",
+        "ms",
+        "quartiles",
+        flops_of({**timed[-1], "tflops": 0.0})[1],
+        "of its floor",
+        "ratio",
+        "note",
+    ]
     section.tables.append(("ops", header, cells))
     mine = [row for row in timed if ok(row) and "of_floor" in row and row["mode"] != "both"]
     who = "ours" if any(row["contestant"] == "ours" for row in mine) else "eager"
@@ -212,7 +227,7 @@ def the_samples(rows: Rows) -> Section | None:
     section.text.append(
         f"{last.get('new_tokens')} tokens after a prompt of {last.get('prompt')}, greedy, {last.get('config')}."
     )
-    header = ["arm", "ms a token", "quartiles", "tokens/s", "first arm's time / its", "note"]
+    header = ["arm", "ms a token", "quartiles", "tokens/s", "times the first's speed", "note"]
     section.tables.append(("arms in turn", header, cells))
     bars = [(row["arm"], row["tokens_per_s"], None, None) for row in every if ok(row)]
     if bars:
@@ -292,7 +307,7 @@ def not_shown(rows: Rows, cannot: list[str]) -> Section | None:
     """What is missing from the page, and why: a line for each reason, with all that it keeps away."""
     grouped: dict[tuple[str, str, str], list[str]] = {}
     for row in (row for kind in rows.values() for row in kind if not ok(row)):
-        who = next((str(row[key]) for key in ("contestant", "arm", "part") if row.get(key)), "")
+        who = next((str(row[key]) for key in ("contestant", "arm", "part", "name") if row.get(key)), "")
         of = " ".join(str(row[key]) for key in ("op", "size", "config") if row.get(key))
         places = grouped.setdefault((row["bench"], who, row["status"]), [])
         if of not in places:
