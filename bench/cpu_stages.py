@@ -25,15 +25,16 @@ def cpu_stages(out: Path, quick: bool, peers: bool) -> list[Stage]:
     def arms(*ours: str, theirs: tuple[str, ...] = (), compiled: tuple[str, ...] = ()) -> list[str]:
         return ["--arms", *ours, *(theirs if peers else ()), *(() if quick else compiled)]
 
-    step = ("step.py", *JOB, "--total_s", SECONDS, "--rounds", "5" if quick else "20")
+    step = ("step.py", *JOB, "--total_s", SECONDS, "--rounds")
     ops = ("ops.py", "--device=cpu", "--dtype=float32", "--sizes=cpu", "--peers", "all" if peers else "none")
     fast, alone = ["--quick"] if quick else [], [] if peers else ["--arms", "ours", "ours, no cache"]
     compiled = ("reference+compile", "nanogpt+compile") if peers else ("reference+compile",)
     found = [
         stage("environment", (40, 60), "environment.py", "--device=cpu", "--seconds", "8" if quick else "30"),
-        stage("step", (60, 400), *step, *arms("reference", theirs=("nanogpt", "hf"), compiled=compiled)),
+        stage("step", (70, 400), *step, "10" if quick else "20",
+              *arms("reference", theirs=("nanogpt", "hf"), compiled=compiled)),
         stage("profile", (60, 60), "profile_stage.py", *JOB),
-        stage("step-trainers", (100, 400), *step, *arms("nanogpt", theirs=(*WRAPPED, "hf"))),
+        stage("step-trainers", (100, 400), *step, "5" if quick else "20", *arms("nanogpt", theirs=(*WRAPPED, "hf"))),
         stage("sample", (45, 180), "sampling.py", *JOB, *fast, *alone),
         stage("loader", (40, 180), "loader.py", *fast),
         stage("ops", (60, 600), *ops, *(["--no_compile", "--rounds=5"] if quick else [])),

@@ -99,11 +99,14 @@ def the_machine(rows: Rows) -> Section:
     cells = []
     for row in latest(list(filter(ok, rows.get("roof", []))), "what", "dtype", "shape", "of", "name"):
         shape = "x".join(map(str, row["shape"])) if row.get("shape") else f"{row.get('bytes', 0) / 1e9:.3g} GB"
-        what = " ".join(word for word in (row["what"], row.get("dtype"), row.get("name"), shape) if word)
+        name = row.get("name", "") if row.get("of") == "model" else ""
+        what = " ".join(word for word in (row["what"], row.get("dtype"), name, shape) if word)
         rate, unit = flops_of(row) if "tflops" in row else (row["gbps"], "GB/s")
         cells.append([what, rate, unit, row.get("sheet"), percent(row.get("of_sheet"))])
     if cells:
-        section.tables.append(("the roof, measured", ["", "rate", "unit", "data sheet", "of it"], cells))
+        width = 5 if any(row[3] for row in cells) else 3  # a CPU has no data sheet
+        header = ["", "rate", "unit", "data sheet", "of it"][:width]
+        section.tables.append(("the roof, measured", header, [row[:width] for row in cells]))
     return section
 
 
@@ -125,45 +128,41 @@ def best_gemm(rows: Rows) -> dict[str, float]:
 
 
 def _steps_of(rows: list[Row], best: dict[str, float]) -> Section:
+    """A table for each run: only within one were arms timed in turn."""
     config, last = rows[-1]["config"], rows[-1]
-    in_turn = latest([row for row in rows if row["how"] == "in turn"], "arm", "run")
-    turned = {(row["arm"], row.get("run")) for row in in_turn}
-    alone = latest([row for row in rows if row["how"] == "alone"], "arm", "run")
-    listed = in_turn + [row for row in alone if (row["arm"], row.get("run")) not in turned]
-    first = {row.get("run"): row for row in reversed(in_turn) if ok(row)}  # of each run
-    cells = []
-    for row in listed:
-        if not ok(row):
-            cells.append([row["arm"], *[None] * 7, row["status"]])
-            continue
-        share = row["tflops"] / best[row["dtype"]] if row.get("dtype") in best and "tflops" in row else None
-        notes = ["" if row["how"] == "in turn" else "alone, not in turn", row.get("note", "")]
-        ratio, note = paired(first.get(row.get("run")), row), "; ".join(filter(None, notes))
-        cells.append([row["arm"], row["ms_s"] * 1e3, quartiles(row, 1e3), row["tokens_per_s"],
-                      percent(row.get("mfu_nanogpt")), percent(share), ratio, row.get("peak_gb"), note])  # fmt: skip
-    header = [
-        "arm",
-        "ms a step",
-        "quartiles",
-        "tokens/s",
-        "MFU",
-        "of best GEMM",
-        "times the first's speed",
-        "peak GB",
-        "note",
-    ]
     section = Section(f"Training step, {config}")
     section.text.append(
         f"{last['tokens']:,} tokens a step, {last.get('params', 0) / 1e6:.4g}M parameters; MFU by nanoGPT's count "
-        f"against {last.get('peak')}."
+        f"against {last.get('peak')}. reference is our step on plain PyTorch ops, triton on our kernels."
     )
-    section.tables.append(("arms in turn, each round begun by another", header, cells))
-    done = list(filter(ok, listed))
-    bars = [(row["arm"], row["tokens_per_s"], row["tokens"] / row["q3"], row["tokens"] / row["q1"]) for row in done]
+    bars = []
+    for run in dict.fromkeys(row.get("run") for row in rows):
+        mine = [row for row in rows if row.get("run") == run]
+        in_turn = latest([row for row in mine if row["how"] == "in turn"], "arm")
+        turned = {row["arm"] for row in in_turn}
+        listed = in_turn + [row for row in latest(mine, "arm") if row["arm"] not in turned]
+        first = next(filter(ok, in_turn), None)
+        rounds = f"{first['rounds']} rounds, each begun by another" if first and "rounds" in first else "in turn"
+        header = ["arm", "ms a step", "quartiles", "tokens/s", "MFU", "of best GEMM"]
+        header += ["times the first's speed", "peak GB", "note"]
+        section.tables.append((f"arms: {rounds}", header, [_step_cells(row, first, best) for row in listed]))
+        done = list(filter(ok, listed))
+        bars += [
+            (row["arm"], row["tokens_per_s"], row["tokens"] / row["q3"], row["tokens"] / row["q1"]) for row in done
+        ]
     if bars:
         draw = lambda path: charts.bars(path, bars, f"{config}: tokens a second", "tokens/s")
         section.charts.append((draw, f"Tokens a second of each arm of {config}; the black lines are quartiles."))
     return section
+
+
+def _step_cells(row: Row, first: Row | None, best: dict[str, float]) -> list[Any]:
+    if not ok(row):
+        return [row["arm"], *[None] * 7, row["status"]]
+    share = row["tflops"] / best[row["dtype"]] if row.get("dtype") in best and "tflops" in row else None
+    notes = ["" if row["how"] == "in turn" else "alone, not in turn", row.get("note", "")]
+    return [row["arm"], row["ms_s"] * 1e3, quartiles(row, 1e3), row["tokens_per_s"], percent(row.get("mfu_nanogpt")),
+            percent(share), paired(first, row), row.get("peak_gb"), "; ".join(filter(None, notes))]  # fmt: skip
 
 
 def the_ops(rows: Rows) -> Section | None:
@@ -174,7 +173,7 @@ def the_ops(rows: Rows) -> Section | None:
     section = Section("Ops, one at a time")
     section.text.append(
         "Milliseconds a call; backward is the paired difference of both and forward. The floor is the op's work at the "
-        "machine's rates; above 100% is what a cache serves. The ratio is to ours, or to plain PyTorch where ours is not."
+        "machine's rates; above 100% is what a cache serves. The ratio is to ours, or to plain PyTorch without it."
     )
     cells = []
     for row in timed:

@@ -85,7 +85,7 @@ def test_ratios_are_of_one_round(tmp_path: Path):
     assert [row[6] for row in cells(tmp_path, "Training step")] == ["", ""]  # never across runs
 
 
-def test_a_later_run_takes_an_earlier_one_s_place_only_for_its_own_arms(tmp_path: Path):
+def test_the_last_row_of_an_arm_is_shown(tmp_path: Path):
     write(
         tmp_path,
         "step",
