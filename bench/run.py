@@ -101,11 +101,11 @@ def printable(text: str) -> str:
 
 
 def results_file(out: Path, began: float) -> Path:
-    """All rows of a folder in one file, named as bench/results has them: DATE-COMMIT.jsonl."""
+    """All rows of a folder in one file, named as bench/results has them: DATE-COMMIT.jsonl. This checkout is "."."""
     target = out / f"{datetime.date.fromtimestamp(began).isoformat()}-{machine.machine_facts()['commit'][:7]}.jsonl"
     parts = [path for path in sorted(out.glob("*.jsonl")) if not re.match(r"\d{4}-\d\d-\d\d-", path.name)]
     rows = [row for path in parts for row in machine.read_lines(path) if "bench" in row]
-    target.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    target.write_text("".join(f"{json.dumps(row)}\n" for row in rows).replace(str(machine.ROOT), "."))
     return target
 
 

@@ -250,10 +250,12 @@ def test_a_device_without_a_benchmark_is_refused(monkeypatch: pytest.MonkeyPatch
 def test_the_results_file_is_whole_lines_of_all_kinds(tmp_path: Path):
     write(tmp_path, "step", step_row("reference"))
     with (tmp_path / "ops.jsonl").open("w") as file:
-        file.write('{"bench": "ops", "op": "norm"}\n{"finished": "tree"}\n{"bench": "ops", "op": "cut o')
+        file.write(f'{{"bench": "ops", "op": "norm", "path": "{machine.ROOT}/x"}}\n')
+        file.write('{"finished": "tree"}\n{"bench": "ops", "op": "cut o')
     for _ in range(2):  # once more does not take its own result in
         target = run.results_file(tmp_path, 0.0)
         assert [json.loads(line)["bench"] for line in target.read_text().splitlines()] == ["ops", "step"]
+    assert json.loads(target.read_text().splitlines()[0])["path"] == "./x"
     assert re.fullmatch(r"\d{4}-\d\d-\d\d-\w{7}\.jsonl", target.name)
     assert len(report_sections.read(tmp_path)["step"]) == 1
 
