@@ -6,7 +6,7 @@ matplotlib draws them (extra `plot`); ImportError where it is missing.
 from collections.abc import Sequence
 from pathlib import Path
 
-INK, BAR, FLOOR = "#1c2024", "#3b7dd8", "#b9c2cc"
+INK, BAR = "#1c2024", "#3b7dd8"
 
 
 def bars(path: Path, rows: Sequence[tuple[str, float, float | None, float | None]], title: str, unit: str) -> None:
@@ -22,20 +22,6 @@ def bars(path: Path, rows: Sequence[tuple[str, float, float | None, float | None
             ends[i] = max(value, high)
     texts = [f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" for value in values]
     _label(axes, [label for label, *_ in rows], texts, ends)
-    _save(figure, path)
-
-
-def beside_floor(path: Path, rows: Sequence[tuple[str, float, float | None]], title: str) -> None:
-    """A bar of milliseconds for each (part, measured, floor or None), its floor drawn within, the dearest on top."""
-    rows = sorted(rows, key=lambda row: -row[1])
-    figure, axes = _empty(len(rows), title, "ms a step")
-    places = range(len(rows))
-    axes.barh(places, [ms for _, ms, _ in rows], color=BAR, height=0.62, label="measured")
-    floors = [(i, floor) for i, (_, _, floor) in enumerate(rows) if floor]
-    axes.barh([i for i, _ in floors], [floor for _, floor in floors], color=FLOOR, height=0.3, label="floor")
-    texts = [f"{ms:.3g} ms" + (f", floor {floor:.2g}" if floor else "") for _, ms, floor in rows]
-    _label(axes, [part for part, *_ in rows], texts, [max(ms, floor or 0.0) for _, ms, floor in rows])
-    axes.legend(frameon=False, loc="lower right")
     _save(figure, path)
 
 

@@ -7,7 +7,7 @@ MFU (its peak is unknown, as of most CPUs) tokens/s are drawn in its place.
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from compare_rows import NOTHING, Result, machine, machine_name, number, text
 from compare_tables import Pair, label
@@ -133,8 +133,8 @@ def png(drawn: "Figure") -> bytes:
     return buffer.getvalue()
 
 
-def styled(ax: "Axes", across: str = "x") -> None:
-    ax.grid(axis=across, alpha=0.25, linewidth=0.6)  # type: ignore[arg-type]
+def styled(ax: "Axes", across: Literal["x", "y", "both"] = "x") -> None:
+    ax.grid(axis=across, alpha=0.25, linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_axisbelow(True)
 

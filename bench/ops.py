@@ -292,6 +292,10 @@ def check(op: str, at: Setting, lineup: Lineup, facts: dict[str, Any], lines: ma
     return any(isinstance(verdict, str) for name, verdict in verdicts.items() if name.startswith("ours"))
 
 
+def _named(peer: str, op: str) -> dict[str, Contestant]:
+    return {f"{op}: {who}": contestant for who, contestant in peer_contestants(peer, op).items()}
+
+
 def dry_run(args: argparse.Namespace, peers: list[str]) -> int:
     for size in args.sizes:
         print(f"{size}, {args.dtype}")
@@ -301,7 +305,7 @@ def dry_run(args: argparse.Namespace, peers: list[str]) -> int:
     for name in peers:
         lineup = Lineup()
         for op in CASES:
-            lineup.add(name, lambda op=op: {f"{op}: {who}": c for who, c in peer_contestants(name, op).items()})  # noqa: B023
+            lineup.add(name, partial(_named, name, op))
         print(f"  {name}: {lineup.absent.get(name) or '; '.join(lineup.contestants)}")
     return 0
 

@@ -304,7 +304,8 @@ def _sort_key(value: Any, order: float | None) -> str:
         if isinstance(value, (int, float)):
             order = float(value)
         elif isinstance(value, str) and FIGURE.match(value):
-            order = float(re.match(r"[-+]?[\d.]+", value.replace(",", "").lstrip("<>~"))[0])  # type: ignore[index]
+            number = re.match(r"[-+]?[\d.]+", value.replace(",", "").lstrip("<>~"))
+            order = float(number[0]) if number else None
     return "" if order is None or math.isnan(order) else f'data-v="{order:.10g}"'
 
 

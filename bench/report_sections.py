@@ -8,6 +8,7 @@ from typing import Any
 import charts
 import harness
 import machine
+from explain import Explanation, Part, plot
 
 Row = dict[str, Any]
 Rows = dict[str, list[Row]]  # by kind: their field "bench"
@@ -296,8 +297,10 @@ def the_explanation(rows: Rows) -> Section | None:
              for row in parts]  # fmt: skip
     header = ["part", "ms a step", "share", "floor ms", "floor / measured"]
     section.tables.append((f"{whole.get('ms', 0):.4g} ms a step", header, cells))
-    bars = [(row["part"], row["ms"], row.get("floor_ms")) for row in parts]
-    draw = lambda path: charts.beside_floor(path, bars, "where a step goes")
+    told = [Part(row["part"], row["ms"], row["share"], row.get("floor_ms"), row.get("of_floor")) for row in parts]
+    words = (str(whole.get(key, "")) for key in ("text", "advice", "roof"))
+    explained = Explanation(str(parts[0].get("config", "")), told, whole.get("ms", 0.0), *words)
+    draw = lambda path: plot(explained, path)
     section.charts.append((draw, "Milliseconds a step of each part, beside the least that this machine could take."))
     return section
 

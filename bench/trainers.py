@@ -17,6 +17,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -185,7 +186,7 @@ def autocast_of(setup: Setup) -> AbstractContextManager[Any]:
     return torch.amp.autocast(setup.world.device.type, mixed) if mixed else nullcontext()
 
 
-class Loop:
+class Loop(ABC):
     """step(batch [A, B, T + 1], iteration) -> StepResult: A micro-batches, clipping, AdamW."""
 
     package = ""  # that it goes through
@@ -204,12 +205,13 @@ class Loop:
         if cls.package:
             require(cls.package)
 
+    @abstractmethod
     def set_up(self) -> None:
-        raise NotImplementedError
+        """What the loop needs besides the model and the optimizer."""
 
+    @abstractmethod
     def step(self, micro_batches: list[tuple[Tensor, Tensor]]) -> StepResult:
         """Of (ids, targets) pairs on the device."""
-        raise NotImplementedError
 
     def __call__(self, batch: Tensor, iteration: int) -> StepResult:
         tokens = batch.to(self.device, non_blocking=True).long()
