@@ -75,6 +75,7 @@ class Trainer:
                             self._iterate(iteration)
                         if self.world.any(stop.received is not None):
                             self.save(iteration + 1, must=True)
+                            window.close()  # what to type next comes last
                             self.log.line(self.resume_line(iteration + 1))
                             return stop.exit_code or 143
             except RuntimeError as error:  # torch.OutOfMemoryError is one; MPS raises a plain one
