@@ -108,11 +108,11 @@ def resolve_dtype(name: str, device: torch.device, *, comparable: bool = False) 
     return torch.bfloat16 if not comparable and cpu_multiplies(torch.bfloat16) else torch.float32
 
 
-def _use(device: torch.device) -> torch.device:
-    """Make a GPU the current one, its float32 products TF32 as in nanoGPT; on the CPU, keep freed memory."""
+def _use(device: torch.device, tf32: bool) -> torch.device:
+    """Make a GPU the current one, its float32 products TF32 or exact; on the CPU, keep freed memory."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
     elif device.type == "cpu":
         _keep_freed_memory()
     return device
@@ -130,10 +130,10 @@ def _keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**30)
 
 
-def join(device: str, backend: str, gradient_accumulation_steps: int) -> World:
+def join(device: str, backend: str, gradient_accumulation_steps: int, tf32: bool = True) -> World:
     """The World of this process: alone, or one of torchrun's (RANK, LOCAL_RANK, WORLD_SIZE are set)."""
     if "RANK" not in os.environ:
-        return World(device=_use(resolve_device(device)))
+        return World(device=_use(resolve_device(device), tf32))
     if missing := [k for k in ("LOCAL_RANK", "WORLD_SIZE") if k not in os.environ]:
         raise ConfigError(
             "the environment describes half a rank",
@@ -159,6 +159,6 @@ def join(device: str, backend: str, gradient_accumulation_steps: int) -> World:
             expected="no torchrun, or --device=cpu",
             hint="python -m nanogpt_fast.train with the same flags",
         )
-    on = _use(resolve_device(f"cuda:{local_rank}") if on.type == "cuda" else on)
+    on = _use(resolve_device(f"cuda:{local_rank}") if on.type == "cuda" else on, tf32)
     dist.init_process_group(backend if on.type == "cuda" else "gloo", rank=rank, world_size=size)
     return World(rank, size, on)

@@ -94,31 +94,33 @@ class AdamW:
     def loss_scale(self) -> Tensor:
         return self.scalars[LOSS_SCALE]
 
-    def step(self) -> Tensor:
-        """Clip, update, zero the gradient. Returns the norm before clipping (non-finite: nothing was updated)."""
+    def step(self, refused: Tensor | None = None) -> Tensor:
+        """Clip, update, zero the gradient. Returns the norm before clipping; where that is not finite, or `refused`
+        (bool []) says so, nothing was updated. Nothing here waits for the device, or varies but by what lies on it."""
         flat, scalars = self.flat, self.scalars
         betas = self.config.beta1, self.config.beta2
         with ranges.span(ranges.GRAD_NORM):
-            scalars[GRAD_NORM] = self.ops.grad_norm(flat.grad).to(scalars.device)
-            norm = scalars[GRAD_NORM] / scalars[LOSS_SCALE]
+            scaled = self.ops.grad_norm(flat.grad).to(scalars.device).double()
+            norm = scaled / scalars[LOSS_SCALE]
+            overflow = ~torch.isfinite(norm)
+            refused = overflow if refused is None else overflow | refused
+            scalars[GRAD_NORM].copy_(scaled.masked_fill(refused, math.nan))
         with ranges.span(ranges.UPDATE):
             params = None if flat.params is flat.master else flat.params
             self.ops.adamw_(params, flat.master, self.m, self.v, flat.grad, scalars, self.segments, *betas)
             flat.grad.zero_()
-            finite = torch.isfinite(norm)
-            self.bad_steps.copy_(torch.where(finite, 0, self.bad_steps + 1))
+            self.bad_steps.add_(1).masked_fill_(~refused, 0)
             if self.scale_loss:
-                self._update_loss_scale(finite)
+                self._update_loss_scale(overflow)
         return norm
 
     def set_lr(self, lr: float) -> None:
         self.scalars[LR] = lr
 
-    def _update_loss_scale(self, finite: Tensor) -> None:
-        self.good_steps.copy_(torch.where(finite, self.good_steps + 1, 0))
+    def _update_loss_scale(self, overflow: Tensor) -> None:
+        self.good_steps.add_(1).masked_fill_(overflow, 0)
         grow = self.good_steps == self.GROWTH_INTERVAL
-        factor = torch.where(finite, torch.where(grow, 2.0, 1.0), 0.5)
-        self.scalars[LOSS_SCALE] *= factor
+        self.scalars[LOSS_SCALE].mul_(1.0 + grow.double() - 0.5 * overflow.double())
         self.good_steps.masked_fill_(grow, 0)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, float]]:

@@ -24,6 +24,8 @@ from nanogpt_fast.dry_run import describe
 from nanogpt_fast.errors import CheckpointError, NanogptError, run_command
 from nanogpt_fast.files import write_atomic
 from nanogpt_fast.generate import sample_text
+from nanogpt_fast.graphs import Graphs
+from nanogpt_fast.guards import LossGuard
 from nanogpt_fast.hardware import Peak, training_peak
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import REFERENCE, Ops, select_ops
@@ -47,7 +49,8 @@ def main(argv: list[str]) -> int:
         print(describe(config))
         return 0
     with ExitStack() as stack:
-        world = distributed.join(config.system.device, config.system.backend, config.data.gradient_accumulation_steps)
+        system = config.system
+        world = distributed.join(system.device, system.backend, config.data.gradient_accumulation_steps, system.tf32)
         stack.callback(world.close)
         say = print if world.is_main else lambda *_: None
         logging.getLogger("nanogpt_fast").setLevel(logging.WARNING if world.is_main else logging.ERROR)
@@ -86,6 +89,9 @@ def main(argv: list[str]) -> int:
                 pin_memory=world.device.type == "cuda",
             )
         )
+        graphs = Graphs(world.device, config.system.cuda_graph)
+        guard = LossGuard(config.optim.skip_step_sigma, config.optim.skip_step_window, optimizer.scalars.device)
+        guard.load_state_dict(resumed.state if resumed else {})
         peak = training_peak(world.device, dtype) if world.is_main else Peak(None, "")
         say(f"device {world.device}, dtype {str(dtype).removeprefix('torch.')}, peak for MFU: {peak.source}")
         run_log = RunLog(
@@ -99,7 +105,7 @@ def main(argv: list[str]) -> int:
         trainer = Trainer(
             config=config,
             world=world,
-            step=TrainStep(model, optimizer, world, config.run.seed),
+            step=TrainStep(model, optimizer, world, config.run.seed, graphs, guard),
             loader=loader,
             sources=sources,
             generator=generator if config.data.data_order == "nanogpt" else None,

@@ -4,9 +4,10 @@ import logging
 import math
 import shlex
 import time
+from collections import deque
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,7 +16,6 @@ from nanogpt_fast.data.tokens import TokenSource
 from nanogpt_fast.distributed import World
 from nanogpt_fast.errors import CheckpointError, DeviceError, DivergedError
 from nanogpt_fast.hardware import Peak, flops_per_token
-from nanogpt_fast.ops import exact_device
 from nanogpt_fast.optim import learning_rate
 from nanogpt_fast.run import checkpoint, ranges
 from nanogpt_fast.run.log import RunLog
@@ -24,11 +24,19 @@ from nanogpt_fast.run.stopping import StopSignals
 from nanogpt_fast.run.tracing import Window
 from nanogpt_fast.scoring import estimate_loss
 from nanogpt_fast.settings.config import Config
-from nanogpt_fast.step import StepResult, TrainStep
+from nanogpt_fast.step import Reading, Report, TrainStep
 
 log = logging.getLogger(__name__)
-MAX_BAD_STEPS = 10  # non-finite gradients in a row before the run stops; float16's scale settles within them
 MAX_FAILED_SAVES = 3
+
+
+class Launched(NamedTuple):
+    """An iteration whose work the device has been given."""
+
+    iteration: int
+    samples: range  # of the run's order, over all ranks
+    traced: bool
+    reading: Reading
 
 
 @dataclass(kw_only=True)
@@ -56,6 +64,9 @@ class Trainer:
         self._flops = {k: v * self.config.tokens_per_iter for k, v in flops_per_token(self.model.config).items()}
         self._evaluated: tuple[int, float] | None = None  # (iteration, val loss) of the last evaluation
         self._failed_saves, self._saved_step = 0, -1
+        self._launched: deque[Launched] = deque()
+        self._lag = 1 if self.world.device.type == "cuda" else 0  # iterations whose figures the GPU still owes
+        self._votes = 0.0  # to stop; on all ranks alike
         self._flops_per_s: float | None = None  # nanoGPT's running value, a rank's; None until five iterations are done
 
     def run(self) -> int:
@@ -72,12 +83,14 @@ class Trainer:
                     for iteration in range(self.start, end):
                         self._tick += window.reach(iteration, self._step_ms())
                         with span(ranges.ITERATION):
-                            self._iterate(iteration)
-                        if self.world.any(stop.received is not None):
+                            self._iterate(iteration, stop.received is not None)
+                        if self._votes if self.world.size > 1 else stop.received is not None:
+                            self._settle()
                             self.save(iteration + 1, must=True)
                             window.close()  # what to type next comes last
                             self.log.line(self.resume_line(iteration + 1))
                             return stop.exit_code or 143
+                    self._settle()
             except RuntimeError as error:  # torch.OutOfMemoryError is one; MPS raises a plain one
                 if not isinstance(error, torch.OutOfMemoryError) and "MPS backend out of memory" not in str(error):
                     raise
@@ -88,23 +101,63 @@ class Trainer:
             self.save(end, must=True)
         return 0
 
-    def _iterate(self, iteration: int) -> None:
-        """Schedule, evaluate and save where it is due, step, log."""
+    def _iterate(self, iteration: int, stop: bool) -> None:
+        """Schedule, evaluate and save where it is due, step, log what has come back."""
         run = self.config.run
-        self.optimizer.set_lr(learning_rate(iteration, self.config.optim))
         if iteration % run.eval_interval == 0:
+            self._settle()
             self._evaluate_and_save(iteration)
+        self.optimizer.set_lr(learning_rate(iteration, self.config.optim))
+        first = self.loader.samples_seen
         with span(ranges.DATA):
             batch = next(self.loader)
-        result = self.step(batch, iteration)
-        self._since_log += 1
-        if self.window.open:
-            self._traced = True
-        else:  # a product in the window would pass for one of the step's
+        self.step(batch, iteration, stop)
+        samples = range(first, self.loader.samples_seen)
+        self._launched.append(Launched(iteration, samples, self.window.open, self.step.read()))
+        if not self.window.open:  # a product in the window would pass for one of the step's
             self._tick += self.peak.refine()
-        if iteration % run.log_interval == 0:
-            with span(ranges.LOG):
-                self._log_iteration(iteration, result)
+        with span(ranges.LOG):
+            self._settle(self._lag)
+
+    def _settle(self, lag: int = 0) -> None:
+        """Take in the figures of the iterations launched, but for the newest `lag`, which the GPU may be busy with."""
+        while len(self._launched) > lag:
+            launched = self._launched.popleft()
+            self._take_in(launched, launched.reading.get())
+
+    def _take_in(self, launched: Launched, report: Report) -> None:
+        self._votes += report.stop
+        self._since_log += 1
+        self._traced |= launched.traced
+        self._clipped += 0.0 < self.config.optim.grad_clip < report.grad_norm < math.inf
+        if report.refused:
+            self._say_refused(launched, report)
+        if launched.iteration % self.config.run.log_interval == 0:
+            self._log_iteration(launched.iteration, report)
+
+    def _say_refused(self, launched: Launched, report: Report) -> None:
+        """A line for an update that was not applied; DivergedError after max_bad_steps in a row."""
+        iteration, optim, in_a_row = launched.iteration, self.config.optim, int(report.bad_steps)
+        bad = [name for name, x in (("loss", report.loss), ("gradient", report.grad_norm)) if not math.isfinite(x)]
+        why = (
+            f"the {' and the '.join(bad)} {'was' if len(bad) == 1 else 'were'} not finite" if bad else "the loss spiked"
+        )
+        samples = f"samples {launched.samples.start:,} to {launched.samples.stop - 1:,} of the run's order"
+        figures = {"loss": report.loss, "grad_norm": report.grad_norm, "bad_steps": in_a_row}
+        figures |= {"first_sample": launched.samples.start, "samples": len(launched.samples)}
+        scale = f", loss scale now {report.loss_scale:g}" if self.optimizer.scale_loss else ""
+        line = f"iter {iteration}: no update: {why} (loss {report.loss:.4f}, {samples}{scale}), {in_a_row} in a row"
+        self.log.refused(iteration, figures, line)
+        if in_a_row < optim.max_bad_steps:
+            return
+        saved = checkpoint.list_steps(self.out_dir)
+        raise DivergedError(
+            f"{why} {in_a_row} iterations in a row",
+            where=f"iteration {iteration}, loss {report.loss}, gradient norm {report.grad_norm}; {samples}",
+            expected="finite losses and gradients, no spike; no such update was applied",
+            found=f"the last good checkpoint is {saved[max(saved)]}" if saved else "no checkpoint yet",
+            hint=f"{self._command(resume=bool(saved))} --learning_rate={optim.learning_rate / 3:.2g}",
+        )
 
     def _out_of_memory(self, error: Exception) -> DeviceError:
         data = self.config.data
@@ -119,11 +172,11 @@ class Trainer:
 
     def resume_line(self, step: int) -> str:
         """What to type to go on from here."""
-        return f"stopped after iteration {step - 1}. To continue:\n  {self._resume_command()}"
+        return f"stopped after iteration {step - 1}. To continue:\n  {self._command(resume=True)}"
 
-    def _resume_command(self) -> str:
+    def _command(self, resume: bool) -> str:
         words = ["python", "-m", "nanogpt_fast.train", "--config", str(self.out_dir / "config.toml")]
-        return shlex.join([*words, "--init_from=resume"])
+        return shlex.join([*words, "--init_from=resume"] if resume else words)
 
     # ---- evaluation and checkpoints ----
 
@@ -188,6 +241,7 @@ class Trainer:
         tensors, numbers = self.optimizer.state_dict()
         state = {
             **numbers,
+            **self.step.guard.state_dict(),
             "samples_seen": self.loader.samples_seen,
             "best_val_loss": None if math.isinf(self.best_val_loss) else self.best_val_loss,
             "val_loss": self._evaluated[1] if self._evaluated and self._evaluated[0] == step else None,
@@ -211,7 +265,7 @@ class Trainer:
     # ---- figures ----
 
     def _restart_clock(self) -> None:
-        self._tick, self._since_log, self._traced = time.perf_counter(), 0, False
+        self._tick, self._since_log, self._clipped, self._traced = time.perf_counter(), 0, 0, False
         self.loader.take_wait()
 
     def _step_ms(self) -> float | None:
@@ -219,22 +273,13 @@ class Trainer:
         rate = self._flops_per_s
         return self._flops["nanogpt"] / self.world.size / rate * 1e3 if rate else None
 
-    def _log_iteration(self, iteration: int, result: StepResult) -> None:
-        loss = result.loss.to(exact_device(self.world.device)).double()
-        self.world.all_reduce_(loss)
-        loss, norm = loss.item() / self.world.size, result.grad_norm.item()  # these wait for the device
+    def _log_iteration(self, iteration: int, report: Report) -> None:
+        loss, norm = report.loss, report.grad_norm
         now = time.perf_counter()
-        seconds = (now - self._tick) / self._since_log
+        seconds, clipped = (now - self._tick) / self._since_log, 100.0 * self._clipped / self._since_log
         wait = self.loader.take_wait() / (now - self._tick)
-        self._tick, self._since_log = now, 0
-        traced, self._traced = self._traced, False
-        if self.optimizer.bad_steps >= MAX_BAD_STEPS:
-            raise DivergedError(
-                f"the gradient was not finite {int(self.optimizer.bad_steps)} iterations in a row",
-                where=f"iteration {iteration}, loss {loss}",
-                expected="finite losses and gradients; no such update was applied",
-                hint=f"{self._resume_command()} --learning_rate={self.config.optim.learning_rate / 3:.2g}",
-            )
+        traced = self._traced
+        self._tick, self._since_log, self._clipped, self._traced = now, 0, 0, False
         tokens_per_s = self.config.tokens_per_iter / seconds
         rates = {name: flops / seconds / self.world.size for name, flops in self._flops.items()}
         if iteration - self.start >= 5 and not traced:  # nanoGPT: let the loop settle first
@@ -247,6 +292,7 @@ class Trainer:
             "loss": loss,
             "lr": learning_rate(iteration, self.config.optim),
             "grad_norm": norm,
+            "clipped": clipped,
             "time_ms": seconds * 1e3,
             "tokens_per_s": tokens_per_s,
             "mfu": mfu["nanogpt"],

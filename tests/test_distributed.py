@@ -40,9 +40,11 @@ step = TrainStep(model, optimizer, world, seed=3)
 share, norms = 2 // world.size, []
 for iteration in range(3):
     batch = torch.randint(29, (2, 3, 9), generator=torch.Generator().manual_seed(iteration))
-    norms.append(step(batch[world.rank * share :][:share], iteration).grad_norm.item())
+    norms.append(step(batch[world.rank * share :][:share], iteration, world.rank == 0).grad_norm.item())
 votes = [world.any(False), world.any(world.rank == world.size - 1)]
-torch.save({"master": flat.master, "norms": norms, "votes": votes, "rank": world.rank}, f"{sys.argv[1]}.{world.rank}")
+report = step.read().get()._asdict()
+saved = {"master": flat.master, "norms": norms, "votes": votes, "rank": world.rank, "report": report}
+torch.save(saved, f"{sys.argv[1]}.{world.rank}")
 world.close()
 world.close()  # idempotent
 """
@@ -76,6 +78,8 @@ def test_two_ranks_train_what_one_does(tmp_path: Path):
     torch.testing.assert_close(first["master"], alone["master"], rtol=0, atol=1e-6)
     assert first["norms"] == pytest.approx(alone["norms"], rel=1e-5)
     assert first["votes"] == second["votes"] == alone["votes"] == [False, True]
+    assert first["report"] == second["report"] and first["report"]["stop"] == alone["report"]["stop"] == 1.0
+    assert first["report"]["loss"] == pytest.approx(alone["report"]["loss"], rel=1e-6)
 
 
 def test_one_rank_of_torchrun_is_alone_and_closes_its_group(tmp_path: Path):

@@ -12,13 +12,11 @@ floor(p * 2^32), with key = seed (64 bit), counter = (g mod 2^32, g div 2^32, si
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanogpt_kernels.contract import STEP, main_grad_of
+from nanogpt_kernels.contract import GRAD_NORM, LOSS_SCALE, LR, MAX_NORM, STEP, main_grad_of
 
 _MASK32 = 0xFFFFFFFF
 
@@ -313,16 +311,19 @@ def adamw_(
     A non-finite GRAD_NORM writes nothing at all. g is left in any state: the step zeroes it.
     Source: Loshchilov and Hutter, arXiv 1711.05101; clipping as torch.nn.utils.clip_grad_norm_.
     """
-    lr, step, max_norm, loss_scale, norm = scalars.tolist()
-    if not math.isfinite(norm):
-        return
-    scalars[STEP] = step + 1.0
-    clip = min(1.0, max_norm / (norm / loss_scale + 1e-6)) if max_norm > 0.0 else 1.0
-    applied = torch.tensor(step + 1.0, device=g.device)
-    divisor = None if loss_scale == clip else torch.tensor(loss_scale / clip, device=g.device)
-    if divisor is not None and g.device.type == "mps":  # its kernel ignores grad_scale (FusedAdamWKernelImpl.mm)
+    norm, loss_scale = scalars[GRAD_NORM], scalars[LOSS_SCALE]
+    refused = ~torch.isfinite(norm)
+    clip = (scalars[MAX_NORM] / (norm / loss_scale + 1e-6)).clamp(max=1.0).masked_fill(scalars[MAX_NORM] == 0.0, 1.0)
+    divisor = (loss_scale / clip).float().to(g.device)
+    scalars[STEP].add_(~refused)
+    lr = scalars[LR].float() if g.is_cuda else scalars[LR]  # as torch's kernels read it
+    guards: dict[str, Tensor] = {"grad_scale": divisor, "found_inf": refused.float()}
+    if g.device.type == "mps":  # its kernel ignores both (FusedAdamWKernelImpl.mm); the scalars lie on the CPU
+        if refused:
+            return
         g.div_(divisor)
-        divisor = None
+        lr, guards = lr.item(), {}
+    applied = scalars[STEP].float().to(g.device)
     for decay in {decay for _, _, decay in segments}:
         spans = [slice(a, b) for a, b, d in segments if d == decay]
         torch._fused_adamw_(  # one pass; 0.14 ms at N = 0.8M on two cores, seven separate ops 0.39 ms
@@ -339,7 +340,7 @@ def adamw_(
             eps=eps,
             amsgrad=False,
             maximize=False,
-            grad_scale=divisor,
+            **guards,
         )
     if p is not None:
         p.copy_(master)

@@ -82,6 +82,11 @@ class RunLog:
         self._write({"kind": "train", "iter": iteration, **figures})
         self._send(iteration, {f"iter/{k}": v for k, v in figures.items()})  # train/loss is nanoGPT's evaluation
 
+    def refused(self, iteration: int, figures: dict[str, float | None], console: str) -> None:
+        """An iteration whose update was not applied."""
+        self.line(console)
+        self._write({"kind": "refused", "iter": iteration, **figures})
+
     def evaluation(self, iteration: int, figures: dict[str, float | None], console: str) -> None:
         """One evaluation; wandb and TensorBoard get nanoGPT's keys."""
         self.line(console)

@@ -141,19 +141,24 @@ class OptimConfig:
     beta1: float = 0.9  # decay of the gradient's running mean
     beta2: float = 0.95  # decay of its running square; 0.99 where an iteration has few tokens
     grad_clip: float = 1.0  # clip the global gradient norm at this value, 0.0 to switch off
+    skip_step_sigma: float = 0.0  # skip an update whose loss is so many standard deviations above the mean; 0 never
+    skip_step_window: int = 128  # ... of so many losses before it
+    max_bad_steps: int = 10  # stop after so many updates in a row that were skipped or not finite
     decay_lr: bool = True  # cosine decay after the warm-up; False keeps learning_rate
     warmup_iters: int = 2000  # linear warm-up, iterations
     lr_decay_iters: int = 600_000  # the cosine ends here; usually max_iters
     min_lr: float = 6e-5  # the cosine ends at this rate; usually learning_rate / 10
 
     def __post_init__(self) -> None:
-        for key in ("learning_rate", "min_lr", "weight_decay", "grad_clip"):
+        for key in ("learning_rate", "min_lr", "weight_decay", "grad_clip", "skip_step_sigma"):
             value = getattr(self, key)
             require_range(math.isfinite(value) and value >= 0, key, "a finite number >= 0", value)
         for key in ("beta1", "beta2"):
             require_range(0.0 <= getattr(self, key) < 1.0, key, f"0 <= {key} < 1", getattr(self, key))
         for key in ("max_iters", "warmup_iters", "lr_decay_iters"):
             require_range(getattr(self, key) >= 0, key, ">= 0", getattr(self, key))
+        require_range(self.skip_step_window >= 2, "skip_step_window", ">= 2", self.skip_step_window)
+        require_range(self.max_bad_steps >= 1, "max_bad_steps", ">= 1", self.max_bad_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +179,8 @@ class SystemConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 where native
     residual_dtype: Literal["auto", "float32"] = "auto"  # of the residual stream; auto: dtype, nanoGPT's is float32
     recompute_gelu: bool = False  # rebuild GELU's output in backward (Triton ops): less memory, a little slower
+    tf32: bool = True  # float32 products on CUDA by TF32, as nanoGPT; False is exact, and several times slower
+    cuda_graph: Literal["auto", "on", "off"] = "auto"  # replay the step as CUDA graphs; on: fail where that cannot be
     compile: bool = True  # torch.compile the reference ops on CUDA (takes a minute); no effect elsewhere
     kernels: str = "auto"  # auto | triton | reference, and single ops: triton,attention=reference
     backend: str = "nccl"  # torch.distributed backend for CUDA ranks (CPU ranks use gloo)

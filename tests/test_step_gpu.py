@@ -1,0 +1,88 @@
+"""The captured step on a GPU: bit for bit the eager one, and a host that does not wait for it."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from nanogpt_fast.distributed import World
+from nanogpt_fast.graphs import Graphs, Mode
+from nanogpt_fast.guards import LossGuard
+from nanogpt_fast.model import GPT
+from nanogpt_fast.ops import REFERENCE, Ops
+from nanogpt_fast.optim import AdamW, FlatParameters
+from nanogpt_fast.settings.config import GPTConfig, OptimConfig
+from nanogpt_fast.step import TrainStep
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+SHAPE = GPTConfig(block_size=128, vocab_size=1024, n_layer=2, n_head=4, n_embd=256, bias=True, dropout=0.1)
+
+
+def ops_named(name: str) -> Ops:
+    from nanogpt_fast.ops import TRITON
+
+    return {"reference": REFERENCE, "triton": TRITON}[name]
+
+
+def build(mode: Mode, ops: Ops, dtype: torch.dtype, shape: GPTConfig = SHAPE) -> TrainStep:
+    device = torch.device("cuda", 0)
+    model = GPT(shape, ops)
+    model.init_weights(torch.Generator().manual_seed(0))
+    optimizer = AdamW(FlatParameters(model.train(), dtype, device), OptimConfig(), ops, dtype == torch.float16)
+    guard = LossGuard(6.0, 16, device)
+    return TrainStep(model, optimizer, World(device=device), 1337, Graphs(device, mode), guard)
+
+
+def batch(iteration: int, accumulation: int = 2, size: int = 4) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(iteration)
+    shape = (accumulation, size, SHAPE.block_size + 1)
+    return torch.randint(SHAPE.vocab_size, shape, generator=generator).to(torch.uint16).pin_memory()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["triton", "reference"])
+def test_graph_equals_eager_for_a_hundred_steps(name: str, dtype: torch.dtype):
+    """With dropout, a rate that changes, and a batch that grows by a micro-batch half way."""
+    eager, captured = (build(mode, ops_named(name), dtype) for mode in ("off", "on"))
+    for iteration in range(100):
+        tokens, lr = batch(iteration, 2 if iteration < 50 else 3), 1e-3 / (1 + iteration)
+        for step in (eager, captured):
+            step.optimizer.set_lr(lr)
+        ours, theirs = captured(tokens, iteration), eager(tokens, iteration)
+        assert torch.equal(ours.loss, theirs.loss) and torch.equal(ours.grad_norm, theirs.grad_norm), iteration
+    assert torch.equal(eager.optimizer.flat.master, captured.optimizer.flat.master)
+    assert captured._graphs.active
+
+
+def test_a_refused_step_is_refused_in_the_graph_too():
+    step = build("on", ops_named("triton"), torch.bfloat16)
+    step.optimizer.set_lr(1e-3)
+    for iteration in range(6):
+        step(batch(iteration), iteration)
+    before = step.optimizer.flat.master.clone()
+    step.optimizer.flat.grad[5] = float("nan")
+    step(batch(6), 6)
+    assert step.read().get().refused and torch.equal(before, step.optimizer.flat.master)
+    step(batch(7), 7)
+    assert not step.read().get().refused and not torch.equal(before, step.optimizer.flat.master)
+
+
+def test_the_host_does_not_wait():
+    """A step is given to the GPU while the one before is still at work: torch.cuda says so of each synchronisation."""
+    step = build("on", ops_named("triton"), torch.bfloat16, dataclasses.replace(SHAPE, n_layer=4))
+    tokens = batch(0)
+    for iteration in range(6):
+        step(tokens, iteration)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for iteration in range(6, 12):
+            step.optimizer.set_lr(1e-3 / iteration)
+            step(tokens, iteration)
+            reading = step.read()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert reading.get().bad_steps == 0
