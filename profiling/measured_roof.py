@@ -29,14 +29,21 @@ class Roof:
     measured: bool = True  # on the machine, not from a data sheet
 
 
+def sheet_roof(name: str, dtype: str) -> Roof | None:
+    """The data sheet's; None for a GPU or a dtype that gpus.py has no peak of."""
+    gpu, peak = GPUS.get(name), peak_flops(name, dtype)
+    if gpu is None or peak is None:
+        return None
+    clock = gpu.tflops * 1e12 / (gpu.sms * gpu.flops_a_clock) if gpu.flops_a_clock else None
+    exps = EXPONENTIALS_A_CLOCK * gpu.sms * clock if clock else math.inf
+    return Roof(peak[0], gpu.gbps * 1e9, f"{peak[1]}, {gpu.gbps:g} GB/s", exps, measured=False)
+
+
 def roof_of(facts: dict[str, Any]) -> Roof:
     """The roof of the machine that a summary's facts name."""
     name, dtype, here = facts["device_name"], facts["dtype"], torch.device(facts["device"])
-    gpu, peak = GPUS.get(name), peak_flops(name, dtype)
-    if gpu is not None and peak is not None:
-        clock = gpu.tflops * 1e12 / (gpu.sms * gpu.flops_a_clock) if gpu.flops_a_clock else None
-        exps = EXPONENTIALS_A_CLOCK * gpu.sms * clock if clock else math.inf
-        return Roof(peak[0], gpu.gbps * 1e9, f"{peak[1]}, {gpu.gbps:g} GB/s", exps, measured=False)
+    if (sheet := sheet_roof(name, dtype)) is not None:
+        return sheet
     if here.type == "cuda":
         same = torch.cuda.is_available() and torch.cuda.get_device_name(here) == name
     else:
