@@ -5,15 +5,17 @@ A CPU's figures hold for the machine that they are measured on, beside whatever 
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from work import EXPONENTIALS_A_CLOCK
 
+from nanogpt_fast.files import cpu_name
 from nanogpt_fast.gpus import GPUS
 from nanogpt_fast.hardware import cpu_multiplies, measure_gemm, peak_flops
-from nanogpt_fast.run.tracing import cpu_name, settle
+from nanogpt_fast.run.tracing import settle
 
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30, "mps": 2**28}  # far more than caches hold
 
@@ -57,14 +59,21 @@ def roof_of(facts: dict[str, Any]) -> Roof:
     return Roof(flops, bandwidth, f"measured: {product}, {bandwidth / 1e9:.1f} GB/s of a copy")
 
 
+def copying(device: torch.device, byte_count: int) -> Callable[[], Any]:
+    """A call that copies so many random bytes within the device's memory: they are read and written."""
+    source = torch.randn(byte_count // 4, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
 def copy_bandwidth(device: torch.device, repeats: int = 7) -> float:
     """Bytes/s read and written by the best of some copies of a tensor that no cache holds."""
-    source = torch.zeros(COPY_BYTES[device.type] // 4, device=device)
-    target, best = torch.empty_like(source), math.inf
+    byte_count, best = COPY_BYTES[device.type], math.inf
+    copy = copying(device, byte_count)
     for _ in range(repeats):
         settle(device)
         began = time.perf_counter()
-        target.copy_(source)
+        copy()
         settle(device)
         best = min(best, time.perf_counter() - began)
-    return 2.0 * source.nbytes / best
+    return 2.0 * byte_count / best
