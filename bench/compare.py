@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import compare_check
+import compare_kinds
 import compare_plots
 import compare_rows
 import compare_tables as tables
@@ -61,6 +62,7 @@ def sections(results: Results, plots: list[compare_plots.Plot], no_plots: str) -
             "time over stock nanoGPT's of the same round (below 1 is faster)."
         )
         found.append(("Whole runs", [about, (*tables.whole_runs_table(runs), [])]))
+    found += compare_kinds.sections(results.rows)
     about = (
         "Figures that others published, for orientation: other machines, versions and often models, mostly inside runs "
         "of 8 GPUs. They are no rows of the tables above and nothing is divided by them."

@@ -28,6 +28,7 @@ import nvml  # noqa: E402
 import torch  # noqa: E402
 from work import EXPONENTIALS_A_CLOCK, Work  # noqa: E402
 
+from nanogpt_fast import files  # noqa: E402
 from nanogpt_fast.errors import DeviceError  # noqa: E402
 from nanogpt_fast.gpus import GPUS  # noqa: E402
 from nanogpt_fast.hardware import peak_flops  # noqa: E402
@@ -136,22 +137,13 @@ def machine_facts(device: str = "") -> dict[str, Any]:
 
 def cpu_facts() -> dict[str, Any]:
     """The CPU's model, the cores this process may use, torch's threads, and the instruction sets that decide speed."""
-    text = _cpuinfo()
-    named = {name: re.search(rf"^{name}\s*:\s*(.+)$", text, re.MULTILINE) for name in ("model name", "flags")}
-    model, flags = (match[1] if match else "" for match in named.values())
+    flags = files.cpuinfo("flags").split()
     return {
-        "cpu": model.strip() or platform.processor() or platform.machine(),
+        "cpu": files.cpu_name(),
         "cores": available_cores(),
         "threads": torch.get_num_threads(),
-        "cpu_flags": [flag for flag in CPU_FLAGS if flag in flags.split()],
+        "cpu_flags": [flag for flag in CPU_FLAGS if flag in flags],
     }
-
-
-def _cpuinfo() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return ""
 
 
 def available_cores() -> int:

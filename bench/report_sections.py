@@ -8,9 +8,23 @@ from typing import Any
 import charts
 import harness
 import machine
+from compare_rows import Row
 from explain import Explanation, Part, plot
+from row_cells import (
+    LOADER,
+    PROFILE,
+    SAMPLE,
+    latest,
+    loader_cells,
+    ok,
+    paired,
+    percent,
+    profile_cells,
+    quartile_range,
+    sample_cells,
+    spread,
+)
 
-Row = dict[str, Any]
 Rows = dict[str, list[Row]]  # by kind: their field "bench"
 Table = tuple[str, list[str], list[list[Any]]]  # (caption, header, cells)
 MACHINE = ("gpu", "cpu", "driver", "power_limit_w", "cores", "threads", "flags", "load", "cuda", "torch", "triton",
@@ -47,45 +61,9 @@ def every_section(rows: Rows, cannot: list[str]) -> list[Section]:
 # ---- rows ----
 
 
-def latest(rows: list[Row], *keys: str) -> list[Row]:
-    """The last row of each combination of these fields, where it was written last."""
-    last: dict[tuple[str, ...], Row] = {}
-    for row in rows:
-        key = tuple(str(row.get(name)) for name in keys)
-        last.pop(key, None)
-        last[key] = row
-    return list(last.values())
-
-
-def ok(row: Row) -> bool:
-    return row.get("status", "ok") == "ok"
-
-
-def spread(values: list[float]) -> str:
-    """Median (quartiles) of ratios."""
-    found = harness.summary(values)
-    return f"{found['ms']:.3f} ({found['q1']:.3f} to {found['q3']:.3f})"
-
-
-def paired(mine: Row | None, theirs: Row) -> str:
-    """What mine takes of theirs, round by round; "" where the two did not take turns."""
-    if mine is None or mine is theirs or mine.get("run") != theirs.get("run"):
-        return ""
-    pairs = list(zip(mine.get("seconds") or [], theirs.get("seconds") or []))
-    return spread([a / b for a, b in pairs]) if pairs else ""
-
-
-def quartiles(row: Row, scale: float = 1.0) -> str:
-    return f"{row['q1'] * scale:.4g} to {row['q3'] * scale:.4g}"
-
-
 def flops_of(row: Row) -> tuple[float, str]:
     """(rate, unit): a CPU's in GFLOP/s."""
     return (row["tflops"] * 1e3, "GFLOP/s") if row.get("device") == "cpu" else (row["tflops"], "TFLOP/s")
-
-
-def percent(value: float | None, digits: int = 1) -> str | None:
-    return None if value is None else f"{value:.{digits}%}"
 
 
 # ---- sections ----
@@ -162,8 +140,9 @@ def _step_cells(row: Row, first: Row | None, best: dict[str, float]) -> list[Any
         return [row["arm"], *[None] * 7, row["status"]]
     share = row["tflops"] / best[row["dtype"]] if row.get("dtype") in best and "tflops" in row else None
     notes = ["" if row["how"] == "in turn" else "alone, not in turn", row.get("note", "")]
-    return [row["arm"], row["ms_s"] * 1e3, quartiles(row, 1e3), row["tokens_per_s"], percent(row.get("mfu_nanogpt")),
-            percent(share), paired(first, row), row.get("peak_gb"), "; ".join(filter(None, notes))]  # fmt: skip
+    return [row["arm"], row["ms_s"] * 1e3, quartile_range(row, 1e3), row["tokens_per_s"],
+            percent(row.get("mfu_nanogpt")), percent(share), paired(first, row), row.get("peak_gb"),
+            "; ".join(filter(None, notes))]  # fmt: skip
 
 
 def the_ops(rows: Rows) -> Section | None:
@@ -188,7 +167,7 @@ def the_ops(rows: Rows) -> Section | None:
         ratio = f"{row[base]:.3f}" if base else None
         if base and f"{base}_q1" in row:
             ratio = f"{row[base]:.3f} ({row[f'{base}_q1']:.3f} to {row[f'{base}_q3']:.3f})"
-        cells.append([label, row["contestant"], row["mode"], row["ms"], quartiles(row), flops_of(row)[0] or None,
+        cells.append([label, row["contestant"], row["mode"], row["ms"], quartile_range(row), flops_of(row)[0] or None,
                       percent(row.get("of_floor")), ratio, ""])  # fmt: skip
     header = [
         "op",
@@ -217,18 +196,12 @@ def the_samples(rows: Rows) -> Section | None:
     every = latest(rows.get("sample", []), "arm", "run")
     if not every:
         return None
-    first, cells = next(filter(ok, every), None), []
-    for row in every:
-        if ok(row):
-            cells.append([row["arm"], row["ms_token"], quartiles(row), row["tokens_per_s"], paired(first, row), ""])
-        else:
-            cells.append([row["arm"], *[None] * 4, row["status"]])
+    first = next(filter(ok, every), None)
     section, last = Section("Sampling"), every[-1]
     section.text.append(
         f"{last.get('new_tokens')} tokens after a prompt of {last.get('prompt')}, greedy, {last.get('config')}."
     )
-    header = ["arm", "ms a token", "quartiles", "tokens/s", "times the first's speed", "note"]
-    section.tables.append(("arms in turn", header, cells))
+    section.tables.append(("arms in turn", SAMPLE, [sample_cells(row, first) for row in every]))
     bars = [(row["arm"], row["tokens_per_s"], None, None) for row in every if ok(row)]
     if bars:
         draw = lambda path: charts.bars(path, bars, "sampling: tokens a second", "tokens/s")
@@ -240,22 +213,16 @@ def the_loader(rows: Rows) -> Section | None:
     every = latest(rows.get("loader", []), "table", "format", "order", "worker", "batch_size", "block_size")
     if not every:
         return None
-    section, header = Section("Loader"), ["", "batch", "M tokens/s", "us a batch", "us in next()"]
+    section = Section("Loader")
     cells: dict[str, list[list[Any]]] = {}
     for row in every:
-        name = row["worker"] if row["table"] == "worker" else f"{row['format']}, {row['order']}"
-        shape = f"{row['batch_size']}x{row['block_size']}"
-        cells.setdefault(row["table"], []).append(
-            [name, shape, row["tokens_per_s"] / 1e6, row["us_batch"], row["wait_us"], percent(row.get("data_wait"), 3)]
-        )
+        cells.setdefault(row["table"], []).append(loader_cells(row))
     if worker := cells.pop("worker", []):
-        section.tables.append(("by who reads, beside a step on the CPU", header, [row[:5] for row in worker]))
+        section.tables.append(("by who reads, beside a step on the CPU", LOADER[:5], [row[:5] for row in worker]))
     fed = [row for some in cells.values() for row in some]
     if fed:
         rate = next(row["consumer_tokens_per_s"] for row in every if "consumer_tokens_per_s" in row)
-        section.tables.append(
-            (f"by format and order, a thread beside a consumer of {rate:,.0f} tokens/s", [*header, "data wait"], fed)
-        )
+        section.tables.append((f"by format and order, a thread beside a consumer of {rate:,.0f} tokens/s", LOADER, fed))
     return section
 
 
@@ -293,10 +260,7 @@ def the_explanation(rows: Rows) -> Section | None:
         return section
     whole = next((row for row in every if row.get("part") == "step"), {})
     section.text += [text for text in (whole.get("text"), whole.get("advice")) if text]
-    cells = [[row["part"], row["ms"], percent(row.get("share")), row.get("floor_ms"), percent(row.get("of_floor"))]
-             for row in parts]  # fmt: skip
-    header = ["part", "ms a step", "share", "floor ms", "floor / measured"]
-    section.tables.append((f"{whole.get('ms', 0):.4g} ms a step", header, cells))
+    section.tables.append((f"{whole.get('ms', 0):.4g} ms a step", PROFILE, [profile_cells(row) for row in parts]))
     told = [Part(row["part"], row["ms"], row["share"], row.get("floor_ms"), row.get("of_floor")) for row in parts]
     words = (str(whole.get(key, "")) for key in ("text", "advice", "roof"))
     explained = Explanation(str(parts[0].get("config", "")), told, whole.get("ms", 0.0), *words)

@@ -15,12 +15,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import harness
 import machine
 import torch
+from measured_roof import copying
 from torch import Tensor
 from work import Work
 
@@ -128,13 +130,8 @@ class Item:
 
 
 def copy_item(device: torch.device, byte_count: int) -> Item:
-    """A copy of so many bytes within the device's memory: they are read and written."""
-
-    def make() -> Callable[[], Any]:
-        source = torch.randn(byte_count // 4, device=device)
-        sink = torch.empty_like(source)
-        return lambda: sink.copy_(source)
-
+    """A copy of so many bytes within the device's memory."""
+    make = partial(copying, device, byte_count)
     sheet = GPUS[name].gbps if (name := _gpu_name(device)) in GPUS else None
     return Item("copy", "copy", {"bytes": byte_count}, 2.0 * byte_count, sheet, make)
 

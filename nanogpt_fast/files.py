@@ -1,9 +1,11 @@
-"""Durable writes and hashes: what every room that puts files on a disk needs."""
+"""Durable writes and hashes, what every room that puts files on a disk needs; and the file that names the CPU."""
 
 import errno
 import hashlib
 import json
 import os
+import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +43,17 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(fd)
+
+
+def cpuinfo(key: str) -> str:
+    """What /proc/cpuinfo says of its first CPU, as in cpuinfo("flags"); "" where there is no such file or line."""
+    try:
+        found = re.search(rf"^{key}\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else ""
+
+
+def cpu_name() -> str:
+    """The CPU's model as /proc/cpuinfo has it, else what Python knows."""
+    return cpuinfo("model name") or platform.processor() or platform.machine()

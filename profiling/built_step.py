@@ -13,11 +13,11 @@ from nanogpt_fast.data.splits import dataset_folder
 from nanogpt_fast.distributed import World, resolve_device, resolve_dtype
 from nanogpt_fast.errors import DataError
 from nanogpt_fast.model import GPT
-from nanogpt_fast.ops import REFERENCE, select_ops
+from nanogpt_fast.ops import REFERENCE, Ops, select_ops
 from nanogpt_fast.optim import AdamW, FlatParameters
 from nanogpt_fast.run import ranges, tracing
 from nanogpt_fast.run.step_parts import Summary
-from nanogpt_fast.settings.config import Config
+from nanogpt_fast.settings.config import Config, GPTConfig
 from nanogpt_fast.step import TrainStep
 
 
@@ -33,13 +33,16 @@ class BuiltStep:
     facts: dict
 
 
-def vocab_size_of(config: Config) -> int:
-    """--vocab_size, else the dataset's, as train takes it. DataError where there is no dataset to ask."""
+def vocab_size_of(config: Config, without_data: int | None = None) -> int:
+    """--vocab_size, else the dataset's, as train takes it. Where there is no dataset to ask: without_data, DataError
+    if that is not given."""
     if config.model.vocab_size:
         return config.model.vocab_size
     from nanogpt_fast.weights.canonical import GPT2_PADDED  # which needs safetensors: not on every machine with a GPU
 
     folder = dataset_folder(config.data)
+    if folder is None and without_data:
+        return without_data
     if folder is None:
         raise DataError(
             "the vocabulary is not known: the dataset is not there",
@@ -56,18 +59,27 @@ def build(config: Config, learning_rate: float = 1e-4) -> BuiltStep:
     vocab, device = vocab_size_of(config), resolve_device(config.system.device)
     dtype, shape = resolve_dtype(config.system.dtype, device), config.shape(vocab)
     ops = select_ops(config.system.kernels, device.type)
-    wide = torch.float32 if config.system.residual_dtype == "float32" else None
-    model = GPT(shape, ops, wide, config.system.recompute_gelu).train()
     generator = torch.Generator().manual_seed(config.run.seed)
-    model.init_weights(generator)
-    optimizer = AdamW(FlatParameters(model, dtype, device), config.optim, ops, scale_loss=dtype == torch.float16)
-    optimizer.set_lr(learning_rate)
+    step = assembled(config, shape, ops, dtype, device, generator)
+    step.optimizer.set_lr(learning_rate)
     if config.system.compile and device.type == "cuda" and ops is REFERENCE:
-        model.compile()
+        step.model.compile()
     size = (config.data.gradient_accumulation_steps, config.data.batch_size, shape.block_size + 1)
     batch = torch.randint(vocab, size, generator=generator)
-    step = TrainStep(model, optimizer, World(device=device), config.run.seed)
     return BuiltStep(config, step, batch, device, dtype, tracing.facts_of(config, shape, device, dtype, ranks=1))
+
+
+def assembled(
+    config: Config, shape: GPTConfig, ops: Ops, dtype: torch.dtype, device: torch.device,
+    generator: torch.Generator | None = None,
+) -> TrainStep:  # fmt: skip
+    """The step alone; without a generator the weights are not initialised."""
+    wide = torch.float32 if config.system.residual_dtype == "float32" else None
+    model = GPT(shape, ops, wide, config.system.recompute_gelu).train()
+    if generator:
+        model.init_weights(generator)
+    optimizer = AdamW(FlatParameters(model, dtype, device), config.optim, ops, scale_loss=dtype == torch.float16)
+    return TrainStep(model, optimizer, World(device=device), config.run.seed)
 
 
 def traced(built: BuiltStep, steps: int, folder: Path) -> Summary:

@@ -5,15 +5,17 @@ A CPU's figures hold for the machine that they are measured on, beside whatever 
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from work import EXPONENTIALS_A_CLOCK
 
+from nanogpt_fast.files import cpu_name
 from nanogpt_fast.gpus import GPUS
 from nanogpt_fast.hardware import cpu_multiplies, measure_gemm, peak_flops
-from nanogpt_fast.run.tracing import cpu_name, settle
+from nanogpt_fast.run.tracing import settle
 
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30, "mps": 2**28}  # far more than caches hold
 
@@ -29,14 +31,21 @@ class Roof:
     measured: bool = True  # on the machine, not from a data sheet
 
 
+def sheet_roof(name: str, dtype: str) -> Roof | None:
+    """The data sheet's; None for a GPU or a dtype that gpus.py has no peak of."""
+    gpu, peak = GPUS.get(name), peak_flops(name, dtype)
+    if gpu is None or peak is None:
+        return None
+    clock = gpu.tflops * 1e12 / (gpu.sms * gpu.flops_a_clock) if gpu.flops_a_clock else None
+    exps = EXPONENTIALS_A_CLOCK * gpu.sms * clock if clock else math.inf
+    return Roof(peak[0], gpu.gbps * 1e9, f"{peak[1]}, {gpu.gbps:g} GB/s", exps, measured=False)
+
+
 def roof_of(facts: dict[str, Any]) -> Roof:
     """The roof of the machine that a summary's facts name."""
     name, dtype, here = facts["device_name"], facts["dtype"], torch.device(facts["device"])
-    gpu, peak = GPUS.get(name), peak_flops(name, dtype)
-    if gpu is not None and peak is not None:
-        clock = gpu.tflops * 1e12 / (gpu.sms * gpu.flops_a_clock) if gpu.flops_a_clock else None
-        exps = EXPONENTIALS_A_CLOCK * gpu.sms * clock if clock else math.inf
-        return Roof(peak[0], gpu.gbps * 1e9, f"{peak[1]}, {gpu.gbps:g} GB/s", exps, measured=False)
+    if (sheet := sheet_roof(name, dtype)) is not None:
+        return sheet
     if here.type == "cuda":
         same = torch.cuda.is_available() and torch.cuda.get_device_name(here) == name
     else:
@@ -50,14 +59,21 @@ def roof_of(facts: dict[str, Any]) -> Roof:
     return Roof(flops, bandwidth, f"measured: {product}, {bandwidth / 1e9:.1f} GB/s of a copy")
 
 
+def copying(device: torch.device, byte_count: int) -> Callable[[], Any]:
+    """A call that copies so many random bytes within the device's memory: they are read and written."""
+    source = torch.randn(byte_count // 4, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
 def copy_bandwidth(device: torch.device, repeats: int = 7) -> float:
     """Bytes/s read and written by the best of some copies of a tensor that no cache holds."""
-    source = torch.zeros(COPY_BYTES[device.type] // 4, device=device)
-    target, best = torch.empty_like(source), math.inf
+    byte_count, best = COPY_BYTES[device.type], math.inf
+    copy = copying(device, byte_count)
     for _ in range(repeats):
         settle(device)
         began = time.perf_counter()
-        target.copy_(source)
+        copy()
         settle(device)
         best = min(best, time.perf_counter() - began)
-    return 2.0 * source.nbytes / best
+    return 2.0 * byte_count / best

@@ -1,6 +1,7 @@
 """The least time that a training step could take on a GPU, op by op: FLOPs, fewest bytes, and the datasheet's peaks.
 
-    python profiling/roofline.py [--gpu h100] [--model 124m] [--batch 64] [--ledger]
+    python profiling/roofline.py [--gpu h100 ...] [--model 124m] [--batch 64] [--ledger]
+    python profiling/roofline.py [--gpu h100 ...] --config NAME|FILE [--flag=value ...] [--fused]
 
 It needs the trainer's package: `pip install -e .`, or PYTHONPATH=.:kernels from the repository's root; no GPU, and
 nothing runs. floor = max(compute, memory) of each op, as if nothing else were in its way:
@@ -12,8 +13,10 @@ nothing runs. floor = max(compute, memory) of each op, as if nothing else were i
               gradients are read and written once a micro-step, the optimizer's buffers once a step.
 
 The forms are those of nanogpt_kernels: residual and LayerNorm in one pass, GELU in its product's epilogue, logits in
-place, packed qkv. --ledger also counts, in Triton's interpreter, the bytes that the memory-bound kernels load and
-store, and compares them with the fewest (profiling/ledger.py).
+place, packed qkv. --config shows instead what a step of that configuration launches, with the Triton ops and the GPU's
+launch rows (step_launches.py): the floor of each launch, and the bytes beside those planned (byte_plan.py). Several
+GPUs are set side by side. --ledger also counts, in Triton's interpreter, the bytes that the memory-bound kernels load
+and store, and compares them with the fewest (profiling/ledger.py).
 """
 
 import argparse
@@ -23,26 +26,26 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from measured_roof import Roof, sheet_roof
 from op_inputs import GPT2
 from work import (
-    EXPONENTIALS_A_CLOCK,
     FULL,
     HALF,
     Work,
     adamw_bytes,
     add_norm_bytes,
     attention_bytes,
+    causal_pairs,
     cross_entropy_bytes,
     embedding_bytes,
     grad_norm_bytes,
     norm_bytes,
 )
 
+from nanogpt_fast.errors import ConfigError, run_command
 from nanogpt_fast.gpus import GPUS
 from nanogpt_fast.hardware import flops_per_token
 from nanogpt_fast.settings.config import GPTConfig
-
-TILE = 128  # edge of attention's tiles: what lies above the diagonal in them is computed too
 
 CHOICES = {  # --gpu: the name that the driver gives, a key of gpus.GPUS
     "h100": "NVIDIA H100 80GB HBM3",
@@ -85,8 +88,7 @@ def step_work(
     L, H, C, T, V = config.n_layer, config.n_head, config.n_embd, config.block_size, config.vocab_size
     M, F, D, N = batch * T, 4 * C, C // H, config.num_params(non_embedding=False)
     layers = L * micro_steps
-    pairs = batch * H * T * T / 2 * layers  # (query, key) below the diagonal
-    tiled = pairs * min(1 + TILE / T, 2.0)  # the whole square at most
+    tiled = causal_pairs(batch * H, T) * layers
     products, exps = (7, 2) if deterministic else (5, 1)  # the deterministic form rebuilds the scores for dQ
     matmul = 2.0 * D * tiled
     norms = [  # forward, backward; the first norm has nothing to add
@@ -128,14 +130,25 @@ def compute_and_memory(work: Work, peak: float, bandwidth: float, exp_rate: floa
     return seconds["flops"] + seconds["exps"], seconds["bytes"]
 
 
-def print_step(works: dict[str, Work], peak: float, bandwidth: float, exp_rate: float) -> float:
+def floor_of(work: Work, roof: Roof) -> tuple[float, str]:
+    """(seconds that the work takes at least, what binds)."""
+    assert roof.flops and roof.bandwidth, roof
+    compute, memory = compute_and_memory(work, roof.flops, roof.bandwidth, roof.exp_rate)
+    bound = "memory" if memory > compute else "exponentials and products" if work.exps else "products"
+    return max(compute, memory), bound
+
+
+# ---- a model's ops ----
+
+
+def print_step(works: dict[str, Work], roof: Roof) -> float:
     """The table; returns its total in seconds."""
-    times = [compute_and_memory(work, peak, bandwidth, exp_rate) for work in works.values()]
-    total = sum(map(max, times))
+    assert roof.flops and roof.bandwidth, roof
+    total = sum(floor_of(work, roof)[0] for work in works.values())
     print(f"{'op':<36}{'TFLOP':>9}{'GB':>9}{'compute ms':>12}{'memory ms':>11}{'floor ms':>10}{'share':>8}  bound")
-    for (op, work), (compute, memory) in zip(works.items(), times):
-        bound = "memory" if memory > compute else "exponentials and products" if work.exps else "products"
-        floor = max(compute, memory)
+    for op, work in works.items():
+        compute, memory = compute_and_memory(work, roof.flops, roof.bandwidth, roof.exp_rate)
+        floor, bound = floor_of(work, roof)
         print(f"{op:<36}{work.flops / 1e12:>9.1f}{work.bytes / 1e9:>9.1f}{compute * 1e3:>12.2f}"
               f"{memory * 1e3:>11.2f}{floor * 1e3:>10.2f}{floor / total:>8.1%}  {bound}")  # fmt: skip
     flops, moved = sum(w.flops for w in works.values()) / 1e12, sum(w.bytes for w in works.values()) / 1e9
@@ -143,39 +156,102 @@ def print_step(works: dict[str, Work], peak: float, bandwidth: float, exp_rate: 
     return total
 
 
-def main() -> None:
+def show_model(args: argparse.Namespace) -> None:
+    """--model: the ops of a step in their best form."""
+    config, batch = MODELS[args.model], args.batch or 64
+    micro_steps = math.ceil((args.tokens or 2**19) / (batch * config.block_size))
+    tokens = micro_steps * batch * config.block_size
+    rows = []
+    for gpu in args.gpu:
+        roof = supposed_roof(CHOICES[gpu], args)
+        print(f"{args.model} on {rates(CHOICES[gpu], roof, args)}; "
+              f"{micro_steps} x {batch} x {config.block_size} = {tokens:,} tokens a step\n")  # fmt: skip
+        works = step_work(config, batch, micro_steps, deterministic=args.deterministic)
+        total = print_step(works, roof)
+        print(f"\n{speed(config, tokens, total, gpu)}. A bound, not a measurement.")
+        rows.append([gpu, f"{total * 1e3:.2f}", *speed_cells(config, tokens, total, gpu)])
+        if len(args.gpu) > 1:
+            print()
+    if len(args.gpu) > 1:
+        print_beside(["GPU", "floor ms", *SPEED], rows)
+
+
+# ---- a GPU's rates, and what a time makes of them ----
+
+SPEED = ("K tokens/s", "MFU nanogpt", "MFU llmc")
+
+
+def supposed_roof(name: str, args: argparse.Namespace) -> Roof:
+    """The data sheet's rates, or those that --tflops and --bandwidth suppose."""
+    roof = sheet_roof(name, "bfloat16")
+    assert roof is not None, name
+    given = {"flops": args.tflops, "bandwidth": args.bandwidth}
+    return replace(roof, **{field: rate * 1e12 for field, rate in given.items() if rate})
+
+
+def rates(name: str, roof: Roof, args: argparse.Namespace) -> str:
+    assert roof.flops and roof.bandwidth, roof
+    return (
+        f"{name}: {roof.flops / 1e12:.0f} TFLOP/s{' (supposed)' if args.tflops else ''}, "
+        f"{roof.bandwidth / 1e12:.3g} TB/s{' (supposed)' if args.bandwidth else ''}, "
+        f"{roof.exp_rate / 1e12:.2f}T exponentials/s"
+    )
+
+
+def speed_cells(config: GPTConfig, tokens: int, seconds: float, gpu: str) -> list[str]:
+    """Thousands of tokens a second, and the MFU by both counts, at the data sheet's peak."""
+    peak, flops = GPUS[CHOICES[gpu]].tflops * 1e12, flops_per_token(config)
+    mfu = [f"{flops[name] * tokens / seconds / peak:.1%}" for name in ("nanogpt", "llmc")]
+    return [f"{tokens / seconds / 1e3:,.0f}", *mfu]
+
+
+def speed(config: GPTConfig, tokens: int, seconds: float, gpu: str) -> str:
+    rate, nanogpt, llmc = speed_cells(config, tokens, seconds, gpu)
+    return f"{rate}K tokens/s; MFU {nanogpt} (nanogpt), {llmc} (llmc)"
+
+
+def print_beside(header: list[str], rows: list[list[str]]) -> None:
+    """Columns as wide as they must be: the first one left, the others right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    for row in (header, *rows):
+        cells = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]
+        print("  ".join(cells).rstrip())
+
+
+def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", choices=CHOICES, default="h100")
-    parser.add_argument("--model", choices=MODELS, default="124m")
-    parser.add_argument("--batch", type=int, default=64, help="sequences a micro-step (default 64)")
-    parser.add_argument("--tokens", type=int, default=2**19, help="a step (default 524,288, rounded up to micro-steps)")
+    parser.add_argument("--gpu", choices=CHOICES, nargs="+", default=["h100"], metavar="GPU", help=", ".join(CHOICES))
+    parser.add_argument("--model", choices=MODELS, default=None, help="default 124m")
+    parser.add_argument("--config", metavar="NAME|FILE", help="a preset or file, as train takes it, and its flags")
+    parser.add_argument("--batch", type=int, help="of --model: sequences a micro-step (default 64)")
+    parser.add_argument("--tokens", type=int, help="of --model: a step (default 524,288, rounded up to micro-steps)")
     parser.add_argument("--tflops", type=float, help="rate of matrix products to suppose instead of the peak")
     parser.add_argument("--bandwidth", type=float, help="TB/s to suppose instead of the data sheet's")
     parser.add_argument(
-        "--deterministic", action="store_true", help="attention backward without atomics: 7 products, not 5"
+        "--deterministic", action="store_true", help="of --model: attention backward without atomics, 7 products, not 5"
     )
+    parser.add_argument("--fused", action="store_true", help="of --config: GELU inside products, whatever the rows say")
     parser.add_argument("--ledger", action="store_true", help="count bytes in the interpreter as well")
-    args = parser.parse_args()
-    name, gpu, config = CHOICES[args.gpu], GPUS[CHOICES[args.gpu]], MODELS[args.model]
-    datasheet = gpu.tflops * 1e12
-    peak, bandwidth = (args.tflops or gpu.tflops) * 1e12, (args.bandwidth or gpu.gbps / 1e3) * 1e12
-    assert gpu.flops_a_clock is not None, name  # at the clock of the data sheet's peak:
-    exp_rate = datasheet / gpu.flops_a_clock * EXPONENTIALS_A_CLOCK
-    micro_steps = math.ceil(args.tokens / (args.batch * config.block_size))
-    tokens = micro_steps * args.batch * config.block_size
-    print(f"{args.model} on {name}: {peak / 1e12:.0f} TFLOP/s{' (supposed)' if args.tflops else ''}, "
-          f"{bandwidth / 1e12:.3g} TB/s{' (supposed)' if args.bandwidth else ''}, "
-          f"{exp_rate / 1e12:.2f}T exponentials/s; "
-          f"{micro_steps} x {args.batch} x {config.block_size} = {tokens:,} tokens a step\n")  # fmt: skip
-    works = step_work(config, args.batch, micro_steps, deterministic=args.deterministic)
-    total = print_step(works, peak, bandwidth, exp_rate)
-    flops = flops_per_token(config)
-    mfu = ", ".join(f"{flops[name] * tokens / total / datasheet:.1%} ({name})" for name in flops)
-    print(f"\n{tokens / total / 1e3:,.0f}K tokens/s; MFU {mfu}. A bound, not a measurement.")
+    args, flags = parser.parse_known_args(argv)
+    if args.config:
+        of_model = [name for name in ("model", "batch", "tokens", "deterministic") if getattr(args, name)]
+        if of_model:
+            raise ConfigError(
+                f"--config does not go with --{of_model[0]}", hint="a flag of train's, as --batch_size=64"
+            )
+        from config_roofline import show_config  # which needs Triton; the rest of this file does not
+
+        show_config(args, flags)
+    elif flags or args.fused:
+        parser.error(f"only with --config: {' '.join(flags) or '--fused'}")
+    else:
+        args.model = args.model or "124m"
+        show_model(args)
     if args.ledger:
         print(flush=True)
-        sys.exit(subprocess.run([sys.executable, str(Path(__file__).with_name("ledger.py"))]).returncode)
+        return subprocess.run([sys.executable, str(Path(__file__).with_name("ledger.py"))]).returncode
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -7,6 +7,7 @@ Bytes are compulsory ones: every operand read once and every result written once
 from dataclasses import dataclass
 
 HALF, FULL = 2, 4  # bytes of bfloat16, float32
+TILE = 128  # edge of attention's tiles: what lies above the diagonal in them is computed too
 EXPONENTIALS_A_CLOCK = 16  # of one SM, 8.0 to 12.0 (CUDA C++ Programming Guide, arithmetic throughput)
 
 
@@ -24,6 +25,11 @@ class Work:
     def seconds(self, peak: float, bandwidth: float, exp_rate: float) -> dict[str, float]:
         """{"flops", "bytes", "exps"}: what each alone takes, at so many a second."""
         return {"flops": self.flops / peak, "bytes": self.bytes / bandwidth, "exps": self.exps / exp_rate}
+
+
+def causal_pairs(heads: int, T: int) -> float:
+    """(query, key) pairs that attention computes: those below the diagonal in whole tiles; at most the whole square."""
+    return heads * T * T / 2 * min(1 + TILE / T, 2.0)
 
 
 def norm_bytes(M: int, C: int, size: int = HALF, *, backward: bool) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt_fast.files import sha256_of, sync, write_atomic
+from nanogpt_fast.files import cpu_name, cpuinfo, sha256_of, sync, write_atomic
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
@@ -32,6 +32,20 @@ def test_the_bytes_are_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "replace", lambda a, b: events.append("replace") or replace(a, b))
     write_atomic(tmp_path / "file", b"x")
     assert events == ["fsync", "replace", "fsync"]  # the file, the name, the folder
+
+
+def test_the_cpu_is_named_by_the_first_line_of_it(monkeypatch: pytest.MonkeyPatch):
+    told = "processor\t: 0\nmodel name\t: Some CPU @ 2 GHz \nflags\t\t: fpu avx2\n\nmodel name\t: Another\nempty\t:"
+    monkeypatch.setattr(Path, "read_text", lambda path: told)
+    assert (cpu_name(), cpuinfo("flags"), cpuinfo("empty")) == ("Some CPU @ 2 GHz", "fpu avx2", "")
+
+    def missing(path: Path) -> str:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    monkeypatch.setattr("platform.processor", lambda: "")
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    assert (cpu_name(), cpuinfo("flags")) == ("arm64", "")
 
 
 def test_sha256_is_the_files(tmp_path: Path):

@@ -8,8 +8,6 @@ opens NVTX ranges, between cudaProfilerStart and cudaProfilerStop.
 """
 
 import logging
-import platform
-import re
 import shlex
 import time
 from collections.abc import Callable
@@ -22,7 +20,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from nanogpt_fast.errors import ConfigError, NanogptError
-from nanogpt_fast.files import write_json
+from nanogpt_fast.files import cpu_name, write_json
 from nanogpt_fast.run import ranges, trace_events
 from nanogpt_fast.run.step_parts import Summary, summarise
 from nanogpt_fast.settings.config import Config, GPTConfig
@@ -47,15 +45,6 @@ def facts_of(config: Config, shape: GPTConfig, device: torch.device, dtype: torc
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-
-
-def cpu_name() -> str:
-    """As /proc/cpuinfo has it, else what Python knows."""
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 class Capture:

@@ -7,7 +7,7 @@ import compare
 import compare_tables
 import page
 import pytest
-from made_up_rows import FACTS, GPU, gemm, old, step, written
+from made_up_rows import FACTS, GPU, gemm, loader, old, profile, sample, step, written
 
 pytestmark = [
     pytest.mark.slow,
@@ -23,7 +23,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for i, arm in enumerate(("triton", "reference+compile", "nanogpt+compile"))]  # fmt: skip
     lost = {**FACTS, **GPU, "bench": "step", "config": "small", "arm": "hf", "status": "failed: <b>" + "long " * 40}
     other = step("triton", [0.5, 0.6], config="small", params=1e6, run="b", commit="0123456789")
-    written(folder / "in/a.jsonl", *rows, lost, other, gemm("sweep", 50.0, 1.0), old("ours", 0, 1.0))
+    others = [loader("thread"), *profile({"matrix products": 3.0, "GELU": 1.0}), sample("ours", [0.1, 0.2])]
+    written(folder / "in/a.jsonl", *rows, lost, other, gemm("sweep", 50.0, 1.0), old("ours", 0, 1.0), *others)
     assert compare.main([str(folder / "in"), "--out", str(folder)]) == 0
     return folder
 
@@ -34,6 +35,7 @@ def test_page_in_a_browser(out: Path, tmp_path: Path, width: int, dark: bool):
         count = "[...document.querySelectorAll('section')].map(s => [s.id, s.querySelectorAll('tbody tr').length])"
         rows = dict(tab.value(count))
         assert rows["training-steps"] == 8 and rows["two-versions-on-one-machine"] == 1 and rows["whole-runs"] == 1
+        assert (rows["where-the-step-goes"], rows["sampling"], rows["loader"]) == (2, 1, 1)
         assert rows["published-by-others"] == len(compare_tables.published_table()[1])
         links = tab.value("[...document.links].map(a => a.getAttribute('href'))")
         assert len(links) > 20

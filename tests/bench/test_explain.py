@@ -14,9 +14,9 @@ from explain import explanation, find, floors, load
 from measured_roof import Roof, copy_bandwidth, roof_of
 
 from nanogpt_fast.errors import DataError
+from nanogpt_fast.files import cpu_name
 from nanogpt_fast.run import step_parts
 from nanogpt_fast.run.step_parts import Summary
-from nanogpt_fast.run.tracing import cpu_name
 
 SHAPE = dict(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128, dropout=0.0, bias=False, activation="gelu")
 FACTS = dict(shape=SHAPE, batch_size=12, micro_steps=1, dtype="float32", residual_dtype="auto", kernels="auto",

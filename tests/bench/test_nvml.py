@@ -298,7 +298,7 @@ def test_lines_of_a_gpu_and_of_a_cpu(gpu: Any, monkeypatch: pytest.MonkeyPatch):
 
 def test_the_cpu_by_its_own_words(monkeypatch: pytest.MonkeyPatch):
     told = "processor\t: 0\nmodel name\t: AMD EPYC 9R14\nflags\t\t: fpu avx2 avx512f avx512_bf16 sse2\n"
-    monkeypatch.setattr(machine, "_cpuinfo", lambda: told)
+    monkeypatch.setattr(Path, "read_text", lambda path: told)
     facts = machine.cpu_facts()
     assert facts["cpu"] == "AMD EPYC 9R14" and facts["cpu_flags"] == ["avx2", "avx512f", "avx512_bf16"]
 

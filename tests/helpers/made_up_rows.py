@@ -45,3 +45,26 @@ def results(path: Path, *rows: dict[str, Any]) -> list[compare_rows.Result]:
 def old(arm: str, round_number: int, wall_s: float) -> dict[str, Any]:
     return {"arm": arm, "date": "2026-01-01", "torch": "2.13.0", "cores": 2, "cpu": "Made-up CPU", "python": "3.11.7",
             "round": round_number, "wall_s": wall_s, "cpu_s": 9.0, "val_loss": 1.5, "iter_ms": 30.0}  # fmt: skip
+
+
+def sample(arm: str, seconds: list[float], **changes: Any) -> dict[str, Any]:
+    """Of bench/sampling.py: 10 new tokens a round."""
+    q1, median, q3 = (value * 100 for value in compare_rows.quartiles(seconds))
+    return {**FACTS, **CPU, "bench": "sample", "config": "tiny", "arm": arm, "prompt": 4, "new_tokens": 10,
+            "dtype": "float32", "seconds": seconds, "ms_token": median, "q1": q1, "q3": q3,
+            "tokens_per_s": 1e3 / median, **changes}  # fmt: skip
+
+
+def loader(worker: str, **changes: Any) -> dict[str, Any]:
+    """Of bench/loader.py's table by who reads."""
+    return {**FACTS, **CPU, "bench": "loader", "table": "worker", "format": "made-up .bin", "order": "shuffle",
+            "worker": worker, "batch_size": 8, "block_size": 16, "us_batch": 64.0, "wait_us": 9.0,
+            "tokens_per_s": 2e6, **changes}  # fmt: skip
+
+
+def profile(ms: dict[str, float], **changes: Any) -> list[dict[str, Any]]:
+    """Of bench/profile_stage.py: a row a part, with half its time as floor, and one of the whole step."""
+    total, row = sum(ms.values()), {**FACTS, **CPU, "bench": "profile", "config": "tiny", "dtype": "float32", **changes}
+    parts = [{**row, "part": part, "ms": t, "share": t / total, "floor_ms": t / 2, "of_floor": 0.5}
+             for part, t in ms.items()]  # fmt: skip
+    return [*parts, {**row, "part": "step", "ms": total, "text": "A made-up step.", "advice": "make it up faster."}]
