@@ -10,6 +10,7 @@ from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import exact_device
 from nanogpt_fast.optim import AdamW
 from nanogpt_fast.run.ranges import ALL_REDUCE, BACKWARD, FORWARD, STEP, span
+from nanogpt_fast.schedule import BatchSchedule
 
 
 class StepResult(NamedTuple):
@@ -23,11 +24,19 @@ class TrainStep:
     """step(batch, iteration) -> StepResult; batch [A, B, T + 1] token ids, A this rank's micro-batches.
 
     The dropout counter of a micro-batch is its global index, iteration * A_global + rank * A + i, beside the seed: so
-    a mask does not depend on how many ranks there are, and a resumed run draws the same ones.
+    a mask does not depend on how many ranks there are, and a resumed run draws the same ones. batches: counts the
+    micro-batches of earlier iterations where their number changes.
     """
 
-    def __init__(self, model: GPT, optimizer: AdamW, world: World, seed: int):
-        self.model, self.optimizer, self.world = model, optimizer, world
+    def __init__(
+        self,
+        model: GPT,
+        optimizer: AdamW,
+        world: World,
+        seed: int,
+        batches: BatchSchedule | None = None,
+    ):
+        self.model, self.optimizer, self.world, self.batches = model, optimizer, world, batches
         self.base = (seed % 2**31) << 32
         self.device = optimizer.m.device
         self.counter = torch.zeros(1, dtype=torch.int64, device=exact_device(self.device))
@@ -40,7 +49,8 @@ class TrainStep:
         A, B, T = batch.size(0), batch.size(1), batch.size(2) - 1
         world, optimizer, model = self.world, self.optimizer, self.model
         micro_batches = A * world.size
-        self.counter.fill_(self.base + iteration * micro_batches + world.rank * A)
+        before = self.batches.micro_batches_before(iteration) if self.batches else iteration * micro_batches
+        self.counter.fill_(self.base + before + world.rank * A)
         tokens = batch.to(self.counter.device, non_blocking=True).to(torch.int64).to(self.device)
         grad_scale = (optimizer.loss_scale / (micro_batches * B * T)).float().to(self.device)
         total = torch.zeros((), device=self.device)

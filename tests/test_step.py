@@ -11,6 +11,7 @@ from nanogpt_fast.distributed import World
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import REFERENCE
 from nanogpt_fast.optim import STEP, AdamW, FlatParameters
+from nanogpt_fast.schedule import BatchSchedule
 from nanogpt_fast.settings.config import GPTConfig, OptimConfig
 from nanogpt_fast.step import TrainStep
 
@@ -18,14 +19,19 @@ CONFIG = GPTConfig(block_size=8, vocab_size=29, n_layer=2, n_head=2, n_embd=16, 
 
 
 def make(
-    dtype: torch.dtype = torch.float32, *, dropout: float = 0.0, seed: int = 1337, world: World | None = None
+    dtype: torch.dtype = torch.float32,
+    *,
+    dropout: float = 0.0,
+    seed: int = 1337,
+    world: World | None = None,
+    batches: BatchSchedule | None = None,
 ) -> TrainStep:
     model = GPT(dataclasses.replace(CONFIG, dropout=dropout))
     model.init_weights(torch.Generator().manual_seed(0))
     flat = FlatParameters(model.train(), dtype, torch.device("cpu"))
     optimizer = AdamW(flat, OptimConfig(weight_decay=0.1), REFERENCE, scale_loss=dtype == torch.float16)
     optimizer.set_lr(1e-2)
-    return TrainStep(model, optimizer, world or World(), seed)
+    return TrainStep(model, optimizer, world or World(), seed, batches)
 
 
 def batch(accumulation: int, size: int, seed: int = 0) -> Tensor:
@@ -126,14 +132,16 @@ class Alone(World):
     def all_reduce_(self, tensor: Tensor) -> None: ...
 
 
-def counters(world: World, accumulation: int, iteration: int, seed: int = 1337) -> list[int]:
+def counters(
+    world: World, accumulation: int, iteration: int, seed: int = 1337, batches: BatchSchedule | None = None
+) -> list[int]:
     """The seeds that the model's micro-batches are given."""
-    step, seen = make(dropout=0.1, seed=seed, world=world), []
+    step, seen = make(dropout=0.1, seed=seed, world=world, batches=batches), []
     forward = step.model.forward
 
-    def spy(idx: Tensor, targets: Tensor, grad_scale: Tensor, counter: Tensor) -> tuple[Tensor, Tensor]:
-        seen.append(int(counter))
-        return forward(idx, targets, grad_scale, counter)
+    def spy(*args: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(int(args[3]))
+        return forward(*args)
 
     step.model.forward = spy  # type: ignore[method-assign, assignment]
     step(batch(accumulation, 1), iteration)
@@ -150,6 +158,21 @@ def test_dropout_counters_do_not_depend_on_the_ranks(ranks: int):
         for number in counters(Alone(rank, ranks), 4 // ranks, iteration)
     ]
     assert seen == [(1337 << 32) + i for i in range(12)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_dropout_counters_go_on_where_a_growing_batch_left_off(ranks: int):
+    ramp, seen = BatchSchedule(2, 8, 5), []
+    for iteration in range(7):
+        mine = ramp.accumulation_at(iteration) // ranks
+        for rank in range(ranks):
+            seen += counters(Alone(rank, ranks), mine, iteration, batches=ramp)
+    assert seen == [(1337 << 32) + i for i in range(2 + 2 + 4 + 4 + 6 + 8 + 8)]
+
+
+def test_a_schedule_that_never_changes_numbers_them_as_none_does():
+    constant = BatchSchedule(4, 4, 0)
+    assert counters(Alone(1, 2), 2, 600_000, batches=constant) == counters(Alone(1, 2), 2, 600_000)
 
 
 def test_runs_of_different_seeds_share_no_counter():
