@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nanogpt_fast.distributed import World
-from nanogpt_fast.model import GPT
+from nanogpt_fast.model import GPT, document_ids
 from nanogpt_fast.ops import exact_device
 from nanogpt_fast.optim import AdamW
 from nanogpt_fast.run.ranges import ALL_REDUCE, BACKWARD, FORWARD, STEP, span
@@ -25,7 +25,8 @@ class TrainStep:
 
     The dropout counter of a micro-batch is its global index, iteration * A_global + rank * A + i, beside the seed: so
     a mask does not depend on how many ranks there are, and a resumed run draws the same ones. batches: counts the
-    micro-batches of earlier iterations where their number changes.
+    micro-batches of earlier iterations where their number changes. eot: the token that ends a document, where
+    attention is to stay inside documents.
     """
 
     def __init__(
@@ -35,8 +36,9 @@ class TrainStep:
         world: World,
         seed: int,
         batches: BatchSchedule | None = None,
+        eot: int | None = None,
     ):
-        self.model, self.optimizer, self.world, self.batches = model, optimizer, world, batches
+        self.model, self.optimizer, self.world, self.batches, self.eot = model, optimizer, world, batches, eot
         self.base = (seed % 2**31) << 32
         self.device = optimizer.m.device
         self.counter = torch.zeros(1, dtype=torch.int64, device=exact_device(self.device))
@@ -56,7 +58,9 @@ class TrainStep:
         total = torch.zeros((), device=self.device)
         for micro in tokens:
             with span(FORWARD):
-                loss, nll = model(micro[:, :-1], micro[:, 1:], grad_scale, self.counter)
+                idx, targets = micro[:, :-1], micro[:, 1:]
+                doc_ids = None if self.eot is None else document_ids(idx, self.eot)
+                loss, nll = model(idx, targets, grad_scale, self.counter, doc_ids)
             with span(BACKWARD):
                 loss.backward()
             total += nll.mean()

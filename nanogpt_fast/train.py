@@ -17,7 +17,7 @@ from nanogpt_fast.data.loader import Loader
 from nanogpt_fast.data.orders import NanogptOrder, ShuffleOrder
 from nanogpt_fast.data.preparation import ensure
 from nanogpt_fast.data.splits import dataset_folder, open_split
-from nanogpt_fast.data.tokenizer import from_json
+from nanogpt_fast.data.tokenizer import end_of_text, from_json
 from nanogpt_fast.data.tokens import TokenSource, check_fingerprint
 from nanogpt_fast.distributed import World
 from nanogpt_fast.dry_run import describe
@@ -61,6 +61,7 @@ def main(argv: list[str]) -> int:
         claim_out_dir(config, world, stack)
         restored = None if config.run.init_from == "scratch" else load_weights(config, say)
         shape = shape_of(config, restored, vocab_size, say)
+        eot = end_of_text(tokenizer, shape.vocab_size) if data.document_mask else None
         if restored and restored.tokenizer_json not in (None, tokenizer):
             log.warning("the data were made with another tokenizer than the one these weights were trained with")
         generator = torch.Generator().manual_seed(config.run.seed + world.rank)
@@ -104,7 +105,7 @@ def main(argv: list[str]) -> int:
         trainer = Trainer(
             config=config,
             world=world,
-            step=TrainStep(model, optimizer, world, config.run.seed, batches),
+            step=TrainStep(model, optimizer, world, config.run.seed, batches, eot),
             loader=loader,
             sources=sources,
             generator=generator if data.data_order == "nanogpt" else None,

@@ -161,6 +161,7 @@ class Trainer:
             block_size=data.block_size,
             generator=self.generator or torch.Generator().manual_seed(seed % 2**63),
             mode=run.eval_mode,
+            eot=self.step.eot,
         )
         if not alone and world.size > 1:
             values = torch.tensor([losses[k] for k in sorted(losses)], dtype=torch.float64, device=world.device)

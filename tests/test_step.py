@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from separate_documents import separately
 from torch import Tensor
 
 from nanogpt_fast.distributed import World
@@ -25,13 +26,14 @@ def make(
     seed: int = 1337,
     world: World | None = None,
     batches: BatchSchedule | None = None,
+    eot: int | None = None,
 ) -> TrainStep:
     model = GPT(dataclasses.replace(CONFIG, dropout=dropout))
     model.init_weights(torch.Generator().manual_seed(0))
     flat = FlatParameters(model.train(), dtype, torch.device("cpu"))
     optimizer = AdamW(flat, OptimConfig(weight_decay=0.1), REFERENCE, scale_loss=dtype == torch.float16)
     optimizer.set_lr(1e-2)
-    return TrainStep(model, optimizer, world or World(), seed, batches)
+    return TrainStep(model, optimizer, world or World(), seed, batches, eot)
 
 
 def batch(accumulation: int, size: int, seed: int = 0) -> Tensor:
@@ -221,6 +223,24 @@ def test_a_step_depends_on_its_iteration_alone():
     first(batch(2, 2, seed=5), 5)
     second(batch(2, 2, seed=5), 5)
     assert torch.equal(master(first), master(second))
+
+
+def test_with_a_mask_the_update_is_that_of_separate_documents():
+    """Loss, and the gradient's norm before clipping, against every document's own forward in float64."""
+    eot, tokens = 7, batch(2, 3)
+    tokens[:, :, 3] = tokens[0, 0, 5] = eot
+    step, exact = make(eot=eot), make().model
+    for parameter in exact.parameters():
+        del parameter.main_grad  # type: ignore[attr-defined]
+        parameter.data, parameter.grad = parameter.data.double(), None
+    ids = tokens.long().flatten(0, 1)
+    loss, _ = separately(exact, ids[:, :-1], ids[:, 1:], eot, 1 / (6 * CONFIG.block_size))
+    loss.backward()
+    norm = math.hypot(*(float(p.grad.norm()) for p in exact.parameters() if p.grad is not None))
+    result = step(tokens, 0)
+    torch.testing.assert_close(result.loss.double(), loss.detach(), rtol=1e-6, atol=0)
+    assert float(result.grad_norm) == pytest.approx(norm, rel=1e-5)
+    assert float(make()(tokens, 0).grad_norm) != pytest.approx(norm, rel=1e-3), "a mask matters here"
 
 
 def test_loss_is_this_ranks_mean():

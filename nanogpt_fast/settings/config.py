@@ -56,6 +56,7 @@ class DataConfig:
     batch_size: int = 12  # sequences a micro-batch
     block_size: int = 1024  # tokens a sequence
     data_order: Literal["shuffle", "nanogpt"] = "shuffle"  # without replacement, or nanoGPT's own random batches
+    document_mask: bool = False  # attention stays inside a document (ended by <|endoftext|>); positions do not restart
     ignore_fingerprint: bool = False  # resume although the data files changed since the checkpoint
 
     def __post_init__(self) -> None:

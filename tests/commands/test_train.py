@@ -241,6 +241,15 @@ def test_figures_follow_a_batch_ramp(folder: Path, capsys: pytest.CaptureFixture
     assert f"# tokens          64, growing to 192 an iteration, {32 * sum(sizes):,} in all" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("meta", [META, ""], ids=["characters", "29 ids of GPT-2"])
+def test_a_document_mask_needs_a_token_that_ends_documents(folder: Path, meta: str):
+    if meta:
+        (folder / "data/toy/meta.json").write_text(meta)
+    with pytest.raises(DataError, match="no token of these data ends a document") as caught:
+        train(folder, document_mask=True)
+    assert "vocab_size = 29" in caught.value.where and "50256" in caught.value.expected
+
+
 def test_another_tokenizer_than_the_weights_is_said(folder: Path, caplog: pytest.LogCaptureFixture):
     train(folder, max_iters=10)
     (folder / "data/toy/meta.json").write_text(META)

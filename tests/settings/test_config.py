@@ -12,7 +12,8 @@ from nanogpt_fast.settings.config import SECTION_OF, Config, GPTConfig
 FLAGS = """
 out_dir init_from eval_interval log_interval eval_iters eval_only eval_mode always_save_checkpoint keep_last
 sample_at_end seed
-dataset data_dir gradient_accumulation_steps batch_ramp batch_size block_size data_order ignore_fingerprint
+dataset data_dir gradient_accumulation_steps batch_ramp batch_size block_size data_order document_mask
+ignore_fingerprint
 n_layer n_head n_embd dropout bias activation vocab_size
 learning_rate max_iters weight_decay beta1 beta2 grad_clip decay_lr schedule decay_ratio
 warmup_iters lr_decay_iters min_lr
