@@ -130,8 +130,11 @@ def _keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**30)
 
 
-def join(device: str, backend: str, gradient_accumulation_steps: int, tf32: bool = True) -> World:
-    """The World of this process: alone, or one of torchrun's (RANK, LOCAL_RANK, WORLD_SIZE are set)."""
+def join(device: str, backend: str, gradient_accumulation_steps: int, ramp_start: int = 0, tf32: bool = True) -> World:
+    """The World of this process: alone, or one of torchrun's (RANK, LOCAL_RANK, WORLD_SIZE are set).
+
+    Raises ConfigError unless all ranks get as many of the micro-batches, at --batch_ramp's start too (0: no ramp).
+    """
     if "RANK" not in os.environ:
         return World(device=_use(resolve_device(device), tf32))
     if missing := [k for k in ("LOCAL_RANK", "WORLD_SIZE") if k not in os.environ]:
@@ -143,14 +146,15 @@ def join(device: str, backend: str, gradient_accumulation_steps: int, tf32: bool
             hint="start with torchrun, or `unset RANK` to train alone",
         )
     rank, local_rank, size = (int(os.environ[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    if gradient_accumulation_steps % size:
-        up = -(-gradient_accumulation_steps // size) * size
-        raise ConfigError(
-            "gradient_accumulation_steps counts the micro-batches of all ranks and must divide by their number",
-            where=f"gradient_accumulation_steps = {gradient_accumulation_steps}, WORLD_SIZE = {size}",
-            expected=f"a multiple of {size}",
-            hint=f"--gradient_accumulation_steps={up}",
-        )
+    for key, count in (("gradient_accumulation_steps", gradient_accumulation_steps), ("batch_ramp", ramp_start)):
+        if count % size:
+            up, rest = -(-count // size) * size, ":ITERS" if key == "batch_ramp" else ""
+            raise ConfigError(
+                f"{key} counts the micro-batches of all ranks and must divide by their number",
+                where=f"{key} = {count}{rest}, WORLD_SIZE = {size}",
+                expected=f"a multiple of {size}{rest}",
+                hint=f"--{key}={up}{rest}",
+            )
     on = resolve_device(device)
     if on.type == "mps" and size > 1:
         raise DeviceError(

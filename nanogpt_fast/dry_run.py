@@ -6,6 +6,7 @@ from nanogpt_fast.data.splits import dataset_folder
 from nanogpt_fast.hardware import flops_per_token, memory_estimate, resolve_peak
 from nanogpt_fast.ops import LOGITS_ROWS, REFERENCE, select_ops
 from nanogpt_fast.restore import restore, shape_of
+from nanogpt_fast.schedule import BatchSchedule
 from nanogpt_fast.settings.cli import to_toml
 from nanogpt_fast.settings.config import Config
 from nanogpt_fast.weights.canonical import GPT2_PADDED
@@ -40,8 +41,10 @@ def describe(config: Config) -> str:
         f"device          {device}, {str(dtype).removeprefix('torch.')}, peak {peak_source}",
     ]
     if not config.run.eval_only:
-        tokens = config.tokens_per_iter * (config.optim.max_iters + 1)
-        rows.append(f"tokens          {config.tokens_per_iter:,} an iteration, {tokens:,} in all")
+        batches = BatchSchedule.of(config.data)
+        tokens, first = batches.tokens_before(config.optim.max_iters + 1), batches.tokens_before(1)
+        ramp = f"{first:,}, growing to " if config.data.batch_ramp else ""
+        rows.append(f"tokens          {ramp}{config.tokens_per_iter:,} an iteration, {tokens:,} in all")
         rows.append(f"compute         {flops / 1e9:.3f} GFLOP a token, {flops * tokens / 1e15:,.3f} PFLOP in all")
         if peak:
             rows.append(

@@ -22,7 +22,7 @@ import torch
 from nanogpt_fast.data.dataset import check_name, read_meta
 from nanogpt_fast.data.documents import read_text
 from nanogpt_fast.data.splits import dataset_folder, open_split
-from nanogpt_fast.data.tokenizer import from_json
+from nanogpt_fast.data.tokenizer import end_of_text, from_json
 from nanogpt_fast.data.tokens import TokenSource
 from nanogpt_fast.distributed import resolve_device, resolve_dtype
 from nanogpt_fast.errors import ConfigError, DataError, run_command
@@ -59,6 +59,7 @@ class EvaluateConfig:
     batch_size: int = 12  # sequences a batch
     block_size: int = 0  # tokens a sequence; 0 takes the model's
     stride: int = 0  # targets a window when windows overlap: fewer give each more context; 0: they do not overlap
+    document_mask: bool | None = None  # attention stays inside a document; by default as the model was trained
     seed: int = 1337  # of the random batches
     device: str = "auto"  # auto | cpu | cuda | cuda:0 | mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on the CPU
@@ -91,10 +92,11 @@ def main(argv: list[str]) -> None:
     with ExitStack() as stack:
         sources, tokenizer_json = open_sources(config, restored, stack)
         token_bytes = bytes_of(tokenizer_json, restored.config.vocab_size)
+        eot = end_of_text(tokenizer_json or {}, restored.config.vocab_size) if config.document_mask else None
         rows = []
         for split, source in sources.items():
             began = time.perf_counter()
-            result = score(model, targets_of(config, source, model, generator), token_bytes)
+            result = score(model, targets_of(config, source, model, generator), token_bytes, eot)
             rows.append(Row(split, result, time.perf_counter() - began))
     facts = {
         "model": restored.source,
@@ -102,6 +104,7 @@ def main(argv: list[str]) -> None:
         "mode": config.eval_mode,
         "block_size": config.block_size,
         "stride": config.stride,
+        "document_mask": config.document_mask,
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
     }
@@ -133,8 +136,8 @@ def parse_config(argv: list[str]) -> EvaluateConfig:
 
 
 def resolve(config: EvaluateConfig, restored: Restored) -> EvaluateConfig:
-    """The same with dataset, split, block_size and stride filled in. Raises ConfigError."""
-    longest = restored.config.block_size
+    """The same with dataset, split, block_size, stride and document_mask filled in. Raises ConfigError."""
+    longest, masked = restored.config.block_size, config.document_mask
     block_size = config.block_size or longest
     stride = config.stride or block_size
     if block_size > longest or stride > block_size:
@@ -166,6 +169,7 @@ def resolve(config: EvaluateConfig, restored: Restored) -> EvaluateConfig:
         split=config.split or ("val" if config.eval_mode == "full" else "train,val"),
         block_size=block_size,
         stride=stride,
+        document_mask=restored.run_config.get("document_mask") is True if masked is None else masked,
     )
 
 
@@ -255,6 +259,7 @@ def table(facts: dict[str, Any], rows: list[Row], published: dict[str, float]) -
     windows = f"windows of {facts['block_size']}" + (
         f", {facts['stride']} apart" if facts["stride"] < facts["block_size"] else ""
     )
+    windows += ", attention inside documents" * facts["document_mask"]
     lines = [
         f"model   {facts['model']}",
         f"data    {facts['data']}: {order}, {windows}",

@@ -221,6 +221,13 @@ def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torc
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 
 
+def document_ids(idx: Tensor, eot: int) -> Tensor:
+    """doc_ids, int32 [B, T], of the documents in each window of idx [B, T]: they ascend from 0, and the end-of-text
+    token `eot` belongs to the document that it ends."""
+    ends = (idx == eot).to(torch.int32)
+    return ends.cumsum(-1, dtype=torch.int32) - ends
+
+
 def _with_block_size(config: GPTConfig, block_size: int) -> GPTConfig:
     if block_size > config.block_size:
         raise ValueError(f"cannot crop block_size {config.block_size} to {block_size}")

@@ -1,4 +1,4 @@
-"""Flat parameters, AdamW over them, and the learning-rate schedule.
+"""Flat parameters and AdamW over them.
 
 Every parameter is a view into one flat buffer, so that the gradient norm, the update, the all-reduce and zeroing are
 each one pass over one tensor.
@@ -141,15 +141,3 @@ class AdamW:
         if self.scale_loss:
             self.scalars[LOSS_SCALE] = numbers.get("loss_scale", 65536.0)
             self.good_steps.fill_(int(numbers.get("good_steps", 0)))
-
-
-def learning_rate(it: int, config: OptimConfig) -> float:
-    """The rate of iteration `it`: linear warm-up, cosine down to min_lr, then min_lr (nanoGPT's get_lr)."""
-    if not config.decay_lr:
-        return config.learning_rate
-    if it < config.warmup_iters:
-        return config.learning_rate * (it + 1) / (config.warmup_iters + 1)
-    if it > config.lr_decay_iters:
-        return config.min_lr
-    progress = (it - config.warmup_iters) / max(1, config.lr_decay_iters - config.warmup_iters)
-    return config.min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (config.learning_rate - config.min_lr)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nanogpt_fast.data.loader import full_split, random_batches, read_windows
 from nanogpt_fast.data.tokens import TokenSource
-from nanogpt_fast.model import GPT
+from nanogpt_fast.model import GPT, document_ids
 from nanogpt_fast.ops import exact_device
 
 Mode = Literal["random", "full"]
@@ -54,15 +54,20 @@ def stack_for(model: GPT, batch_size: int, block_size: int) -> int:
 
 
 @torch.no_grad()
-def score(model: GPT, batches: Iterable[Batch], token_bytes: np.ndarray | None = None) -> Score:
-    """Sum over all targets, in evaluation mode; the model's mode is put back after."""
+def score(model: GPT, batches: Iterable[Batch], token_bytes: np.ndarray | None = None, eot: int | None = None) -> Score:
+    """Sum over all targets, in evaluation mode; the model's mode is put back after.
+
+    eot: the token that ends a document; with it attention stays inside documents.
+    """
     device, was_training = model.transformer.wte.weight.device, model.training
     total = torch.zeros((), dtype=torch.float64, device=exact_device(device))  # CUDA waits once, not a batch
     tokens = text_bytes = 0
     model.eval()
     try:
         for idx, targets in batches:
-            _, nll = model(idx.to(device), targets.to(device))
+            idx = idx.to(device)
+            doc_ids = None if eot is None else document_ids(idx, eot)
+            _, nll = model(idx, targets.to(device), doc_ids=doc_ids)
             total += nll.to(total.device).sum(dtype=torch.float64)
             valid = targets[targets >= 0]
             tokens += len(valid)
@@ -82,11 +87,12 @@ def estimate_loss(
     block_size: int,
     generator: torch.Generator,
     mode: Mode = "random",
+    eot: int | None = None,
 ) -> dict[str, float]:
     """{split: mean loss}, split after split in the order of sources.
 
     random: nanoGPT's estimate, eval_iters batches a split drawn from generator. full: every token of val once, and the
-    estimate for train, whose whole is too long for an evaluation (9 billion tokens of OpenWebText).
+    estimate for train, whose whole is too long for an evaluation (9 billion tokens of OpenWebText). eot: see score.
     """
     stack = stack_for(model, batch_size, block_size)
     settings = {"eval_iters": eval_iters, "batch_size": batch_size, "block_size": block_size, "stack": stack}
@@ -96,7 +102,7 @@ def estimate_loss(
             batches = random_targets(source, model.config.vocab_size, generator=generator, **settings)
         else:
             batches = all_targets(source, model.config.vocab_size, batch_size=stack * batch_size, block_size=block_size)
-        losses[split] = score(model, batches).loss
+        losses[split] = score(model, batches, eot=eot).loss
     return losses
 
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from nanogpt_fast.distributed import World
 from nanogpt_fast.graphs import Graphs
 from nanogpt_fast.guards import LossGuard
-from nanogpt_fast.model import GPT
+from nanogpt_fast.model import GPT, document_ids
 from nanogpt_fast.ops import exact_device
 from nanogpt_fast.optim import AdamW
 from nanogpt_fast.run.ranges import ALL_REDUCE, BACKWARD, FORWARD, STEP, span
+from nanogpt_fast.schedule import BatchSchedule
 
 LOSS, STOP, GRAD_NORM, REFUSED, BAD_STEPS, LOSS_SCALE = range(6)  # slots of a step's report
 SHARED = slice(LOSS, GRAD_NORM)  # those that are summed over the ranks
@@ -62,7 +63,9 @@ class TrainStep:
     """step(batch, iteration) -> StepResult; batch [A, B, T + 1] token ids, A this rank's micro-batches.
 
     The dropout counter of a micro-batch is its global index, iteration * A_global + rank * A + i, beside the seed: so
-    a mask does not depend on how many ranks there are, and a resumed run draws the same ones.
+    a mask does not depend on how many ranks there are, and a resumed run draws the same ones. batches: counts the
+    micro-batches of earlier iterations where their number changes. eot: the token that ends a document, where
+    attention is to stay inside documents.
     """
 
     def __init__(
@@ -71,10 +74,12 @@ class TrainStep:
         optimizer: AdamW,
         world: World,
         seed: int,
+        batches: BatchSchedule | None = None,
+        eot: int | None = None,
         graphs: Graphs | None = None,
         guard: LossGuard | None = None,
     ):
-        self.model, self.optimizer, self.world = model, optimizer, world
+        self.model, self.optimizer, self.world, self.batches, self.eot = model, optimizer, world, batches, eot
         self.base = (seed % 2**31) << 32
         self.device = optimizer.m.device
         exact = exact_device(self.device)
@@ -103,7 +108,8 @@ class TrainStep:
         if self._tokens.shape != batch.shape[1:] or self._tokens.dtype != batch.dtype:
             self._tokens = torch.empty(batch.shape[1:], dtype=batch.dtype, device=self.counter.device)
             self._micro_step = self._graphs.replayed("the micro-step", self._accumulate)
-        self.counter.fill_(self.base + iteration * micro_batches + world.rank * A)
+        before = self.batches.micro_batches_before(iteration) if self.batches else iteration * micro_batches
+        self.counter.fill_(self.base + before + world.rank * A)
         self._grad_scale.copy_((self.optimizer.loss_scale / (micro_batches * B * T)).float())  # MPS knows no float64
         self._loss.zero_()
         for micro_batch in batch:
@@ -122,8 +128,10 @@ class TrainStep:
     def _accumulate(self) -> None:
         """Forward and backward of the micro-batch in place, added to the flat gradient and to the loss."""
         tokens = self._tokens.to(torch.int64).to(self.device)
+        idx, targets = tokens[:, :-1], tokens[:, 1:]
         with span(FORWARD):
-            loss, nll = self.model(tokens[:, :-1], tokens[:, 1:], self._grad_scale, self.counter)
+            doc_ids = None if self.eot is None else document_ids(idx, self.eot)
+            loss, nll = self.model(idx, targets, self._grad_scale, self.counter, doc_ids)
         with span(BACKWARD):
             loss.backward()
         self._loss += nll.mean()

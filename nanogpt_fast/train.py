@@ -17,7 +17,7 @@ from nanogpt_fast.data.loader import Loader
 from nanogpt_fast.data.orders import NanogptOrder, ShuffleOrder
 from nanogpt_fast.data.preparation import ensure
 from nanogpt_fast.data.splits import dataset_folder, open_split
-from nanogpt_fast.data.tokenizer import from_json
+from nanogpt_fast.data.tokenizer import end_of_text, from_json
 from nanogpt_fast.data.tokens import TokenSource, check_fingerprint
 from nanogpt_fast.distributed import World
 from nanogpt_fast.dry_run import describe
@@ -34,6 +34,7 @@ from nanogpt_fast.restore import Restored, restore, shape_of
 from nanogpt_fast.run import checkpoint, tracing
 from nanogpt_fast.run.log import RunLog
 from nanogpt_fast.run.rundir import RunLock, clean_stale, probe_writable
+from nanogpt_fast.schedule import BatchSchedule
 from nanogpt_fast.settings.cli import load_config, to_toml
 from nanogpt_fast.settings.config import Config, GPTConfig
 from nanogpt_fast.step import TrainStep
@@ -49,17 +50,20 @@ def main(argv: list[str]) -> int:
         print(describe(config))
         return 0
     with ExitStack() as stack:
-        system = config.system
-        world = distributed.join(system.device, system.backend, config.data.gradient_accumulation_steps, system.tf32)
+        data, batches, system = config.data, BatchSchedule.of(config.data), config.system
+        world = distributed.join(system.device, system.backend, batches.full, batches.start, system.tf32)
         stack.callback(world.close)
         say = print if world.is_main else lambda *_: None
         logging.getLogger("nanogpt_fast").setLevel(logging.WARNING if world.is_main else logging.ERROR)
         ops = select_ops(config.system.kernels, world.device.type)
         say(f"tokens per iteration will be: {config.tokens_per_iter:,}")
+        if data.batch_ramp:
+            say(f"from iteration {batches.ramp} on; the first one has {batches.tokens_before(1):,}")
         sources, vocab_size, tokenizer = open_data(config, stack, say)
         claim_out_dir(config, world, stack)
         restored = None if config.run.init_from == "scratch" else load_weights(config, say)
         shape = shape_of(config, restored, vocab_size, say)
+        eot = end_of_text(tokenizer, shape.vocab_size) if data.document_mask else None
         if restored and restored.tokenizer_json not in (None, tokenizer):
             log.warning("the data were made with another tokenizer than the one these weights were trained with")
         generator = torch.Generator().manual_seed(config.run.seed + world.rank)
@@ -75,17 +79,17 @@ def main(argv: list[str]) -> int:
         order, fingerprint = order_data(config, sources["train"], resumed, generator)
         start = resumed.step if resumed else 0
         agree_on_start(world, start)
-        accumulation = config.data.gradient_accumulation_steps
-        samples = start * accumulation * config.data.batch_size
+        samples = batches.micro_batches_before(start) * data.batch_size
         loader = stack.enter_context(
             Loader(
                 order,
-                batch_size=config.data.batch_size,
-                accumulation=accumulation,
+                batch_size=data.batch_size,
+                accumulation=batches.accumulation_at,
                 vocab_size=shape.vocab_size,
                 rank=world.rank,
                 world_size=world.size,
                 start_sample=resumed.state.get("samples_seen", samples) if resumed else 0,
+                start_iteration=start,
                 pin_memory=world.device.type == "cuda",
             )
         )
@@ -101,14 +105,15 @@ def main(argv: list[str]) -> int:
         if not config.run.eval_only:  # an evaluation adds a line to the run's metrics, it is no new run
             run_log.run(**run_facts(config, shape, start, dtype, peak.source))
         facts = tracing.facts_of(config, model.config, world.device, dtype, world.size) if world.is_main else {}
+        facts["micro_steps"] = batches.accumulation_at(config.system.window.start) // world.size
         window = tracing.window_of_run(config, start, world.device, model, facts) if world.is_main else tracing.Window()
         trainer = Trainer(
             config=config,
             world=world,
-            step=TrainStep(model, optimizer, world, config.run.seed, graphs, guard),
+            step=TrainStep(model, optimizer, world, config.run.seed, batches, eot, graphs, guard),
             loader=loader,
             sources=sources,
-            generator=generator if config.data.data_order == "nanogpt" else None,
+            generator=generator if data.data_order == "nanogpt" else None,
             log=run_log,
             tokenizer=tokenizer,
             fingerprint=fingerprint,

@@ -16,12 +16,12 @@ from nanogpt_fast.data.tokens import TokenSource
 from nanogpt_fast.distributed import World
 from nanogpt_fast.errors import CheckpointError, DeviceError, DivergedError
 from nanogpt_fast.hardware import Peak, flops_per_token
-from nanogpt_fast.optim import learning_rate
 from nanogpt_fast.run import checkpoint, ranges
 from nanogpt_fast.run.log import RunLog
 from nanogpt_fast.run.ranges import span
 from nanogpt_fast.run.stopping import StopSignals
 from nanogpt_fast.run.tracing import Window
+from nanogpt_fast.schedule import BatchSchedule, learning_rate
 from nanogpt_fast.scoring import estimate_loss
 from nanogpt_fast.settings.config import Config
 from nanogpt_fast.step import Reading, Report, TrainStep
@@ -61,7 +61,8 @@ class Trainer:
         self.window.say = self.log.line
         self.out_dir = Path(self.config.run.out_dir)
         self.model, self.optimizer = self.step.model, self.step.optimizer
-        self._flops = {k: v * self.config.tokens_per_iter for k, v in flops_per_token(self.model.config).items()}
+        self._batches = BatchSchedule.of(self.config.data)
+        self._flops_per_token = flops_per_token(self.model.config)
         self._evaluated: tuple[int, float] | None = None  # (iteration, val loss) of the last evaluation
         self._failed_saves, self._saved_step = 0, -1
         self._launched: deque[Launched] = deque()
@@ -81,7 +82,7 @@ class Trainer:
             try:
                 with self.window as window:
                     for iteration in range(self.start, end):
-                        self._tick += window.reach(iteration, self._step_ms())
+                        self._tick += window.reach(iteration, self._step_ms(iteration))
                         with span(ranges.ITERATION):
                             self._iterate(iteration, stop.received is not None)
                         if self._votes if self.world.size > 1 else stop.received is not None:
@@ -162,12 +163,13 @@ class Trainer:
     def _out_of_memory(self, error: Exception) -> DeviceError:
         data = self.config.data
         smaller = max(1, data.batch_size // 2)
-        accumulation = data.gradient_accumulation_steps * data.batch_size // smaller
+        start, accumulation = (n * data.batch_size // smaller for n in (self._batches.start, self._batches.full))
+        ramp = f" --batch_ramp={start}:{self._batches.ramp}" if data.batch_ramp else ""
         return DeviceError(
             "the device ran out of memory",
             where=f"{self.world.device}, batch_size = {data.batch_size}, block_size = {data.block_size}",
             found=str(error).splitlines()[0],
-            hint=f"--batch_size={smaller} --gradient_accumulation_steps={accumulation} trains on the same tokens",
+            hint=f"--batch_size={smaller} --gradient_accumulation_steps={accumulation}{ramp} trains on the same tokens",
         )
 
     def resume_line(self, step: int) -> str:
@@ -212,6 +214,7 @@ class Trainer:
             block_size=data.block_size,
             generator=self.generator or torch.Generator().manual_seed(seed % 2**63),
             mode=run.eval_mode,
+            eot=self.step.eot,
         )
         if not alone and world.size > 1:
             values = torch.tensor([losses[k] for k in sorted(losses)], dtype=torch.float64, device=world.device)
@@ -227,7 +230,7 @@ class Trainer:
             "val_perplexity": perplexity,
             "lr": learning_rate(iteration, self.config.optim),
             "mfu": _percent(self.peak.mfu(self._flops_per_s or 0.0)),
-            "tokens": float(iteration * self.config.tokens_per_iter),
+            "tokens": float(self._batches.tokens_before(iteration)),
             "elapsed_s": self.log.elapsed,
         }
         text = f"step {iteration}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
@@ -268,20 +271,23 @@ class Trainer:
         self._tick, self._since_log, self._clipped, self._traced = time.perf_counter(), 0, 0, False
         self.loader.take_wait()
 
-    def _step_ms(self) -> float | None:
-        """Milliseconds an iteration took lately, by nanoGPT's running mean; None until that has settled."""
+    def _step_ms(self, iteration: int) -> float | None:
+        """Milliseconds the iteration takes by nanoGPT's running mean of the rate; None until that has settled."""
+        tokens = self._batches.tokens_before(iteration + 1) - self._batches.tokens_before(iteration)
         rate = self._flops_per_s
-        return self._flops["nanogpt"] / self.world.size / rate * 1e3 if rate else None
+        return self._flops_per_token["nanogpt"] * tokens / self.world.size / rate * 1e3 if rate else None
 
     def _log_iteration(self, iteration: int, report: Report) -> None:
         loss, norm = report.loss, report.grad_norm
         now = time.perf_counter()
         seconds, clipped = (now - self._tick) / self._since_log, 100.0 * self._clipped / self._since_log
+        seen = self._batches.tokens_before(iteration + 1)
+        tokens = (seen - self._batches.tokens_before(iteration + 1 - self._since_log)) / self._since_log
         wait = self.loader.take_wait() / (now - self._tick)
         traced = self._traced
         self._tick, self._since_log, self._clipped, self._traced = now, 0, 0, False
-        tokens_per_s = self.config.tokens_per_iter / seconds
-        rates = {name: flops / seconds / self.world.size for name, flops in self._flops.items()}
+        tokens_per_s = tokens / seconds
+        rates = {name: flops * tokens / seconds / self.world.size for name, flops in self._flops_per_token.items()}
         if iteration - self.start >= 5 and not traced:  # nanoGPT: let the loop settle first
             running, rate = self._flops_per_s, rates["nanogpt"]
             self._flops_per_s = rate if running is None else 0.9 * running + 0.1 * rate
@@ -298,10 +304,10 @@ class Trainer:
             "mfu": mfu["nanogpt"],
             "mfu_llmc": mfu["llmc"],
             "data_wait": wait * 100,
-            "tokens": float((iteration + 1) * self.config.tokens_per_iter),
+            "tokens": float(seen),
             "elapsed_s": self.log.elapsed,
         }
-        eta = seconds * (self.config.optim.max_iters - iteration)
+        eta = (self._batches.tokens_before(self.config.optim.max_iters + 1) - seen) / tokens_per_s
         rest = f"grad norm {norm:.3f}, {tokens_per_s / 1e3:,.1f}K tok/s, data wait {wait * 100:.1f}%, eta {_clock(eta)}"
         while_tracing = " (tracing)" if traced else ""  # slower than the run is: in no average, without an MFU
         line = f"iter {iteration}: loss {loss:.4f}, time {seconds * 1e3:.2f}ms{while_tracing}, mfu {shown}"

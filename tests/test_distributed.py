@@ -119,6 +119,14 @@ def test_accumulation_must_divide_by_the_ranks(environment: pytest.MonkeyPatch):
     assert error.value.hint == "--gradient_accumulation_steps=8" and error.value.exit_code == 2
 
 
+def test_a_ramps_start_must_divide_by_the_ranks_too(environment: pytest.MonkeyPatch):
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}.items():
+        environment.setenv(name, value)
+    with pytest.raises(ConfigError, match="batch_ramp = 6:ITERS, WORLD_SIZE = 4") as error:
+        join("cpu", "nccl", 16, 6)
+    assert error.value.hint == "--batch_ramp=8:ITERS"
+
+
 def test_half_an_environment_is_an_error(environment: pytest.MonkeyPatch):
     environment.setenv("RANK", "0")
     with pytest.raises(ConfigError, match="no LOCAL_RANK and no WORLD_SIZE"):

@@ -1,4 +1,4 @@
-"""Flat parameters, decay segments, the loss scale, optimizer state, and nanoGPT's learning-rate schedule."""
+"""Flat parameters, decay segments, the loss scale, and optimizer state."""
 
 import copy
 import dataclasses
@@ -10,7 +10,7 @@ from torch import nn
 
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import LOSS_SCALE, LR, REFERENCE, STEP
-from nanogpt_fast.optim import ALIGNMENT, RANKS, AdamW, FlatParameters, learning_rate
+from nanogpt_fast.optim import ALIGNMENT, RANKS, AdamW, FlatParameters
 from nanogpt_fast.settings.config import GPTConfig, OptimConfig
 
 CONFIG = GPTConfig(block_size=8, vocab_size=37, n_layer=2, n_head=2, n_embd=12, bias=True)
@@ -230,38 +230,6 @@ def test_loss_scale_of_a_float16_run_is_not_taken_by_another():
     tensors, _ = full.state_dict()
     half.load_state_dict(tensors, {"optimizer_step": 7})
     assert half.scalars[LOSS_SCALE] == 65536.0 and half.scalars[STEP] == 7
-
-
-# ---- the schedule ----
-
-
-def nanogpt_lr(it: int, peak: float, floor: float, warmup: int, end: int) -> float:
-    """nanoGPT's schedule from its description: a line up, half a cosine down, then flat."""
-    if it < warmup:
-        return peak * (it + 1) / (warmup + 1)
-    if it > end:
-        return floor
-    angle = math.pi * (it - warmup) / (end - warmup)
-    return floor + (peak - floor) * (1 + math.cos(angle)) / 2
-
-
-@pytest.mark.parametrize(("warmup", "end"), [(10, 100), (0, 50), (99, 100), (2000, 600_000)])
-def test_learning_rate_is_nanogpts(warmup: int, end: int):
-    config = OptimConfig(learning_rate=6e-4, min_lr=6e-5, warmup_iters=warmup, lr_decay_iters=end)
-    its = [0, 1, warmup - 1, warmup, warmup + 1, (warmup + end) // 2, end - 1, end, end + 1, 10 * end]
-    for it in (i for i in its if i >= 0):
-        assert learning_rate(it, config) == pytest.approx(nanogpt_lr(it, 6e-4, 6e-5, warmup, end), rel=1e-12), it
-    assert learning_rate(warmup, config) == 6e-4 and learning_rate(end + 1, config) == 6e-5
-
-
-def test_learning_rate_where_nanogpt_divides_by_zero():
-    config = OptimConfig(learning_rate=6e-4, min_lr=6e-5, warmup_iters=10, lr_decay_iters=10)
-    assert [learning_rate(it, config) for it in (9, 10, 11)] == [6e-4 * 10 / 11, 6e-4, 6e-5]
-
-
-def test_constant_learning_rate_has_no_warm_up():
-    config = OptimConfig(learning_rate=3e-4, decay_lr=False, warmup_iters=100)
-    assert {learning_rate(it, config) for it in (0, 50, 10**7)} == {3e-4}
 
 
 def test_set_lr_reaches_the_update():

@@ -44,6 +44,7 @@ def build(
     shape: GPTConfig = SMALL,
     dtype: torch.dtype = torch.bfloat16,
     config: Config | None = None,
+    eot: int | None = None,
     **model: Any,
 ) -> TrainStep:
     optim = config.optim if config else OptimConfig(skip_step_sigma=6.0)
@@ -51,7 +52,7 @@ def build(
         network = GPT(shape, ops, **model).train()
     optimizer = AdamW(FlatParameters(network, dtype, META), optim, ops, scale_loss=dtype == torch.float16)
     guard = LossGuard(optim.skip_step_sigma, optim.skip_step_window, META)
-    return TrainStep(network, optimizer, World(device=META), 1337, Pieces(call), guard)
+    return TrainStep(network, optimizer, World(device=META), 1337, eot=eot, graphs=Pieces(call), guard=guard)
 
 
 def two_steps(step: TrainStep, accumulation: int, batch_size: int = 2) -> None:
@@ -87,6 +88,7 @@ FEATURES = {
     "float32 residual": {"residual_dtype": torch.float32},
     "no dropout, no bias": {"shape": dataclasses.replace(SMALL, dropout=0.0, bias=False)},
     "recomputed": {"recompute": True},
+    "documents": {"eot": 3},
     "tanh": {"shape": dataclasses.replace(SMALL, activation="gelu_tanh")},
 }
 

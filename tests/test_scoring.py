@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from random_weights import random_weights
+from separate_documents import separately
 from torch import Tensor
 from twin import Twin
 
@@ -134,6 +135,25 @@ def test_full_mode_reads_all_of_val_and_samples_train(model: GPT, sources: dict[
     assert torch.equal(full.get_state(), random.get_state()), "val draws nothing"
 
 
+@torch.no_grad()
+def test_with_a_mask_documents_are_scored_apart(model: GPT, sources: dict[str, TokenSource]):
+    """In both modes, and the windows that a file's end leaves short."""
+    eot = int(np.bincount(np.fromfile(sources["val"].files[0].path, "<u2")).argmax())  # a token that comes often
+    settings: dict[str, Any] = {"eval_iters": 3, "batch_size": 4, "block_size": T}
+    ours, theirs = (torch.Generator().manual_seed(5) for _ in range(2))
+    found = scoring.estimate_loss(model, sources, mode="full", generator=ours, eot=eot, **settings)
+    batches = {
+        "train": scoring.random_targets(sources["train"], VOCAB, generator=theirs, stack=1, **settings),
+        "val": scoring.all_targets(sources["val"], VOCAB, batch_size=7, block_size=T),
+    }
+    for split, rows in batches.items():
+        nll, targets = zip(*((separately(model, *batch, eot)[1], batch[1]) for batch in rows))
+        count = int((torch.cat(targets) >= 0).sum())
+        assert found[split] == pytest.approx(float(torch.cat(nll).sum()) / count, rel=1e-6)
+    unmasked = scoring.estimate_loss(model, sources, mode="full", generator=ours, **settings)
+    assert abs(found["val"] - unmasked["val"]) > 1e-4
+
+
 def test_the_mode_is_put_back_and_dropout_is_off(sources: dict[str, TokenSource]):
     model = GPT(dataclasses.replace(WEIGHTS.model_args, dropout=0.5))
     model.load_state_dict(WEIGHTS.model)
@@ -165,7 +185,7 @@ class Uniform(torch.nn.Module):
         self.vocab_size = vocab_size
         self.transformer = torch.nn.ModuleDict({"wte": torch.nn.Embedding(vocab_size, 1)})
 
-    def forward(self, idx: Tensor, targets: Tensor) -> tuple[None, Tensor]:
+    def forward(self, idx: Tensor, targets: Tensor, doc_ids: Tensor | None) -> tuple[None, Tensor]:
         return None, torch.where(targets >= 0, math.log(self.vocab_size), 0.0).flatten()
 
 

@@ -5,12 +5,14 @@ import math
 
 import pytest
 import torch
+from separate_documents import separately
 from torch import Tensor
 
 from nanogpt_fast.distributed import World
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import REFERENCE
 from nanogpt_fast.optim import STEP, AdamW, FlatParameters
+from nanogpt_fast.schedule import BatchSchedule
 from nanogpt_fast.settings.config import GPTConfig, OptimConfig
 from nanogpt_fast.step import TrainStep
 
@@ -18,14 +20,20 @@ CONFIG = GPTConfig(block_size=8, vocab_size=29, n_layer=2, n_head=2, n_embd=16, 
 
 
 def make(
-    dtype: torch.dtype = torch.float32, *, dropout: float = 0.0, seed: int = 1337, world: World | None = None
+    dtype: torch.dtype = torch.float32,
+    *,
+    dropout: float = 0.0,
+    seed: int = 1337,
+    world: World | None = None,
+    batches: BatchSchedule | None = None,
+    eot: int | None = None,
 ) -> TrainStep:
     model = GPT(dataclasses.replace(CONFIG, dropout=dropout))
     model.init_weights(torch.Generator().manual_seed(0))
     flat = FlatParameters(model.train(), dtype, torch.device("cpu"))
     optimizer = AdamW(flat, OptimConfig(weight_decay=0.1), REFERENCE, scale_loss=dtype == torch.float16)
     optimizer.set_lr(1e-2)
-    return TrainStep(model, optimizer, world or World(), seed)
+    return TrainStep(model, optimizer, world or World(), seed, batches, eot)
 
 
 def batch(accumulation: int, size: int, seed: int = 0) -> Tensor:
@@ -131,14 +139,16 @@ class Alone(World):
     def all_reduce_(self, tensor: Tensor) -> None: ...
 
 
-def counters(world: World, accumulation: int, iteration: int, seed: int = 1337) -> list[int]:
+def counters(
+    world: World, accumulation: int, iteration: int, seed: int = 1337, batches: BatchSchedule | None = None
+) -> list[int]:
     """The seeds that the model's micro-batches are given."""
-    step, seen = make(dropout=0.1, seed=seed, world=world), []
+    step, seen = make(dropout=0.1, seed=seed, world=world, batches=batches), []
     forward = step.model.forward
 
-    def spy(idx: Tensor, targets: Tensor, grad_scale: Tensor, counter: Tensor) -> tuple[Tensor, Tensor]:
-        seen.append(int(counter))
-        return forward(idx, targets, grad_scale, counter)
+    def spy(*args: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(int(args[3]))
+        return forward(*args)
 
     step.model.forward = spy  # type: ignore[method-assign, assignment]
     step(batch(accumulation, 1), iteration)
@@ -155,6 +165,21 @@ def test_dropout_counters_do_not_depend_on_the_ranks(ranks: int):
         for number in counters(Alone(rank, ranks), 4 // ranks, iteration)
     ]
     assert seen == [(1337 << 32) + i for i in range(12)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_dropout_counters_go_on_where_a_growing_batch_left_off(ranks: int):
+    ramp, seen = BatchSchedule(2, 8, 5), []
+    for iteration in range(7):
+        mine = ramp.accumulation_at(iteration) // ranks
+        for rank in range(ranks):
+            seen += counters(Alone(rank, ranks), mine, iteration, batches=ramp)
+    assert seen == [(1337 << 32) + i for i in range(2 + 2 + 4 + 4 + 6 + 8 + 8)]
+
+
+def test_a_schedule_that_never_changes_numbers_them_as_none_does():
+    constant = BatchSchedule(4, 4, 0)
+    assert counters(Alone(1, 2), 2, 600_000, batches=constant) == counters(Alone(1, 2), 2, 600_000)
 
 
 def test_runs_of_different_seeds_share_no_counter():
@@ -203,6 +228,24 @@ def test_a_step_depends_on_its_iteration_alone():
     first(batch(2, 2, seed=5), 5)
     second(batch(2, 2, seed=5), 5)
     assert torch.equal(master(first), master(second))
+
+
+def test_with_a_mask_the_update_is_that_of_separate_documents():
+    """Loss, and the gradient's norm before clipping, against every document's own forward in float64."""
+    eot, tokens = 7, batch(2, 3)
+    tokens[:, :, 3] = tokens[0, 0, 5] = eot
+    step, exact = make(eot=eot), make().model
+    for parameter in exact.parameters():
+        del parameter.main_grad  # type: ignore[attr-defined]
+        parameter.data, parameter.grad = parameter.data.double(), None
+    ids = tokens.long().flatten(0, 1)
+    loss, _ = separately(exact, ids[:, :-1], ids[:, 1:], eot, 1 / (6 * CONFIG.block_size))
+    loss.backward()
+    norm = math.hypot(*(float(p.grad.norm()) for p in exact.parameters() if p.grad is not None))
+    result = step(tokens, 0)
+    torch.testing.assert_close(result.loss.double(), loss.detach(), rtol=1e-6, atol=0)
+    assert float(result.grad_norm) == pytest.approx(norm, rel=1e-5)
+    assert float(make()(tokens, 0).grad_norm) != pytest.approx(norm, rel=1e-3), "a mask matters here"
 
 
 def test_loss_is_this_ranks_mean():

@@ -33,7 +33,7 @@ def build(mode: Mode, ops: Ops, dtype: torch.dtype, shape: GPTConfig = SHAPE) ->
     model.init_weights(torch.Generator().manual_seed(0))
     optimizer = AdamW(FlatParameters(model.train(), dtype, device), OptimConfig(), ops, dtype == torch.float16)
     guard = LossGuard(6.0, 16, device)
-    return TrainStep(model, optimizer, World(device=device), 1337, Graphs(device, mode), guard)
+    return TrainStep(model, optimizer, World(device=device), 1337, graphs=Graphs(device, mode), guard=guard)
 
 
 def batch(iteration: int, accumulation: int = 2, size: int = 4) -> torch.Tensor:

@@ -220,6 +220,21 @@ def gpt2_tokenizer(vocab_bpe: Path | None = None) -> Gpt2Tokenizer:
     return Gpt2Tokenizer(find_vocab_bpe(vocab_bpe))
 
 
+def end_of_text(value: dict[str, Any], vocab_size: int) -> int:
+    """The id that ends a document, of meta.json's `tokenizer`, without loading it.
+
+    Raises DataError where it has none, or a model of vocab_size ids does not know it.
+    """
+    if value.get("kind") == "gpt2" and Gpt2Tokenizer.eot < vocab_size:
+        return Gpt2Tokenizer.eot
+    raise DataError(
+        "--document_mask: no token of these data ends a document",
+        where=f"tokenizer {value.get('kind')!r}, vocab_size = {vocab_size}",
+        expected=f"GPT-2's tokens, whose {EOT} is {Gpt2Tokenizer.eot}",
+        hint="--document_mask=False, or prepare the text with --tokenizer=gpt2",
+    )
+
+
 def from_json(value: dict[str, Any]) -> Tokenizer:
     """The tokenizer that to_json() described (meta.json's `tokenizer`)."""
     kind = value.get("kind")

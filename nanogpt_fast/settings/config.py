@@ -52,14 +52,30 @@ class DataConfig:
     dataset: str = "openwebtext"  # name of a folder in data_dir holding train.bin and val.bin, or a glob of shards
     data_dir: str = "data"  # parent of the dataset folders
     gradient_accumulation_steps: int = 5 * 8  # micro-batches an iteration, over all ranks together
+    batch_ramp: str = ""  # START:ITERS, from START micro-batches linearly up to all of them by iteration ITERS: 8:2000
     batch_size: int = 12  # sequences a micro-batch
     block_size: int = 1024  # tokens a sequence
     data_order: Literal["shuffle", "nanogpt"] = "shuffle"  # without replacement, or nanoGPT's own random batches
+    document_mask: bool = False  # attention stays inside a document (ended by <|endoftext|>); positions do not restart
     ignore_fingerprint: bool = False  # resume although the data files changed since the checkpoint
 
     def __post_init__(self) -> None:
         for key in ("gradient_accumulation_steps", "batch_size", "block_size"):
             require_range(getattr(self, key) >= 1, key, "a whole number >= 1", getattr(self, key))
+        _ = self.ramp
+
+    @property
+    def ramp(self) -> tuple[int, int, int]:
+        """(micro-batches of the first iteration, of the last, iterations from one to the other), which is 0 without
+        --batch_ramp. ConfigError for anything but START:ITERS."""
+        full = self.gradient_accumulation_steps
+        if not self.batch_ramp:
+            return full, full, 0
+        found = re.fullmatch(r"(\d{1,12}):(\d{1,12})", self.batch_ramp)
+        start, iterations = (int(found[1]), int(found[2])) if found else (0, 0)
+        rule = f"START:ITERS, two whole numbers, 1 <= START <= gradient_accumulation_steps = {full}, ITERS >= 1: 8:2000"
+        require_range(1 <= start <= full and iterations >= 1, "batch_ramp", rule, self.batch_ramp)
+        return start, full, iterations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,10 +160,12 @@ class OptimConfig:
     skip_step_sigma: float = 0.0  # skip an update whose loss is so many standard deviations above the mean; 0 never
     skip_step_window: int = 128  # ... of so many losses before it
     max_bad_steps: int = 10  # stop after so many updates in a row that were skipped or not finite
-    decay_lr: bool = True  # cosine decay after the warm-up; False keeps learning_rate
+    decay_lr: bool = True  # warm up and follow the schedule; False keeps learning_rate from the first iteration on
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"  # after the warm-up; wsd: stable, then decay
+    decay_ratio: float = 0.2  # of lr_decay_iters, at its end, is wsd's decay: a line to min_lr
     warmup_iters: int = 2000  # linear warm-up, iterations
-    lr_decay_iters: int = 600_000  # the cosine ends here; usually max_iters
-    min_lr: float = 6e-5  # the cosine ends at this rate; usually learning_rate / 10
+    lr_decay_iters: int = 600_000  # the decay ends here; usually max_iters
+    min_lr: float = 6e-5  # the decay ends at this rate; usually learning_rate / 10
 
     def __post_init__(self) -> None:
         for key in ("learning_rate", "min_lr", "weight_decay", "grad_clip", "skip_step_sigma"):
@@ -159,6 +177,27 @@ class OptimConfig:
             require_range(getattr(self, key) >= 0, key, ">= 0", getattr(self, key))
         require_range(self.skip_step_window >= 2, "skip_step_window", ">= 2", self.skip_step_window)
         require_range(self.max_bad_steps >= 1, "max_bad_steps", ">= 1", self.max_bad_steps)
+        require_range(0.0 < self.decay_ratio <= 1.0, "decay_ratio", "0 < decay_ratio <= 1", self.decay_ratio)
+        if not self.decay_lr and self.schedule != "cosine":
+            raise ConfigError(
+                "--schedule contradicts --decay_lr=False, which keeps learning_rate without a warm-up",
+                where=f"schedule = {self.schedule!r}, decay_lr = False",
+                expected="one of the two",
+                hint="--schedule=constant alone warms up and stays",
+            )
+        if self.schedule == "wsd" and self.warmup_iters > self.decay_begins:
+            raise ConfigError(
+                "the decay begins before the warm-up ends",
+                where=f"warmup_iters = {self.warmup_iters}, lr_decay_iters = {self.lr_decay_iters}, "
+                f"decay_ratio = {self.decay_ratio}: decay from iteration {self.decay_begins}",
+                expected=f"warmup_iters <= {self.decay_begins}",
+                hint="--schedule=linear decays right after the warm-up",
+            )
+
+    @property
+    def decay_begins(self) -> int:
+        """wsd: the last iteration at learning_rate."""
+        return self.lr_decay_iters - round(self.decay_ratio * self.lr_decay_iters)
 
 
 @dataclass(frozen=True, kw_only=True)

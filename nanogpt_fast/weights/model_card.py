@@ -72,7 +72,9 @@ def _training(weights: Weights) -> list[tuple[str, str]]:
         tokens = math.prod(batch)  # type: ignore[arg-type]
         rows.append(("tokens an iteration", f"{tokens:,}"))
         if weights.step:
-            rows.append(("tokens seen", f"{tokens * weights.step:,}"))
+            samples = weights.state.get("samples_seen")  # ours counted them, and a batch ramp with them
+            seen = samples * run["block_size"] if isinstance(samples, int) else tokens * weights.step
+            rows.append(("tokens seen", f"{seen:,}"))
     # nanoGPT starts its best at 1e9: such a value was never measured
     if math.isfinite(weights.best_val_loss) and weights.best_val_loss < 1e9:
         rows.append(("best validation loss", f"{weights.best_val_loss:.4f}"))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from random_weights import random_weights
+from separate_documents import separately
 
 from nanogpt_fast import evaluate, scoring
 from nanogpt_fast.data.dataset import nanogpt_pickle
@@ -107,6 +108,37 @@ def test_more_context_from_overlapping_windows(here: Path, capsys: pytest.Captur
     (whole,), (overlapping,) = rows(capsys, "--block_size=8"), rows(capsys, "--block_size=8", "--stride=1")
     assert whole["tokens"] == overlapping["tokens"] == 149 and whole["loss"] != overlapping["loss"]
     assert overlapping["text_bytes"] == whole["text_bytes"]
+
+
+def test_a_run_with_a_document_mask_is_evaluated_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    prepare(tmp_path / "data/tiny", itos=None, vocab_size=50257)
+    ids = np.fromfile("data/tiny/val.bin", "<u2")[: 9 * 16 + 1]
+    ids[::6] = 50256
+    ids.tofile("data/tiny/val.bin")
+    loaded = random_weights(vocab_size=50257, n_embd=8, n_head=2, n_layer=1, optimizer=False)
+    loaded.config["document_mask"] = True
+    formats.write(loaded, tmp_path / "out", "native")
+    model = GPT(loaded.model_args)
+    model.load_state_dict(loaded.model)
+    with torch.no_grad():
+        tokens = torch.from_numpy(ids.astype(np.int64))
+        windows = tokens[:-1].view(9, 16), tokens[1:].view(9, 16)
+        masked, whole = separately(model, *windows, 50256)[1].mean().item(), model(*windows)[1].mean().item()
+    assert masked != pytest.approx(whole, rel=1e-5)
+    (row,), (unmasked,) = rows(capsys), rows(capsys, "--document_mask=False")
+    assert (row["loss"], row["document_mask"]) == (pytest.approx(masked, rel=1e-6), True)
+    assert (unmasked["loss"], unmasked["document_mask"]) == (pytest.approx(whole, rel=1e-6), False)
+    evaluate.main(["--device=cpu"])
+    assert "windows of 16, attention inside documents" in capsys.readouterr().out
+
+
+def test_characters_have_no_documents_to_mask(here: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(DataError, match="no token of these data ends a document"):
+        rows(capsys, "--document_mask=True")
+    assert rows(capsys)[0]["document_mask"] is False
 
 
 def test_the_table(here: Path, capsys: pytest.CaptureFixture[str]):

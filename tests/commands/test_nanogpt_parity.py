@@ -18,8 +18,8 @@ from tiny_run import ENV, VOCAB, flags, metrics, train, write_dataset
 from twin import Twin, train_twin
 
 from nanogpt_fast.convert import main as convert
-from nanogpt_fast.optim import learning_rate
 from nanogpt_fast.run import checkpoint
+from nanogpt_fast.schedule import learning_rate
 from nanogpt_fast.settings.config import GPTConfig, OptimConfig
 
 NANOGPT = os.environ.get("NANOGPT_DIR")

@@ -11,6 +11,8 @@ from tiny_run import metrics, train, write_dataset
 
 from nanogpt_fast.errors import DataError
 from nanogpt_fast.run import checkpoint
+from nanogpt_fast.schedule import BatchSchedule
+from nanogpt_fast.step import StepResult, TrainStep
 from nanogpt_fast.train import main
 from nanogpt_fast.weights import formats
 
@@ -49,6 +51,45 @@ def test_half_and_resume_is_bitwise_the_whole(folder: Path, changes: dict):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs) and len(ours) == len(theirs) > 0
     assert resumed.state["samples_seen"] == whole.state["samples_seen"]
     assert resumed.state["optimizer_step"] == whole.state["optimizer_step"]
+
+
+def test_a_run_is_cut_inside_its_batch_ramp(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """With wsd's decay, dropout and a document mask too: the same bits, what was counted, no dropout mask twice."""
+    step, counted = TrainStep.__call__, []
+
+    def counting(self: TrainStep, batch: torch.Tensor, iteration: int, stop: bool) -> StepResult:
+        result = step(self, batch, iteration, stop)
+        counted.append(int(self.counter) - self.base)
+        return result
+
+    monkeypatch.setattr(TrainStep, "__call__", counting)
+    for split in ("train", "val"):
+        tokens = np.fromfile(folder / f"data/toy/{split}.bin", np.uint16)
+        tokens[::7] = 50256
+        tokens.tofile(folder / f"data/toy/{split}.bin")
+    changes = dict(
+        gradient_accumulation_steps=6, batch_ramp="2:10", schedule="wsd", lr_decay_iters=14, decay_ratio=0.6,
+        dropout=0.2, document_mask=True, vocab_size=50304, n_layer=1, n_embd=8, batch_size=2,
+    )  # fmt: skip
+    end, cut, batches = 14, 7, BatchSchedule(2, 6, 10, tokens_a_micro_batch=2 * 8)
+    train(folder, max_iters=end, eval_interval=end, **changes)
+    whole = checkpoint.load(folder / f"out/checkpoints/step_{end:08d}")
+    losses, tokens = metrics(folder, "train", "loss"), metrics(folder, "train", "tokens")
+    val_loss = metrics(folder, "eval", "val_loss")[0]
+    assert counted == [batches.micro_batches_before(it + 1) for it in range(end + 1)]
+    shutil.rmtree(folder / "out")
+    train(folder, max_iters=cut, eval_interval=cut, **changes)
+    assert main(["--config", str(folder / "out/config.toml"), "--init_from=resume", f"--max_iters={end}",
+                 f"--eval_interval={end}"]) == 0  # fmt: skip
+    resumed = checkpoint.load(folder / f"out/checkpoints/step_{end:08d}")
+    assert metrics(folder, "train", "loss") == losses
+    assert all(torch.equal(resumed.model[name], whole.model[name]) for name in whole.model)
+    assert resumed.state["samples_seen"] == whole.state["samples_seen"] == 2 * batches.micro_batches_before(end)
+    assert tokens == {it: batches.tokens_before(it + 1) for it in range(end + 1)} == metrics(folder, "train", "tokens")
+    assert counted[end + 1 :] == counted[: cut + 1] + counted[cut : end + 1]  # iteration `cut` came twice
+    train(folder, max_iters=0, out_dir=folder / "unmasked", **{**changes, "document_mask": False})
+    lines = [json.loads(line) for line in (folder / "unmasked/metrics.jsonl").read_text().splitlines()]
+    assert [line["val_loss"] for line in lines if line["kind"] == "eval"] != [val_loss]
 
 
 def test_resuming_with_the_written_config_needs_no_other_flag(folder: Path):

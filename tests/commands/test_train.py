@@ -215,6 +215,41 @@ def test_out_of_memory_says_what_to_try(folder: Path, monkeypatch: pytest.Monkey
         train(folder)
 
 
+def test_out_of_memory_in_a_ramp_says_a_ramp_of_the_same_tokens(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    def explode(*_: object) -> StepResult:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(TrainStep, "__call__", explode)
+    hint = "--batch_size=2 --gradient_accumulation_steps=16 --batch_ramp=4:10 trains on the same tokens"
+    with pytest.raises(DeviceError, match=hint):
+        train(folder, gradient_accumulation_steps=8, batch_ramp="2:10")
+
+
+def test_figures_follow_a_batch_ramp(folder: Path, capsys: pytest.CaptureFixture[str]):
+    """Lines every third iteration: tokens/s are of the iterations since the last line, whose sizes may differ."""
+    ramp = dict(gradient_accumulation_steps=6, batch_ramp="2:10", max_iters=12)
+    train(folder, log_interval=3, eval_interval=12, **ramp)
+    sizes = [2, 2, 2, 2, 2, 4, 4, 4, 4, 4, 6, 6, 6]  # micro-batches of 32 tokens
+    assert metrics(folder, "train", "tokens") == {it: 32 * sum(sizes[: it + 1]) for it in (0, 3, 6, 9, 12)}
+    assert metrics(folder, "eval", "tokens") == {it: 32 * sum(sizes[:it]) for it in (0, 12)}
+    means = {0: 64, 3: 64, 6: 32 * (2 + 4 + 4) / 3, 9: 128, 12: 192}
+    seconds = {it: ms / 1e3 for it, ms in metrics(folder, "train", "time_ms").items()}
+    rates = metrics(folder, "train", "tokens_per_s")
+    assert rates == pytest.approx({it: mean / seconds[it] for it, mean in means.items()})
+    capsys.readouterr()
+    train(folder, dry_run=True, **ramp)
+    assert f"# tokens          64, growing to 192 an iteration, {32 * sum(sizes):,} in all" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("meta", [META, ""], ids=["characters", "29 ids of GPT-2"])
+def test_a_document_mask_needs_a_token_that_ends_documents(folder: Path, meta: str):
+    if meta:
+        (folder / "data/toy/meta.json").write_text(meta)
+    with pytest.raises(DataError, match="no token of these data ends a document") as caught:
+        train(folder, document_mask=True)
+    assert "vocab_size = 29" in caught.value.where and "50256" in caught.value.expected
+
+
 def test_another_tokenizer_than_the_weights_is_said(folder: Path, caplog: pytest.LogCaptureFixture):
     train(folder, max_iters=10)
     (folder / "data/toy/meta.json").write_text(META)

@@ -39,7 +39,9 @@ def start_ranks(folder: Path, size: int, **changes: object) -> list[subprocess.P
 
 
 def test_two_ranks_train_as_one(folder: Path):
-    settings = dict(gradient_accumulation_steps=2, dropout=0.1, max_iters=30, eval_interval=30, eval_iters=4)
+    """Two micro-batches an iteration, four from the 20th on."""
+    settings = dict(gradient_accumulation_steps=4, batch_ramp="2:20", dropout=0.1)
+    settings |= dict(max_iters=30, eval_interval=30, eval_iters=4)
     train(folder, **settings)
     alone, alone_eval = metrics(folder, "train", "loss"), metrics(folder, "eval", "val_loss")
     (folder / "out/metrics.jsonl").unlink()

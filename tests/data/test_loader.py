@@ -14,6 +14,7 @@ from nanogpt_fast.data.loader import Loader
 from nanogpt_fast.data.orders import NanogptOrder, ShuffleOrder
 from nanogpt_fast.data.tokens import TokenSource
 from nanogpt_fast.errors import DataError
+from nanogpt_fast.schedule import BatchSchedule
 
 T, B = 8, 3
 
@@ -88,6 +89,43 @@ def test_resume_continues_the_order(tmp_path, stop):
     assert take(resumed, 60 - stop) == straight[stop:]
 
 
+# ---- a growing batch ----
+
+RAMP = BatchSchedule(4, 12, 20)  # 4 micro-batches, 8 from iteration 10 on, 12 from 20 on
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_a_growing_batch_takes_the_same_samples_in_order(tmp_path, prefetch):
+    path = write(tmp_path)
+    flat = [row for batch in take(shuffled(path, accumulation=1), 400) for micro in batch for row in micro]
+    batches = take(shuffled(path, accumulation=RAMP.accumulation_at, prefetch=prefetch), 40)
+    assert [len(batch) for batch in batches] == [4] * 10 + [8] * 10 + [12] * 20
+    grown = [row for batch in batches for micro in batch for row in micro]
+    assert grown == flat[: len(grown)]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_any_number_of_ranks_sees_one_order_while_it_grows(tmp_path, world_size):
+    path, steps = write(tmp_path), 30
+    alone = take(shuffled(path, accumulation=RAMP.accumulation_at), steps)
+    shares = dict(accumulation=RAMP.accumulation_at, world_size=world_size)
+    ranks = [take(shuffled(path, rank=r, **shares), steps) for r in range(world_size)]
+    assert [sum(parts, []) for parts in zip(*ranks)] == alone
+
+
+@pytest.mark.parametrize("stop", [1, 9, 10, 15, 25])
+def test_resume_in_the_middle_of_the_growth(tmp_path, stop):
+    path = write(tmp_path)
+    straight = take(shuffled(path, accumulation=RAMP.accumulation_at), 30)
+    with shuffled(path, accumulation=RAMP.accumulation_at) as loader:
+        for _ in range(stop):
+            next(loader)
+        seen = loader.samples_seen
+    assert seen == RAMP.micro_batches_before(stop) * B
+    resumed = shuffled(path, accumulation=RAMP.accumulation_at, start_sample=seen, start_iteration=stop)
+    assert take(resumed, 30 - stop) == straight[stop:]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs a CUDA device")
 def test_pinned_batches_survive_a_copy_that_lags_behind(tmp_path):
@@ -133,7 +171,7 @@ def test_wait_is_the_time_spent_in_next(tmp_path, monkeypatch):
 # ---- nanoGPT's order ----
 
 
-def nanogpt_batches(tokens: np.ndarray, accumulation, steps, eval_every, eval_draws):
+def nanogpt_batches(tokens: np.ndarray, accumulation_at, steps, eval_every, eval_draws):
     """What nanoGPT's loop trains on: [steps, accumulation, B, T+1], on the global generator, seeded before."""
 
     def get_batch():
@@ -146,20 +184,22 @@ def nanogpt_batches(tokens: np.ndarray, accumulation, steps, eval_every, eval_dr
             for _ in range(eval_draws):
                 get_batch()
         out.append([])
-        for _ in range(accumulation):
+        for _ in range(accumulation_at(step)):
             out[-1].append(batch)
             batch = get_batch()
     return out
 
 
-@pytest.mark.parametrize("accumulation", [1, 2, 5])
+@pytest.mark.parametrize("accumulation", [1, 2, 5, "ramp"])
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_nanogpt_order_is_nanogpt_s(tmp_path, accumulation, prefetch):
     path, steps, eval_every, eval_draws = write(tmp_path), 12, 4, 6
+    ramp = BatchSchedule(1, 5, 10) if accumulation == "ramp" else BatchSchedule(accumulation, accumulation, 0)
+    accumulation = ramp.accumulation_at if accumulation == "ramp" else accumulation
     with torch.random.fork_rng():
         torch.manual_seed(1337)
         torch.nn.Linear(4, 4)  # the initialisation draws first
-        expected = nanogpt_batches(np.fromfile(path, "<u2"), accumulation, steps, eval_every, eval_draws)
+        expected = nanogpt_batches(np.fromfile(path, "<u2"), ramp.accumulation_at, steps, eval_every, eval_draws)
         state_after = torch.get_rng_state()
 
         torch.manual_seed(1337)
@@ -172,7 +212,7 @@ def test_nanogpt_order_is_nanogpt_s(tmp_path, accumulation, prefetch):
                     for _ in range(eval_draws):
                         torch.randint(3000 - T, (B,), generator=generator)
                 assert next(loader).tolist() == expected[step]
-            assert loader.samples_seen == steps * accumulation * B
+            assert loader.samples_seen == ramp.micro_batches_before(steps) * B
         assert torch.equal(torch.get_rng_state(), state_after)
 
 

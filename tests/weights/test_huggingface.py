@@ -256,7 +256,8 @@ def test_card_tells_the_training_and_nothing_of_the_machine(tmp_path):
     card = (write(weights, tmp_path / "hf", "hf") / "README.md").read_text()
     for row in ("dataset | tiny", "tokens seen | 1,536", "best validation loss | 2.5000", "learning_rate | 0.001"):
         assert row in card
-    weights.config["dataset"] = "/mnt/secret/*.bin"
+    weights.config["dataset"], weights.state["samples_seen"] = "/mnt/secret/*.bin", 50
+    assert "tokens seen | 800" in (write(weights, tmp_path / "counted", "hf") / "README.md").read_text()
     card += (write(weights, tmp_path / "hf2", "hf") / "README.md").read_text()
     for private in ("/home", "/mnt", str(tmp_path), socket.gethostname()):
         assert private not in card
