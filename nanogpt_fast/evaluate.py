@@ -26,10 +26,21 @@ from nanogpt_fast.data.tokenizer import end_of_text, from_json
 from nanogpt_fast.data.tokens import TokenSource
 from nanogpt_fast.distributed import resolve_device, resolve_dtype
 from nanogpt_fast.errors import ConfigError, DataError, run_command
+from nanogpt_fast.graphs import Graphs
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import select_ops
 from nanogpt_fast.restore import Restored, build_model, restore
-from nanogpt_fast.scoring import Batch, Mode, Score, all_targets, random_targets, score, stack_for, strided_targets
+from nanogpt_fast.scoring import (
+    Batch,
+    Forward,
+    Mode,
+    Score,
+    all_targets,
+    random_targets,
+    score,
+    stack_for,
+    strided_targets,
+)
 from nanogpt_fast.settings import cli
 from nanogpt_fast.settings.config import DataConfig, require_range
 
@@ -64,6 +75,7 @@ class EvaluateConfig:
     device: str = "auto"  # auto | cpu | cuda | cuda:0 | mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on the CPU
     kernels: str = "auto"  # auto | triton | reference, and single ops: triton,attention=reference
+    cuda_graph: Literal["auto", "on", "off"] = "auto"  # replay the forward as a CUDA graph
     json: bool = False  # one JSON object a split instead of the table
     debug: bool = False  # tracebacks instead of short errors
 
@@ -93,10 +105,10 @@ def main(argv: list[str]) -> None:
         sources, tokenizer_json = open_sources(config, restored, stack)
         token_bytes = bytes_of(tokenizer_json, restored.config.vocab_size)
         eot = end_of_text(tokenizer_json or {}, restored.config.vocab_size) if config.document_mask else None
-        rows = []
+        forward, rows = Forward(model, eot, Graphs(device, config.cuda_graph)), []
         for split, source in sources.items():
             began = time.perf_counter()
-            result = score(model, targets_of(config, source, model, generator), token_bytes, eot)
+            result = score(model, targets_of(config, source, model, generator), token_bytes, forward)
             rows.append(Row(split, result, time.perf_counter() - began))
     facts = {
         "model": restored.source,

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nanogpt_fast.data.loader import full_split, random_batches, read_windows
 from nanogpt_fast.data.tokens import TokenSource
+from nanogpt_fast.graphs import Graphs
 from nanogpt_fast.model import GPT, document_ids
 from nanogpt_fast.ops import exact_device
 
@@ -53,29 +54,55 @@ def stack_for(model: GPT, batch_size: int, block_size: int) -> int:
     return max(1, tokens // (batch_size * block_size))
 
 
-@torch.no_grad()
-def score(model: GPT, batches: Iterable[Batch], token_bytes: np.ndarray | None = None, eot: int | None = None) -> Score:
-    """Sum over all targets, in evaluation mode; the model's mode is put back after.
+class Forward:
+    """Sums the model's losses on the device, where forwards over batches of one shape are replayed (graphs.py).
 
     eot: the token that ends a document; with it attention stays inside documents.
     """
-    device, was_training = model.transformer.wte.weight.device, model.training
-    total = torch.zeros((), dtype=torch.float64, device=exact_device(device))  # CUDA waits once, not a batch
+
+    def __init__(self, model: GPT, eot: int | None = None, graphs: Graphs | None = None):
+        self.model, self.eot = model, eot
+        self._device = model.transformer.wte.weight.device
+        self._graphs = graphs or Graphs(self._device)
+        self._batches: dict[torch.Size, tuple[Tensor, Tensor, Callable[[], None]]] = {}
+        self.total = torch.zeros((), dtype=torch.float64, device=exact_device(self._device))  # read once, not a batch
+
+    def add(self, idx: Tensor, targets: Tensor) -> None:
+        """Add a batch's nll, in nats, to total."""
+        if idx.shape not in self._batches:
+            ours, theirs = (torch.empty(idx.shape, dtype=torch.int64, device=self._device) for _ in range(2))
+            work = self._graphs.replayed("an evaluation's forward", lambda: self._forward(ours, theirs))
+            self._batches[idx.shape] = ours, theirs, work
+        ours, theirs, work = self._batches[idx.shape]
+        ours.copy_(idx)
+        theirs.copy_(targets)
+        work()
+
+    def _forward(self, idx: Tensor, targets: Tensor) -> None:
+        doc_ids = None if self.eot is None else document_ids(idx, self.eot)
+        _, nll = self.model(idx, targets, doc_ids=doc_ids)
+        self.total += nll.to(self.total.device).sum(dtype=torch.float64)
+
+
+@torch.no_grad()
+def score(
+    model: GPT, batches: Iterable[Batch], token_bytes: np.ndarray | None = None, forward: Forward | None = None
+) -> Score:
+    """Sum over all targets, in evaluation mode; the model's mode is put back after. forward: kept from call to call."""
+    was_training, forward = model.training, forward or Forward(model)
+    forward.total.zero_()
     tokens = text_bytes = 0
     model.eval()
     try:
         for idx, targets in batches:
-            idx = idx.to(device)
-            doc_ids = None if eot is None else document_ids(idx, eot)
-            _, nll = model(idx, targets.to(device), doc_ids=doc_ids)
-            total += nll.to(total.device).sum(dtype=torch.float64)
+            forward.add(idx, targets)
             valid = targets[targets >= 0]
             tokens += len(valid)
             if token_bytes is not None:
                 text_bytes += int(token_bytes[valid.numpy()].sum())
     finally:
         model.train(was_training)
-    return Score(total.item(), tokens, text_bytes)
+    return Score(forward.total.item(), tokens, text_bytes)
 
 
 def estimate_loss(
@@ -87,12 +114,12 @@ def estimate_loss(
     block_size: int,
     generator: torch.Generator,
     mode: Mode = "random",
-    eot: int | None = None,
+    forward: Forward | None = None,
 ) -> dict[str, float]:
     """{split: mean loss}, split after split in the order of sources.
 
     random: nanoGPT's estimate, eval_iters batches a split drawn from generator. full: every token of val once, and the
-    estimate for train, whose whole is too long for an evaluation (9 billion tokens of OpenWebText). eot: see score.
+    estimate for train, whose whole is too long for an evaluation (9 billion tokens of OpenWebText). forward: see score.
     """
     stack = stack_for(model, batch_size, block_size)
     settings = {"eval_iters": eval_iters, "batch_size": batch_size, "block_size": block_size, "stack": stack}
@@ -102,7 +129,7 @@ def estimate_loss(
             batches = random_targets(source, model.config.vocab_size, generator=generator, **settings)
         else:
             batches = all_targets(source, model.config.vocab_size, batch_size=stack * batch_size, block_size=block_size)
-        losses[split] = score(model, batches, eot=eot).loss
+        losses[split] = score(model, batches, forward=forward).loss
     return losses
 
 

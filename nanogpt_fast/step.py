@@ -84,13 +84,13 @@ class TrainStep:
         self.device = optimizer.m.device
         exact = exact_device(self.device)
         self.guard = guard or LossGuard(0.0, 0, exact)
-        self._graphs = graphs or Graphs(self.device)
+        self.graphs = graphs or Graphs(self.device)
         self._tokens = torch.empty(0, device=exact)  # the micro-batch [B, T + 1], in the batch's dtype
         self.counter = torch.zeros(1, dtype=torch.int64, device=exact)
         self._grad_scale = torch.zeros((), device=self.device)
         self._loss = torch.zeros((), device=self.device)  # summed over the micro-batches
         self._report = torch.zeros(len(Report._fields), dtype=torch.float64, device=exact)
-        self._update = self._graphs.replayed("the update", self._apply)
+        self._update = self.graphs.replayed("the update", self._apply)
 
     def __call__(self, batch: Tensor, iteration: int, stop: bool = False) -> StepResult:
         """Train on the batch; `stop` is this rank's vote, whose sum the report carries."""
@@ -107,7 +107,7 @@ class TrainStep:
         micro_batches = A * world.size
         if self._tokens.shape != batch.shape[1:] or self._tokens.dtype != batch.dtype:
             self._tokens = torch.empty(batch.shape[1:], dtype=batch.dtype, device=self.counter.device)
-            self._micro_step = self._graphs.replayed("the micro-step", self._accumulate)
+            self._micro_step = self.graphs.replayed("the micro-step", self._accumulate)
         before = self.batches.micro_batches_before(iteration) if self.batches else iteration * micro_batches
         self.counter.fill_(self.base + before + world.rank * A)
         self._grad_scale.copy_((self.optimizer.loss_scale / (micro_batches * B * T)).float())  # MPS knows no float64

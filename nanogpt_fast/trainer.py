@@ -22,7 +22,7 @@ from nanogpt_fast.run.ranges import span
 from nanogpt_fast.run.stopping import StopSignals
 from nanogpt_fast.run.tracing import Window
 from nanogpt_fast.schedule import BatchSchedule, learning_rate
-from nanogpt_fast.scoring import estimate_loss
+from nanogpt_fast.scoring import Forward, estimate_loss
 from nanogpt_fast.settings.config import Config
 from nanogpt_fast.step import Reading, Report, TrainStep
 
@@ -67,6 +67,7 @@ class Trainer:
         self._failed_saves, self._saved_step = 0, -1
         self._launched: deque[Launched] = deque()
         self._lag = 1 if self.world.device.type == "cuda" else 0  # iterations whose figures the GPU still owes
+        self._forward = Forward(self.model, self.step.eot, self.step.graphs)
         self._votes = 0.0  # to stop; on all ranks alike
         self._flops_per_s: float | None = None  # nanoGPT's running value, a rank's; None until five iterations are done
 
@@ -214,7 +215,7 @@ class Trainer:
             block_size=data.block_size,
             generator=self.generator or torch.Generator().manual_seed(seed % 2**63),
             mode=run.eval_mode,
-            eot=self.step.eot,
+            forward=self._forward,
         )
         if not alone and world.size > 1:
             values = torch.tensor([losses[k] for k in sorted(losses)], dtype=torch.float64, device=world.device)

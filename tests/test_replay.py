@@ -18,6 +18,7 @@ from nanogpt_fast.guards import LossGuard
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import REFERENCE, TRITON, Ops
 from nanogpt_fast.optim import AdamW, FlatParameters
+from nanogpt_fast.scoring import Forward
 from nanogpt_fast.settings.cli import load_config
 from nanogpt_fast.settings.config import Config, GPTConfig, OptimConfig
 from nanogpt_fast.step import TrainStep
@@ -123,6 +124,20 @@ def test_every_preset_launches_the_same_kernels(preset: str):
     two_steps(step, 1, config.data.batch_size)
     for name, (first, second) in launched.items():
         assert first and first == second, name
+
+
+@pytest.mark.parametrize("eot", [None, 3])
+@pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
+def test_two_batches_of_an_evaluation_are_one_list_of_calls(ops: Callable[[], Ops], eot: int | None):
+    found: dict[str, list[Ledger]] = {}
+    with META:
+        network = GPT(SMALL, ops()).eval()
+    forward = Forward(network, eot, Pieces(lambda name, work: found.setdefault(name, []).append(record(work))))
+    with torch.no_grad():
+        for token in (1, 2):
+            forward.add(torch.full((2, 16), token), torch.full((2, 16), token + 1))
+    ((first, second),) = found.values()
+    assert first.lines and first.lines == second.lines and not first.faults + second.faults
 
 
 # ---- what it must find ----

@@ -141,7 +141,9 @@ def test_with_a_mask_documents_are_scored_apart(model: GPT, sources: dict[str, T
     eot = int(np.bincount(np.fromfile(sources["val"].files[0].path, "<u2")).argmax())  # a token that comes often
     settings: dict[str, Any] = {"eval_iters": 3, "batch_size": 4, "block_size": T}
     ours, theirs = (torch.Generator().manual_seed(5) for _ in range(2))
-    found = scoring.estimate_loss(model, sources, mode="full", generator=ours, eot=eot, **settings)
+    found = scoring.estimate_loss(
+        model, sources, mode="full", generator=ours, forward=scoring.Forward(model, eot), **settings
+    )
     batches = {
         "train": scoring.random_targets(sources["train"], VOCAB, generator=theirs, stack=1, **settings),
         "val": scoring.all_targets(sources["val"], VOCAB, batch_size=7, block_size=T),
