@@ -57,7 +57,7 @@ def build(config: Config, learning_rate: float = 1e-4) -> BuiltStep:
     dtype, shape = resolve_dtype(config.system.dtype, device), config.shape(vocab)
     ops = select_ops(config.system.kernels, device.type)
     wide = torch.float32 if config.system.residual_dtype == "float32" else None
-    model = GPT(shape, ops, wide, config.system.recompute_gelu).train()
+    model = GPT(shape, ops, wide, config.system.recompute).train()
     generator = torch.Generator().manual_seed(config.run.seed)
     model.init_weights(generator)
     optimizer = AdamW(FlatParameters(model, dtype, device), config.optim, ops, scale_loss=dtype == torch.float16)

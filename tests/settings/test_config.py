@@ -16,7 +16,7 @@ dataset data_dir gradient_accumulation_steps batch_size block_size data_order ig
 n_layer n_head n_embd dropout bias activation vocab_size
 learning_rate max_iters weight_decay beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr
 wandb_log wandb_project wandb_run_name tensorboard
-device dtype residual_dtype recompute_gelu compile kernels backend dry_run debug profile profiler
+device dtype residual_dtype recompute micro_batch compile kernels backend dry_run on debug profile profiler
 """
 
 # What nanoGPT's train.py starts from; device and dtype are read from the machine there, and are "auto" here.
