@@ -14,7 +14,8 @@ from nanogpt_fast.data.loader import Loader
 from nanogpt_fast.data.tokens import TokenSource
 from nanogpt_fast.distributed import World
 from nanogpt_fast.errors import CheckpointError, DeviceError, DivergedError
-from nanogpt_fast.hardware import Peak, flops_per_token
+from nanogpt_fast.hardware import Peak, flops_per_token, free_memory
+from nanogpt_fast.memory import RESERVE, plan_of, relief
 from nanogpt_fast.ops import exact_device
 from nanogpt_fast.optim import learning_rate
 from nanogpt_fast.run import checkpoint, ranges
@@ -107,14 +108,16 @@ class Trainer:
                 self._log_iteration(iteration, result)
 
     def _out_of_memory(self, error: Exception) -> DeviceError:
-        data = self.config.data
-        smaller = max(1, data.batch_size // 2)
-        accumulation = data.gradient_accumulation_steps * data.batch_size // smaller
+        data, device = self.config.data, self.world.device
+        dtype, model = self.optimizer.flat.params.dtype, self.model
+        plan = plan_of(self.config, model.config, model.ops, dtype, device, self.world.size)
+        there = free_memory(device)
         return DeviceError(
             "the device ran out of memory",
-            where=f"{self.world.device}, batch_size = {data.batch_size}, block_size = {data.block_size}",
+            where=f"{device}, batch_size = {data.batch_size}, block_size = {data.block_size}, "
+            f"recompute = {plan.recompute!r}",
             found=str(error).splitlines()[0],
-            hint=f"--batch_size={smaller} --gradient_accumulation_steps={accumulation} trains on the same tokens",
+            hint=relief(plan, None if there is None else (1 - RESERVE) * there, self.world.size),
         )
 
     def resume_line(self, step: int) -> str:
