@@ -32,8 +32,8 @@ def describe(config: Config) -> str:
         there, capacity = name, device.gib * 2**30
         ops = select_ops(config.system.kernels, "cuda")
         dtype = _dtype_on(device, config.system.dtype)
-        known = peak_flops(name, _plain(dtype))
-        flops_there, source = known or (None, f"unknown: {name} has no {_plain(dtype)} peak in gpus.py")
+        rated = peak_flops(name, _plain(dtype))
+        flops_there, source = rated or (None, f"unknown: {name} has no {_plain(dtype)} peak in gpus.py")
     else:
         device = distributed.resolve_device(config.system.device)
         there, capacity = str(device), free_memory(device)
