@@ -1,10 +1,15 @@
 """--dry_run: the resolved configuration, and what a run of it asks for."""
 
+import torch
+
 from nanogpt_fast import distributed
 from nanogpt_fast.data.dataset import read_meta
 from nanogpt_fast.data.splits import dataset_folder
-from nanogpt_fast.hardware import flops_per_token, memory_estimate, resolve_peak
-from nanogpt_fast.ops import LOGITS_ROWS, REFERENCE, select_ops
+from nanogpt_fast.errors import ConfigError, did_you_mean
+from nanogpt_fast.gpus import CHOICES, GPU, GPUS
+from nanogpt_fast.hardware import flops_per_token, free_memory, peak_flops, resolve_peak
+from nanogpt_fast.memory import RESERVE, Plan, batch_flags, largest_batch, peak, plan_of, readable, relief
+from nanogpt_fast.ops import select_ops
 from nanogpt_fast.restore import restore, shape_of
 from nanogpt_fast.schedule import BatchSchedule
 from nanogpt_fast.settings.cli import to_toml
@@ -17,37 +22,75 @@ def describe(config: Config) -> str:
     folder = dataset_folder(config.data)
     meta = read_meta(folder) if folder else None
     known = meta.vocab_size if meta and meta.tokenizer.get("kind") != "gpt2" else GPT2_PADDED
-    shape, source = config.shape(config.model.vocab_size or known), "a new model"
+    shape, model = config.shape(config.model.vocab_size or known), "a new model"
     if config.run.init_from != "scratch":
         restored = restore(config.run.init_from, config.run.out_dir, config.data.data_dir)
-        shape, source = shape_of(config, restored, None, lambda _: None), restored.source
-    device = distributed.resolve_device(config.system.device)
-    ops = select_ops(config.system.kernels, device.type)
-    dtype = distributed.resolve_dtype(config.system.dtype, device)
-    flops = flops_per_token(shape)["nanogpt"]
-    memory = memory_estimate(
-        shape,
-        config.data.batch_size,
-        dtype.itemsize,
-        residual_bytes=4 if config.system.residual_dtype == "float32" else None,
-        recompute_gelu=config.system.recompute_gelu and ops.mlp is not REFERENCE.mlp,
-        logits_rows=None if ops.linear_cross_entropy is REFERENCE.linear_cross_entropy else LOGITS_ROWS,
-    )
-    peak, peak_source = resolve_peak(device, dtype)
+        shape = shape_of(config, restored, None, lambda _: None)
+        model = restored.source
+    if config.system.on:
+        name = _gpu_named(config.system.on)
+        device = GPUS[name]
+        there, capacity = name, device.gib * 2**30
+        ops = select_ops(config.system.kernels, "cuda")
+        dtype = _dtype_on(device, config.system.dtype)
+        rated = peak_flops(name, _plain(dtype))
+        flops_there, source = rated or (None, f"unknown: {name} has no {_plain(dtype)} peak in gpus.py")
+    else:
+        device = distributed.resolve_device(config.system.device)
+        there, capacity = str(device), free_memory(device)
+        ops = select_ops(config.system.kernels, device.type)
+        dtype = distributed.resolve_dtype(config.system.dtype, device)
+        flops_there, source = resolve_peak(device, dtype)
+    plan = plan_of(config, shape, ops, dtype, device)
+    memory = peak(plan)
     rows = [
-        f"model           {source}: {shape.num_params() / 1e6:,.2f}M parameters, vocab_size {shape.vocab_size:,}",
-        f"memory          {sum(memory.values()) / 2**30:.2f} GiB estimated: "
-        + ", ".join(f"{k} {v / 2**30:.2f}" for k, v in memory.items()),
-        f"device          {device}, {str(dtype).removeprefix('torch.')}, peak {peak_source}",
+        f"model           {model}: {shape.num_params() / 1e6:,.2f}M parameters, vocab_size {shape.vocab_size:,}",
+        f"memory          {readable(sum(memory.values()))} at the peak, predicted: "
+        + ", ".join(f"{part} {held / 2**30:.2f}" for part, held in memory.items()),
+        f"device          {there}, {_plain(dtype)}, peak {source}",
     ]
     if not config.run.eval_only:
-        batches = BatchSchedule.of(config.data)
+        rows.append(f"micro-batch     {_what_fits(plan, capacity, 'in all' if config.system.on else 'free')}")
+        batches, flops = BatchSchedule.of(config.data), flops_per_token(shape)["nanogpt"]
         tokens, first = batches.tokens_before(config.optim.max_iters + 1), batches.tokens_before(1)
         ramp = f"{first:,}, growing to " if config.data.batch_ramp else ""
         rows.append(f"tokens          {ramp}{config.tokens_per_iter:,} an iteration, {tokens:,} in all")
         rows.append(f"compute         {flops / 1e9:.3f} GFLOP a token, {flops * tokens / 1e15:,.3f} PFLOP in all")
-        if peak:
-            rows.append(
-                f"time            {flops * tokens / peak / 3600:.2f} hours and more on one such device (MFU 100%)"
-            )
-    return to_toml(config.replace(dry_run=False)) + "\n" + "\n".join(f"# {row}" for row in rows)
+        if flops_there:
+            hours = flops * tokens / flops_there / 3600
+            rows.append(f"time            {hours:.2f} hours and more on one such device (MFU 100%)")
+    return to_toml(config.replace(dry_run=False, on="")) + "\n" + "\n".join(f"# {row}" for row in rows)
+
+
+def _what_fits(plan: Plan, capacity: int | None, which: str) -> str:
+    """The largest micro-batch, and its flags."""
+    if capacity is None:
+        return "how much memory is free is not known here"
+    room = f"{readable(capacity)} {which} less {RESERVE:.0%}"
+    fits = largest_batch(plan, (1 - RESERVE) * capacity)
+    if fits is None:
+        one = readable(sum(peak(plan.with_batch(1)).values()))
+        return f"not even one sequence, {one}, fits into {room}: {relief(plan.with_batch(1), (1 - RESERVE) * capacity)}"
+    held = sum(peak(plan.with_batch(fits)).values())
+    return f"{fits} sequences at most fit into {room}, {readable(held)}: {batch_flags(plan, fits)}"
+
+
+def _gpu_named(name: str) -> str:
+    """A key of gpus.GPUS, by itself or by its short name."""
+    known = {**{gpu: gpu for gpu in GPUS}, **CHOICES}
+    if name not in known:
+        raise ConfigError(
+            f"unknown GPU {name!r}{did_you_mean(name, known)}",
+            where=f"--on={name}",
+            expected=f"one of {', '.join(CHOICES)}, or a name in gpus.py as the driver gives it",
+        )
+    return known[name]
+
+
+def _dtype_on(gpu: GPU, name: str) -> torch.dtype:
+    """--dtype as distributed.resolve_dtype takes it where such a GPU is there."""
+    return getattr(torch, ("bfloat16" if gpu.bfloat16 else "float16") if name == "auto" else name)
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

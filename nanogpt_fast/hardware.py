@@ -6,6 +6,7 @@ MFU is (model FLOPs a second) / peak. Two counts of model FLOPs are in use, and 
 """
 
 import logging
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -154,27 +155,35 @@ def training_peak(device: torch.device, dtype: torch.dtype) -> Peak:
     return Peak(None, f"the best {product} of the first {Peak.SPAN_S:.0f} s", gemm(device, dtype))
 
 
-def memory_estimate(
-    config: GPTConfig,
-    batch_size: int,
-    bytes_per_element: int,
-    residual_bytes: int | None = None,
-    recompute_gelu: bool = False,
-    logits_rows: int | None = None,
-) -> dict[str, float]:
-    """Bytes a training step needs, roughly: state exactly, activations as the ops keep them.
+def capability_of(device: torch.device) -> int | None:
+    """A CUDA device's compute capability, as in sm_90: 90; None for others."""
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
-    A token and layer keeps 2 C of the residual stream (residual_bytes an element, by default as the others) and 14 C in
-    the compute dtype: 2 norm outputs, packed qkv (3), o, the MLP's pre and act (4 each); 10 C with recompute_gelu.
-    Logits: V a token in the compute dtype and float32, or logits_rows rows of them in the compute dtype (Triton ops).
-    """
-    n, tokens = config.num_params(non_embedding=False), batch_size * config.block_size
-    a_token = 2 * (residual_bytes or bytes_per_element) + (10 if recompute_gelu else 14) * bytes_per_element
-    logits = min(tokens, logits_rows) * bytes_per_element if logits_rows else tokens * (4.0 + bytes_per_element)
-    return {
-        "parameters": n * (4.0 + (bytes_per_element if bytes_per_element < 4 else 0)),
-        "gradients": n * 4.0,
-        "optimizer": n * 8.0,
-        "activations": float(tokens * config.n_embd * config.n_layer * a_token),
-        "logits": logits * float(config.vocab_size),
-    }
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that this process's tensors may take: free ones and those its allocator holds; None where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    if found is None:
+        return None
+    of_machine, of_container = int(found[1]) * 1024, _container_memory()
+    return of_machine if of_container is None else min(of_machine, of_container)
+
+
+def _container_memory() -> int | None:
+    """Bytes that the control group of this process may still take (Linux, version 2); None without a limit."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (folder / "memory.max").read_text().strip(), int((folder / "memory.current").read_text())
+    except (OSError, ValueError):
+        return None
+    return None if limit == "max" else int(limit) - used

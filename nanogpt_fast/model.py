@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nanogpt_fast.ops import REFERENCE, Ops, exact_device
 from nanogpt_fast.settings.config import GPTConfig
@@ -64,7 +65,8 @@ class GPT(nn.Module):
     """GPT(config, ops): forward gives (loss, nll), logits() the logits, generate() a continuation.
 
     Parameters are uninitialised until init_weights or load_state_dict; .train() switches dropout on.
-    residual_dtype: of the residual stream, by default the parameters'. recompute: rebuild GELU's output in backward.
+    residual_dtype: of the residual stream, by default the parameters'. recompute: what backward rebuilds rather than
+    keeps, "none", "mlp" (GELU's output) or "block" (all but each block's residual stream); no result changes by a bit.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class GPT(nn.Module):
         config: GPTConfig,
         ops: Ops = REFERENCE,
         residual_dtype: torch.dtype | None = None,
-        recompute: bool = False,
+        recompute: str = "none",
     ):
         super().__init__()
         self.config, self.ops, self.residual_dtype, self.recompute = config, ops, residual_dtype, recompute
@@ -131,15 +133,40 @@ class GPT(nn.Module):
         p = self.config.dropout if self.training else 0.0
         r = ops.embedding(idx, t.wte.weight, t.wpe.weight, p, seed, 0, out_dtype=self.residual_dtype)
         y = ops.norm(r, self.blocks[0].ln_1.weight, self.blocks[0].ln_1.bias, EPS, t.wte.weight.dtype)
-        for i, block in enumerate(self.blocks):
-            site, attn, mlp = 1 + 3 * i, block.attn, block.mlp
-            o = ops.qkv_attention(y, attn.c_attn.weight, attn.c_attn.bias, self.config.n_head, p, seed, site, doc_ids)
-            delta, ln = ops.linear(o, attn.c_proj.weight), block.ln_2
-            r, y = ops.add_norm(r, delta, attn.c_proj.bias, ln.weight, ln.bias, EPS, p, seed, site + 1)
-            weights = mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight
-            delta, ln = ops.mlp(y, *weights, self.config.activation, self.recompute), self._norm_after(i)
-            r, y = ops.add_norm(r, delta, mlp.c_proj.bias, ln.weight, ln.bias, EPS, p, seed, site + 2)
+        run_block = self._block
+        if self.recompute == "block" and torch.is_grad_enabled():
+            run_block = self._rebuilt_block
+        for i in range(len(self.blocks)):
+            r, y = run_block(i, r, y, p, seed, doc_ids)
         return y
+
+    def _block(
+        self, i: int, r: Tensor, y: Tensor, p: float, seed: Tensor | None, doc_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Block i on the residual stream r and its norm y, [B, T, C] each; returns the next block's."""
+        ops, block, site = self.ops, self.blocks[i], 1 + 3 * i
+        attn, mlp = block.attn, block.mlp
+        o = ops.qkv_attention(y, attn.c_attn.weight, attn.c_attn.bias, self.config.n_head, p, seed, site, doc_ids)
+        delta, ln = ops.linear(o, attn.c_proj.weight), block.ln_2
+        r, y = ops.add_norm(r, delta, attn.c_proj.bias, ln.weight, ln.bias, EPS, p, seed, site + 1)
+        weights = mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight
+        delta, ln = ops.mlp(y, *weights, self.config.activation, self.recompute == "mlp"), self._norm_after(i)
+        return ops.add_norm(r, delta, mlp.c_proj.bias, ln.weight, ln.bias, EPS, p, seed, site + 2)
+
+    def _rebuilt_block(self, i: int, r: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        """_block, of which r alone is kept: backward runs it once more, on y = norm(r), which has the same bits."""
+        if torch.compiler.is_compiling():  # which lets no function change `given`: y is kept too
+            return checkpoint(self._block, i, r, y, *rest, use_reentrant=False, preserve_rng_state=False)
+        given, ln = [y], self.blocks[i].ln_1
+
+        def run(r: Tensor) -> tuple[Tensor, Tensor]:
+            if given:
+                return self._block(i, r, given.pop(), *rest)
+            with torch.no_grad():
+                y = self.ops.norm(r, ln.weight, ln.bias, EPS, self.transformer.wte.weight.dtype)
+            return self._block(i, r, y.requires_grad_(), *rest)
+
+        return checkpoint(run, r, use_reentrant=False, preserve_rng_state=False)
 
     def _norm_after(self, i: int) -> _Affine:
         return self.blocks[i + 1].ln_1 if i + 1 < len(self.blocks) else self.transformer.ln_f

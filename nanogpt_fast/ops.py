@@ -6,13 +6,14 @@ REFERENCE is plain PyTorch and needs torch alone. TRITON is our own kernels; Tri
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import nanogpt_kernels
 from nanogpt_kernels import reference
-from nanogpt_kernels.contract import GRAD_NORM, LOSS_SCALE, LR, MAX_NORM, STEP  # slots of adamw_'s scalars
+from nanogpt_kernels.contract import GRAD_NORM, LOSS_SCALE, LR, MAX_NORM, STEP, stand_for  # slots of adamw_'s scalars
 from nanogpt_kernels.reference import exact_device as exact_device
 
 from nanogpt_fast.errors import ConfigError, DeviceError, did_you_mean
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GRAD_NORM",
-    "LOGITS_ROWS",
     "LOSS_SCALE",
     "LR",
     "MAX_NORM",
@@ -34,7 +34,9 @@ __all__ = [
     "Op",
     "Ops",
     "exact_device",
+    "inside_of",
     "select_ops",
+    "without_data",
 ]
 
 Op = Callable[..., Any]
@@ -66,7 +68,6 @@ OP_FILES = {  # {file of nanogpt_kernels/ops: its ops}; --kernels takes the name
     "linear_cross_entropy": ("linear_cross_entropy",),
     "adamw": ("grad_norm", "adamw_"),
 }
-LOGITS_ROWS = 8192  # of the head's logits exist at a time with the Triton ops: launch_rows.py's chunk_rows
 REFERENCE = Ops(**{name: getattr(reference, name) for name in OP_NAMES})
 
 
@@ -76,6 +77,28 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()["TRITON"] = triton_ops = Ops(**{op: getattr(nanogpt_kernels, op) for op in OP_NAMES})
     return triton_ops
+
+
+@contextmanager
+def without_data(ops: Ops, device_type: str, capability: int | None) -> Iterator[None]:
+    """Within it, these ops on tensors of device "meta" allocate what they would on a device of this type and CUDA
+    compute capability (90 for sm_90; None: no CUDA device)."""
+    with ExitStack() as stack:
+        stack.enter_context(stand_for(device_type))
+        if capability is not None and ops != REFERENCE:
+            from nanogpt_kernels.launch import recording
+
+            stack.enter_context(recording(capability, keep=False))
+        yield
+
+
+def inside_of(name: str) -> Callable[..., Any] | None:
+    """The Python function that a registered op, `nanogpt_kernels::NAME`, consists of; None for ops of others."""
+    if not name.startswith("nanogpt_kernels::"):
+        return None
+    from nanogpt_kernels.registry import FUNCTIONS
+
+    return FUNCTIONS[name]
 
 
 def select_ops(spec: str, device_type: str) -> Ops:

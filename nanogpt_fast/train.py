@@ -21,12 +21,13 @@ from nanogpt_fast.data.tokenizer import end_of_text, from_json
 from nanogpt_fast.data.tokens import TokenSource, check_fingerprint
 from nanogpt_fast.distributed import World
 from nanogpt_fast.dry_run import describe
-from nanogpt_fast.errors import CheckpointError, NanogptError, run_command
+from nanogpt_fast.errors import CheckpointError, DeviceError, NanogptError, run_command
 from nanogpt_fast.files import write_atomic
 from nanogpt_fast.generate import sample_text
 from nanogpt_fast.graphs import Graphs
 from nanogpt_fast.guards import LossGuard
-from nanogpt_fast.hardware import Peak, training_peak
+from nanogpt_fast.hardware import Peak, free_memory, training_peak
+from nanogpt_fast.memory import RESERVE, largest_batch, peak, plan_of, readable, relief
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import REFERENCE, Ops, select_ops
 from nanogpt_fast.optim import AdamW, FlatParameters
@@ -68,6 +69,9 @@ def main(argv: list[str]) -> int:
             log.warning("the data were made with another tokenizer than the one these weights were trained with")
         generator = torch.Generator().manual_seed(config.run.seed + world.rank)
         dtype = distributed.resolve_dtype(config.system.dtype, world.device)
+        if config.system.micro_batch == "auto":
+            config = fit_micro_batch(config, shape, ops, dtype, world, say)
+            data, batches = config.data, BatchSchedule.of(config.data)
         model = build_model(config, shape, restored, generator, ops, say)
         optimizer = build_optimizer(config, model, restored, dtype, world, say)
         if config.system.compile and world.device.type == "cuda" and ops is REFERENCE:
@@ -186,13 +190,47 @@ def open_data(config: Config, stack: ExitStack, say: Any) -> tuple[dict[str, Tok
     return sources, meta.vocab_size, meta.tokenizer
 
 
+def fit_micro_batch(config: Config, shape: GPTConfig, ops: Ops, dtype: torch.dtype, world: World, say: Any) -> Config:
+    """The configuration with the largest micro-batch that fits on every rank, its tokens an iteration as they were."""
+    plan = plan_of(config, shape, ops, dtype, world.device, world.size)
+    free = free_memory(world.device)
+    if free is None:
+        raise DeviceError(
+            "how much memory is free is not known here, so --micro_batch=auto cannot choose",
+            where=str(world.device),
+            expected="CUDA, MPS, or Linux",
+            hint="leave --micro_batch out, and set --batch_size",
+        )
+    fits = torch.zeros(world.size, dtype=torch.int64, device=world.device)
+    fits[world.rank] = largest_batch(plan, (1 - RESERVE) * free) or 0
+    world.all_reduce_(fits)
+    batch_size = int(fits.min())
+    if not batch_size:
+        one = plan.with_batch(1)
+        raise DeviceError(
+            "not even one sequence a micro-batch fits",
+            where=f"{world.device}, block_size = {config.data.block_size}, recompute = {plan.recompute!r}",
+            expected=f"{readable(sum(peak(one).values()))}, by prediction",
+            found=f"{readable(free)} free, of which {RESERVE:.0%} are kept back",
+            hint=relief(one, (1 - RESERVE) * free),
+        )
+    resolved = plan.with_batch(batch_size)
+    say(
+        f"micro-batch of {batch_size} sequences, {resolved.micro_batches} a rank and iteration: the largest whose "
+        f"predicted peak, {readable(sum(peak(resolved).values()))}, fits into {readable(free)} free less {RESERVE:.0%}"
+    )
+    first, full = (n * world.size // batch_size for n in (plan.first, plan.sequences))
+    ramp = f"{first}:{plan.ramp}" if plan.ramp else ""
+    return config.replace(batch_size=batch_size, gradient_accumulation_steps=full, batch_ramp=ramp, micro_batch="")
+
+
 def build_model(
     config: Config, shape: GPTConfig, restored: Restored | None, generator: torch.Generator, ops: Ops, say: Any
 ) -> GPT:
     """The model on the CPU in float32, initialised or loaded, in training mode."""
     loaded_shape = restored.config if restored else shape
     wide = torch.float32 if config.system.residual_dtype == "float32" else None
-    model = GPT(dataclasses.replace(loaded_shape, dropout=shape.dropout), ops, wide, config.system.recompute_gelu)
+    model = GPT(dataclasses.replace(loaded_shape, dropout=shape.dropout), ops, wide, config.system.recompute)
     if restored is None or config.data.data_order == "nanogpt":  # nanoGPT draws the weights even to overwrite them
         model.init_weights(generator)
     if restored is not None:

@@ -15,7 +15,8 @@ from nanogpt_fast.data.loader import Loader
 from nanogpt_fast.data.tokens import TokenSource
 from nanogpt_fast.distributed import World
 from nanogpt_fast.errors import CheckpointError, DeviceError, DivergedError
-from nanogpt_fast.hardware import Peak, flops_per_token
+from nanogpt_fast.hardware import Peak, flops_per_token, free_memory
+from nanogpt_fast.memory import RESERVE, plan_of, relief
 from nanogpt_fast.run import checkpoint, ranges
 from nanogpt_fast.run.log import RunLog
 from nanogpt_fast.run.ranges import span
@@ -162,15 +163,16 @@ class Trainer:
         )
 
     def _out_of_memory(self, error: Exception) -> DeviceError:
-        data = self.config.data
-        smaller = max(1, data.batch_size // 2)
-        start, accumulation = (n * data.batch_size // smaller for n in (self._batches.start, self._batches.full))
-        ramp = f" --batch_ramp={start}:{self._batches.ramp}" if data.batch_ramp else ""
+        data, device = self.config.data, self.world.device
+        dtype, model = self.optimizer.flat.params.dtype, self.model
+        plan = plan_of(self.config, model.config, model.ops, dtype, device, self.world.size)
+        there = free_memory(device)
         return DeviceError(
             "the device ran out of memory",
-            where=f"{self.world.device}, batch_size = {data.batch_size}, block_size = {data.block_size}",
+            where=f"{device}, batch_size = {data.batch_size}, block_size = {data.block_size}, "
+            f"recompute = {plan.recompute!r}",
             found=str(error).splitlines()[0],
-            hint=f"--batch_size={smaller} --gradient_accumulation_steps={accumulation}{ramp} trains on the same tokens",
+            hint=relief(plan, None if there is None else (1 - RESERVE) * there, self.world.size),
         )
 
     def resume_line(self, step: int) -> str:

@@ -75,7 +75,7 @@ def assembled(
 ) -> TrainStep:  # fmt: skip
     """The step alone; without a generator the weights are not initialised."""
     wide = torch.float32 if config.system.residual_dtype == "float32" else None
-    model = GPT(shape, ops, wide, config.system.recompute_gelu).train()
+    model = GPT(shape, ops, wide, config.system.recompute).train()
     if generator:
         model.init_weights(generator)
     optimizer = AdamW(FlatParameters(model, dtype, device), config.optim, ops, scale_loss=dtype == torch.float16)

@@ -26,11 +26,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from nanogpt_fast.distributed import resolve_device
 from nanogpt_fast.errors import DataError, DeviceError, run_command
-from nanogpt_fast.hardware import memory_estimate
+from nanogpt_fast.memory import peak, plan_of
 from nanogpt_fast.run import ranges, trace_events, tracing
 from nanogpt_fast.run.trace_events import OPS, Event, Places, nest, split_name
 from nanogpt_fast.settings.cli import load_config
-from nanogpt_fast.settings.config import GPTConfig
 
 KINDS: tuple[str, ...] = ("parameters", "gradients", "optimizer", "activations", "backward", "update", "other")
 COLORS = ("#3b6ea5", "#7aa6c2", "#a9c5a0", "#e08a3c", "#c0504d", "#8064a2", "#999999")
@@ -211,12 +210,11 @@ def recorded(flags: list[str], steps: int, folder: Path) -> tuple[Timeline, buil
     return timeline(changes(records, DEVICE_TYPE[device.type], persistent)), built
 
 
-def estimate(built: built_step.BuiltStep) -> float:
+def estimate(built: built_step.BuiltStep) -> int:
     """Bytes that --dry_run foretells for the same step."""
-    shape, system = GPTConfig(**built.facts["shape"]), built.config.system
-    wide = 4 if system.residual_dtype == "float32" else None
-    sizes = memory_estimate(shape, built.config.data.batch_size, built.dtype.itemsize, residual_bytes=wide)
-    return sum(sizes.values())
+    model, device = built.step.model, built.device
+    found = plan_of(built.config, model.config, model.ops, built.dtype, device)
+    return sum(peak(found).values())
 
 
 def main(argv: list[str]) -> None:

@@ -43,31 +43,10 @@ from work import (
 )
 
 from nanogpt_fast.errors import ConfigError, run_command
-from nanogpt_fast.gpus import GPUS
+from nanogpt_fast.gpus import CHOICES, GPUS
 from nanogpt_fast.hardware import flops_per_token
 from nanogpt_fast.settings.config import GPTConfig
 
-CHOICES = {  # --gpu: the name that the driver gives, a key of gpus.GPUS
-    "h100": "NVIDIA H100 80GB HBM3",
-    "h100-pcie": "NVIDIA H100 PCIe",
-    "h100-nvl": "NVIDIA H100 NVL",
-    "h200": "NVIDIA H200",
-    "gh200": "NVIDIA GH200 480GB",
-    "b200": "NVIDIA B200",
-    "gb200": "NVIDIA GB200",
-    "a100": "NVIDIA A100-SXM4-80GB",
-    "a100-40gb": "NVIDIA A100-SXM4-40GB",
-    "a10": "NVIDIA A10",
-    "a40": "NVIDIA A40",
-    "a6000": "NVIDIA RTX A6000",
-    "l4": "NVIDIA L4",
-    "l40": "NVIDIA L40",
-    "l40s": "NVIDIA L40S",
-    "rtx3090": "NVIDIA GeForce RTX 3090",
-    "rtx4090": "NVIDIA GeForce RTX 4090",
-    "rtx5090": "NVIDIA GeForce RTX 5090",
-    "rtxpro6000": "NVIDIA RTX PRO 6000 Blackwell Workstation Edition",
-}
 MODELS = {name: replace(config, bias=False) for name, config in GPT2.items()}  # as nanoGPT trains them
 
 

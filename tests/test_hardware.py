@@ -12,15 +12,11 @@ from nanogpt_fast.hardware import (
     Peak,
     cpu_multiplies,
     flops_per_token,
-    memory_estimate,
     peak_flops,
     resolve_peak,
     training_peak,
 )
-from nanogpt_fast.model import GPT
-from nanogpt_fast.ops import REFERENCE
-from nanogpt_fast.optim import ALIGNMENT, RANKS, AdamW, FlatParameters
-from nanogpt_fast.settings.config import GPTConfig, OptimConfig
+from nanogpt_fast.settings.config import GPTConfig
 
 GPT2_124M = GPTConfig(bias=False)
 
@@ -71,7 +67,7 @@ def test_peaks_are_dense_with_float32_accumulation(name: str):
     """SMs x FLOPs a clock of each is the peak at some clock: a sparse rate, or float16 accumulation's on a GeForce,
     would take twice the clock, more than any of these chips has; so would a figure of another form factor's SMs."""
     gpu = GPUS[name]
-    assert gpu.source and gpu.gbps >= 300 and name.startswith(("NVIDIA ", "Tesla ", "AMD "))
+    assert gpu.source and gpu.gbps >= 300 and 16 <= gpu.gib <= 192 and name.startswith(("NVIDIA ", "Tesla ", "AMD "))
     if gpu.flops_a_clock is not None:
         assert 1.3 < gpu.tflops * 1e3 / (gpu.sms * gpu.flops_a_clock) < 2.65
     assert gpu.bfloat16 == (gpu.capability not in (70, 75))
@@ -237,35 +233,3 @@ def test_the_best_of_many_products_is_taken(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(hardware.SETTLE_S, "cpu", 27.0)
     assert hardware.measure_gemm(torch.device("cpu"), torch.float32) == 2 * 8**3 / 2.0
     assert products == [(8, 8)] * 6
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_estimated_state_is_what_the_buffers_hold(dtype: torch.dtype):
-    """Parameters, gradients and moments to the byte, alignment aside."""
-    config = GPTConfig(block_size=64, vocab_size=500, n_layer=2, n_head=2, n_embd=128, bias=True)
-    flat = FlatParameters(GPT(config), dtype, torch.device("cpu"))
-    optimizer = AdamW(flat, OptimConfig(), REFERENCE)
-    estimate = memory_estimate(config, batch_size=4, bytes_per_element=dtype.itemsize)
-    buffers = {
-        "parameters": {id(t): t for t in (flat.master, flat.params)}.values(),
-        "gradients": [flat.grad],
-        "optimizer": [optimizer.m, optimizer.v],
-    }
-    names, n = len(flat.slices), config.num_params(non_embedding=False)
-    for key, tensors in buffers.items():
-        held = sum(t.nbytes for t in tensors)
-        a_parameter = sum(t.element_size() for t in tensors)
-        assert estimate[key] == n * a_parameter
-        assert 0 <= held - estimate[key] <= (names + RANKS) * ALIGNMENT * a_parameter
-
-
-def test_estimated_logits_and_activations():
-    estimate = memory_estimate(GPT2_124M, batch_size=16, bytes_per_element=2)
-    tokens = 16 * 1024
-    assert estimate["logits"] == tokens * 50304 * 6
-    assert estimate["activations"] == tokens * 768 * 12 * 16 * 2
-    less = memory_estimate(
-        GPT2_124M, batch_size=16, bytes_per_element=2, residual_bytes=4, recompute_gelu=True, logits_rows=8192
-    )
-    assert less["logits"] == 8192 * 50304 * 2
-    assert less["activations"] == tokens * 768 * 12 * (2 * 4 + 10 * 2)

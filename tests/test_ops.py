@@ -66,8 +66,3 @@ def test_triton_without_cuda(monkeypatch: pytest.MonkeyPatch):
 def test_the_interpreter_may_take_them(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert select_ops("triton", "cpu") is ops.TRITON
-
-
-def test_the_memory_estimate_knows_the_chunk_of_logits():
-    launch = pytest.importorskip("nanogpt_kernels.launch")
-    assert {row.choices["chunk_rows"] for row in launch.TABLE["cross_entropy"]} == {ops.LOGITS_ROWS}

@@ -88,7 +88,8 @@ FEATURES = {
     "float32": {"dtype": torch.float32},
     "float32 residual": {"residual_dtype": torch.float32},
     "no dropout, no bias": {"shape": dataclasses.replace(SMALL, dropout=0.0, bias=False)},
-    "recomputed": {"recompute": True},
+    "GELU recomputed": {"recompute": "mlp"},
+    "blocks recomputed": {"recompute": "block"},
     "documents": {"eot": 3},
     "tanh": {"shape": dataclasses.replace(SMALL, activation="gelu_tanh")},
 }

@@ -69,6 +69,25 @@ def main_grad_of(w: Tensor) -> Tensor | None:
     return getattr(w, "main_grad", None)
 
 
+_stood_for: str | None = None
+
+
+@contextmanager
+def stand_for(device_type: str) -> Iterator[None]:
+    """Within it, tensors of device "meta" stand for ones of this device: ops take the path that they take there."""
+    global _stood_for
+    before, _stood_for = _stood_for, device_type
+    try:
+        yield
+    finally:
+        _stood_for = before
+
+
+def device_type_of(t: Tensor) -> str:
+    """ "cpu", "cuda", ...: of t, or of what it stands for."""
+    return _stood_for if _stood_for and t.is_meta else t.device.type
+
+
 @contextmanager
 def checked() -> Iterator[None]:
     """Within it, ops also check values (ids and targets in range, incoming gradients of 1), waiting for the device.

@@ -36,11 +36,14 @@ class Call:
 
 
 class Recording(list[Call]):
-    """The launches recorded so far; `rows` are those of TABLE that they took: (op, row as it stands there)."""
+    """The launches recorded so far; `rows` are those of TABLE that they took: (op, row as it stands there).
 
-    def __init__(self) -> None:
+    keep=False drops the launches themselves, which hold their tensors."""
+
+    def __init__(self, keep: bool = True) -> None:
         super().__init__()
         self.rows: list[tuple[str, Row]] = []
+        self.keep = keep
 
 
 _overrides: dict[str, dict[str, Any]] = {}
@@ -118,7 +121,7 @@ def launch(op: str, kernel: Any, grid: tuple[Any, ...], *args: Any, row: Row | N
         options = {**row.blocks, **constexprs, "num_warps": row.num_warps, "num_stages": row.num_stages}
     options["enable_fp_fusion"] = True
     if x.device.type == "meta" or isinstance(x, FakeTensor):
-        if _recorded is not None:
+        if _recorded is not None and _recorded.keep:
             _recorded.append(Call(op, kernel, grid, args, options))
         return
     if 0 in grid:
@@ -157,11 +160,11 @@ def override(op: str, **fields: Any) -> Iterator[None]:
 
 
 @contextmanager
-def recording(arch: int) -> Iterator[Recording]:
+def recording(arch: int, keep: bool = True) -> Iterator[Recording]:
     """Within it, launches on meta tensors are collected, with the shapes that sm_`arch` would take."""
     global _recorded, _recorded_arch
     before = _recorded, _recorded_arch
-    _recorded, _recorded_arch = Recording(), arch
+    _recorded, _recorded_arch = Recording(keep), arch
     try:
         yield _recorded
     finally:

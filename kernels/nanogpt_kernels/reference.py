@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanogpt_kernels.contract import GRAD_NORM, LOSS_SCALE, LR, MAX_NORM, STEP, main_grad_of
+from nanogpt_kernels.contract import GRAD_NORM, LOSS_SCALE, LR, MAX_NORM, STEP, device_type_of, main_grad_of
 
 _MASK32 = 0xFFFFFFFF
 
@@ -74,34 +74,36 @@ def dropout(x: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """x w^T, adding dw into w.main_grad where that is set."""
+    """x w^T, adding dw into w.main_grad, which is set; or gelu(x) w^T, of which x alone is kept (gelu: its variant)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    def forward(ctx, x: Tensor, w: Tensor, b: Tensor | None, gelu: str | None) -> Tensor:
         ctx.save_for_backward(x, w)
         ctx.main_grad = main_grad_of(w)
-        ctx.has_bias = b is not None
-        return F.linear(x, w, None if b is None else b.to(x.dtype))
+        ctx.has_bias, ctx.gelu = b is not None, gelu
+        return F.linear(x if gelu is None else F.gelu(x, approximate=gelu), w, None if b is None else b.to(x.dtype))
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
         x, w = ctx.saved_tensors
         dy = grads[0].flatten(0, -2)
-        x_rows = x.flatten(0, -2)
+        x_rows = (x if ctx.gelu is None else F.gelu(x, approximate=ctx.gelu)).flatten(0, -2)
         if dy.dtype == torch.float32:
             ctx.main_grad.addmm_(dy.t(), x_rows)
-        elif dy.is_cuda and not torch.compiler.is_compiling():  # inductor has no lowering of addmm with out_dtype
+        elif device_type_of(dy) == "cuda" and not torch.compiler.is_compiling():  # inductor has no addmm with out_dtype
             torch.addmm(ctx.main_grad, dy.t(), x_rows, out_dtype=torch.float32, out=ctx.main_grad)
         else:
             ctx.main_grad.add_(dy.t() @ x_rows)
         dx = (dy @ w).view_as(x) if ctx.needs_input_grad[0] else None
-        return dx, None, dy.sum(0, dtype=torch.float32) if ctx.has_bias else None
+        if dx is not None and ctx.gelu is not None:
+            dx = torch.ops.aten.gelu_backward(dx, x, approximate=ctx.gelu)
+        return dx, None, dy.sum(0, dtype=torch.float32) if ctx.has_bias else None, None
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     """x [..., C_in] times w [C_out, C_in] transposed, plus b [C_out] -> [..., C_out]."""
     if main_grad_of(w) is not None and torch.is_grad_enabled():
-        return _Linear.apply(x, w, b)
+        return _Linear.apply(x, w, b, None)
     return F.linear(x, w, None if b is None else b.to(x.dtype))
 
 
@@ -184,12 +186,12 @@ def attention(qkv: Tensor, p: float, seed: Tensor | None, site: int, doc_ids: Te
 
     With doc_ids [B, T] a token attends only to tokens with its own id. Dropout acts on the probabilities [B, H, T, T].
     """
-    if qkv.device.type == "cpu" and qkv.dtype in (torch.bfloat16, torch.float16):
+    if device_type_of(qkv) == "cpu" and qkv.dtype in (torch.bfloat16, torch.float16):
         # In float32: scores rounded to bfloat16 are 3.5 times as wrong as torch's own attention, whose bfloat16
         # backward is 7 times as slow (one core, B=12 T=64 H=4 D=32: 2.0 ms here, 15 ms there; float16 products 44 ms).
         return attention(qkv.float(), p, seed, site, doc_ids).to(qkv.dtype)
     q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # [B, H, T, D] each, no copy; backward packs in one
-    if p == 0.0 and qkv.device.type != "mps":
+    if p == 0.0 and device_type_of(qkv) != "mps":
         mask = None if doc_ids is None else _allowed(qkv, doc_ids)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).transpose(1, 2)
     return _written_out(q, k, v, _allowed(qkv, doc_ids), p, seed, site).transpose(1, 2)
@@ -251,10 +253,12 @@ def mlp(
     """gelu(y w_fc^T + b_fc) w_proj^T; w_fc [F, C], w_proj [C, F]; the projection's bias belongs to the next add_norm.
 
     activation: "gelu" is x Phi(x) by erf, "gelu_tanh" GPT-2's tanh approximation of it. recompute asks to rebuild the
-    activations in backward rather than keep them; it changes memory, never results, and here nothing.
+    activations in backward rather than keep them; it changes memory, never results (here where w_proj has main_grad).
     """
-    pre = linear(y, w_fc, b_fc)
-    return linear(F.gelu(pre, approximate="tanh" if activation == "gelu_tanh" else "none"), w_proj)
+    pre, variant = linear(y, w_fc, b_fc), "tanh" if activation == "gelu_tanh" else "none"
+    if recompute and main_grad_of(w_proj) is not None and torch.is_grad_enabled():
+        return _Linear.apply(pre, w_proj, None, variant)
+    return linear(F.gelu(pre, approximate=variant), w_proj)
 
 
 def linear_cross_entropy(

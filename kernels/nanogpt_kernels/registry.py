@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 LIBRARY = torch.library.Library("nanogpt_kernels", "DEF")
+FUNCTIONS: dict[str, Callable[..., Any]] = {}  # by qualified name: what sees an op's inside calls them
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,6 +41,7 @@ def register(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         for key in ("CPU", "CUDA"):
             LIBRARY.impl(name, without_autocast(function), key)
+        FUNCTIONS[f"nanogpt_kernels::{name}"] = function
         torch.library.register_fake(f"nanogpt_kernels::{name}", function, lib=LIBRARY)
         return getattr(torch.ops.nanogpt_kernels, name).default
 

@@ -29,7 +29,7 @@ import tyro
 
 from nanogpt_fast.errors import ConfigError, did_you_mean, run_command
 from nanogpt_fast.settings import nanogpt_config
-from nanogpt_fast.settings.config import SECTION_OF, Config
+from nanogpt_fast.settings.config import SECTION_OF, Config, present_setting
 from nanogpt_fast.settings.options import BOOLS, options_of
 
 T = TypeVar("T")
@@ -259,6 +259,7 @@ class _Reader:
             raise ConfigError("a config file cannot be read", where=str(path), found=str(error.strerror)) from None
         settings = {}
         for key, value, where in items:
+            key, value = present_setting(key, value)
             if key not in self.flags:
                 raise self.unknown(key, where)
             settings[key] = _Setting(self.flags[key].value(value, where, from_text=False), where)

@@ -217,19 +217,28 @@ class SystemConfig:
     device: str = "auto"  # auto | cpu | cuda | cuda:0 | mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 where native
     residual_dtype: Literal["auto", "float32"] = "auto"  # of the residual stream; auto: dtype, nanoGPT's is float32
-    recompute_gelu: bool = False  # rebuild GELU's output in backward (Triton ops): less memory, a little slower
     tf32: bool = True  # float32 products on CUDA by TF32, as nanoGPT; False is exact, and several times slower
     cuda_graph: Literal["auto", "on", "off"] = "auto"  # replay the step as CUDA graphs; on: fail where that cannot be
+    recompute: Literal["none", "mlp", "block"] = "none"  # in backward: GELU's output, or a whole block; saves memory
+    micro_batch: Literal["", "auto"] = ""  # auto: the largest batch_size that fits, with as many tokens an iteration
     compile: bool = True  # torch.compile the reference ops on CUDA (takes a minute); no effect elsewhere
     kernels: str = "auto"  # auto | triton | reference, and single ops: triton,attention=reference
     backend: str = "nccl"  # torch.distributed backend for CUDA ranks (CPU ranks use gloo)
     dry_run: bool = False  # print the resolved configuration, tokens, memory; train nothing
+    on: str = ""  # with --dry_run: a GPU to foretell memory and time for, as h100, a100-40gb or its driver's name
     debug: bool = False  # tracebacks instead of short errors
     profile: str = ""  # START:STOP, iterations to trace as a Python slice: 10:15 is 10 to 14; to out_dir/profile
     profiler: Literal["torch", "nsys"] = "torch"  # a trace for Perfetto, or NVTX ranges for a run under nsys
 
     def __post_init__(self) -> None:
         _ = self.window
+        if self.on and not self.dry_run:
+            raise ConfigError(
+                "--on names a GPU to foretell a run for, and trains nothing",
+                where=f"on = {self.on!r}, dry_run = False",
+                expected="--dry_run beside it",
+                hint="--device chooses what to train on",
+            )
 
     @property
     def window(self) -> range:
@@ -262,6 +271,12 @@ class Config:
                 where=f"profile = {self.system.profile!r}, max_iters = {last}, eval_only = {self.run.eval_only}",
                 expected="none with eval_only" if self.run.eval_only else f"STOP <= {last + 1}: the last one is {last}",
             )
+        if self.system.micro_batch == "auto" and self.data.data_order == "nanogpt":
+            raise ConfigError(
+                "nanoGPT's data order draws by batch_size, which --micro_batch=auto would change",
+                where="micro_batch = 'auto', data_order = 'nanogpt'",
+                expected="--data_order=shuffle, or a --batch_size of your own",
+            )
 
     @property
     def tokens_per_iter(self) -> int:
@@ -285,6 +300,13 @@ class Config:
             self,
             **{s: dataclasses.replace(getattr(self, s), **values) for s, values in by_section.items()},
         )
+
+
+def present_setting(key: str, value: Any) -> tuple[str, Any]:
+    """(key, value) of a file's setting under its present name: recompute_gelu became recompute."""
+    if key == "recompute_gelu" and isinstance(value, bool):
+        return "recompute", "mlp" if value else "none"
+    return key, value
 
 
 SECTION_OF: dict[str, str] = {

@@ -9,13 +9,14 @@ import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tiny_run import VOCAB, flags, metrics, train, train_process, write_dataset
 
-from nanogpt_fast import hardware
+from nanogpt_fast import hardware, trainer
 from nanogpt_fast.errors import CheckpointError, ConfigError, DataError, DeviceError, DivergedError
 from nanogpt_fast.hardware import Peak
 from nanogpt_fast.run import checkpoint
@@ -207,12 +208,23 @@ def test_a_stopped_step_does_not_pass_for_an_evaluated_one(folder: Path, monkeyp
 
 
 def test_out_of_memory_says_what_to_try(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    def explode(*_: object) -> StepResult:
+    real = TrainStep.__call__
+
+    def explode(step: TrainStep, *args: Any) -> StepResult:
+        if step.device.type == "meta":  # a predicted one
+            return real(step, *args)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(TrainStep, "__call__", explode)
-    with pytest.raises(DeviceError, match="--batch_size=2 --gradient_accumulation_steps=2"):
+    monkeypatch.setattr(trainer, "free_memory", lambda _: 10**9)  # by prediction it fits: the next smaller one
+    with pytest.raises(DeviceError, match=r"--recompute=mlp .*--batch_size=2 --gradient_accumulation_steps=2") as error:
         train(folder)
+    assert "batch_size = 4, block_size = 8, recompute = 'none'" in str(error.value)
+    with pytest.raises(DeviceError, match="next: +--batch_size=4 --gradient_accumulation_steps=2"):
+        train(folder, batch_size=8, recompute="block")
+    monkeypatch.setattr(trainer, "free_memory", lambda _: 340_000)  # 8 sequences take 301,200
+    with pytest.raises(DeviceError, match="--recompute=block .*--batch_size=8 --gradient_accumulation_steps=8"):
+        train(folder, batch_size=64)
 
 
 def test_out_of_memory_in_a_ramp_says_a_ramp_of_the_same_tokens(folder: Path, monkeypatch: pytest.MonkeyPatch):

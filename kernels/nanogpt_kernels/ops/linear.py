@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from nanogpt_kernels.contract import main_grad_of
+from nanogpt_kernels.contract import device_type_of, main_grad_of
 from nanogpt_kernels.registry import once, register, without_autocast
 
 
@@ -22,7 +22,7 @@ def accumulate_weight_grad_(main_grad: Tensor, dy: Tensor, x: Tensor) -> None:
         return
     if dy.dtype == torch.float32:
         main_grad.addmm_(dy.t(), x)
-    elif dy.is_cuda:
+    elif device_type_of(dy) == "cuda":
         torch.addmm(main_grad, dy.t(), x, out_dtype=torch.float32, out=main_grad)
     else:
         main_grad.add_(dy.t() @ x)
