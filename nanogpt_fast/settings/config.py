@@ -173,9 +173,7 @@ class SystemConfig:
     device: str = "auto"  # auto | cpu | cuda | cuda:0 | mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 where native
     residual_dtype: Literal["auto", "float32"] = "auto"  # of the residual stream; auto: dtype, nanoGPT's is float32
-    recompute: Literal["none", "mlp", "block"] = (
-        "none"  # in backward: GELU's output, or all inside a block; saves memory
-    )
+    recompute: Literal["none", "mlp", "block"] = "none"  # rebuilt in backward: GELU's output, a whole block
     micro_batch: Literal["", "auto"] = ""  # auto: the largest batch_size that fits, with as many tokens an iteration
     compile: bool = True  # torch.compile the reference ops on CUDA (takes a minute); no effect elsewhere
     kernels: str = "auto"  # auto | triton | reference, and single ops: triton,attention=reference
