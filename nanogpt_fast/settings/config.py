@@ -219,7 +219,7 @@ class SystemConfig:
     residual_dtype: Literal["auto", "float32"] = "auto"  # of the residual stream; auto: dtype, nanoGPT's is float32
     tf32: bool = True  # float32 products on CUDA by TF32, as nanoGPT; False is exact, and several times slower
     cuda_graph: Literal["auto", "on", "off"] = "auto"  # replay the step as CUDA graphs; on: fail where that cannot be
-    recompute: Literal["none", "mlp", "block"] = "none"  # in backward: GELU's output, or a whole block; saves memory
+    recompute: Literal["none", "mlp", "block"] = "none"  # rebuilt in backward: GELU's output, a whole block
     micro_batch: Literal["", "auto"] = ""  # auto: the largest batch_size that fits, with as many tokens an iteration
     compile: bool = True  # torch.compile the reference ops on CUDA (takes a minute); no effect elsewhere
     kernels: str = "auto"  # auto | triton | reference, and single ops: triton,attention=reference

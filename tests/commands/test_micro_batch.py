@@ -13,9 +13,10 @@ from nanogpt_fast import dry_run
 from nanogpt_fast import train as train_command
 from nanogpt_fast.distributed import World
 from nanogpt_fast.errors import ConfigError, DeviceError
-from nanogpt_fast.memory import peak, plan_of
+from nanogpt_fast.memory import batch_flags, peak, plan_of
 from nanogpt_fast.ops import REFERENCE
 from nanogpt_fast.run import checkpoint
+from nanogpt_fast.schedule import BatchSchedule
 from nanogpt_fast.settings.cli import load_config
 from nanogpt_fast.settings.config import Config
 
@@ -70,6 +71,18 @@ def test_ranks_take_what_fits_on_each(monkeypatch: pytest.MonkeyPatch):
     args = config.shape(VOCAB), REFERENCE, torch.float32, World(0, 2), lambda _: None
     data = train_command.fit_micro_batch(config, *args).data
     assert (data.batch_size, data.gradient_accumulation_steps) == (2, 8)
+
+
+def test_a_batch_ramp_keeps_its_tokens(monkeypatch: pytest.MonkeyPatch):
+    """12 sequences growing to 24: the largest divisor of both; the ramp counts the new micro-batches."""
+    config = Config().replace(**TINY, batch_size=2, gradient_accumulation_steps=12, batch_ramp="6:100")
+    monkeypatch.setattr(train_command, "free_memory", lambda _: 10**9)
+    args = config.shape(VOCAB), REFERENCE, torch.float32, World(), lambda _: None
+    data = train_command.fit_micro_batch(config, *args).data
+    assert (data.batch_size, data.gradient_accumulation_steps, data.batch_ramp) == (12, 2, "1:100")
+    before, after = (BatchSchedule.of(d) for d in (config.data, data))
+    assert before.tokens_before(1) == after.tokens_before(1) == 12 * 8
+    assert batch_flags(plan_of(config, *args[:3], CPU).with_batch(4), 4).endswith("=6 --batch_ramp=3:100")
 
 
 def test_what_cannot_be_chosen_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch):

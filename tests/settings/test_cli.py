@@ -179,7 +179,7 @@ def test_a_wrong_toml_file_says_what_and_where(text, what, where, tmp_path):
         (["--out_dir"], "--out_dir needs a value", "the end of the line"),
         (["--out_dir", "--compile"], "--out_dir needs a value", "--compile"),
         (["--config"], "--config needs a value", "preset"),
-        (["--no-dropout"], "unknown flag --no-dropout, did you mean '--dropout'?", "--help"),
+        (["--no-dropout"], "unknown flag --no-dropout, did you mean '--dropout' ", "--help"),
         (["--no-compile=1"], "unknown flag --no-compile", "--help"),
         (["--"], "unknown flag --", "--help"),
         (["--n_head=7"], "n_embd is not divisible by n_head", "n_head = 7 (command line)"),
