@@ -73,6 +73,11 @@ def shipped_tests() -> list[str]:
     return found
 
 
+def captured_tests() -> list[str]:
+    """The tests of CUDA graphs: the step, evaluations, decoding."""
+    return [str(path.relative_to(machine.ROOT)) for path in sorted(TESTS.glob("test_*_gpu.py"))]
+
+
 def all_stages(out: Path, arch: int = 90, ptxas: Path | None = None, sanitizer: Path | None = None) -> list[Stage]:
     """In order of value. ptxas: an assembler to take instead of Triton's own, and to race beside it."""
 
@@ -101,12 +106,17 @@ def all_stages(out: Path, arch: int = 90, ptxas: Path | None = None, sanitizer: 
               rehearsal=script("environment.py", "--device=cpu", "--seconds=2")),
         Stage("compile", script("warm_cache.py", f"--arch={arch}", "--total_s=30"), 45, suite="compile",
               rehearsal=script("warm_cache.py", "--parts=race", "--most=2")),
-        Stage("step", script("step.py", "--profile", "--total_s", SECONDS, "--arms", *SWITCHED), 70, suite="step",
+        Stage("step", script("step.py", "--profile", "--total_s", SECONDS, "--arms", *SWITCHED), 80, suite="step",
               rehearsal=script("step.py", "--profile", *on_cpu, *one_step, "--batch_size=1", "--arms", "triton")),
         Stage("ops", script(*ops, "124m", "--peers", "none", "--no_compile"), 90, suite="ops",
               rehearsal=script(*checked, "--peers=none")),
         Stage("shipped", pytest(*on_gpu, *shipped_tests()), 60,
               rehearsal=pytest("-k", "test_widths and float32", *shipped_tests())),
+        Stage("captured", pytest(*on_gpu, *captured_tests()), 60,
+              rehearsal=pytest("--collect-only", *captured_tests())),
+        Stage("step-small", script("step.py", "--batch_size=4", "--rounds=3", "--total_s", SECONDS, "--arms",
+                                   "triton+graph", "triton"), 45, suite="step",
+              rehearsal=script("step.py", *on_cpu, *one_step, "--batch_size=1", "--arms", "triton")),
         Stage("race", script("race.py", *RACED), 40, rehearsal=script(*race, "embedding")),
         Stage("race-own-ptxas", script("race.py", *RACED), 40, env=ours, rehearsal=script(*race, "norm"),
               missing="" if ptxas else "needs a second assembler: --ptxas PATH"),

@@ -40,7 +40,8 @@ from nanogpt_fast.hardware import flops_per_token, measure_gemm, resolve_peak
 from nanogpt_fast.settings.config import Config
 
 TINY = dict(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=96, batch_size=4)
-SWITCHED = ("triton", "triton+atomic=true", "triton+fused=true")  # ours, and ours with each switch of its launch rows
+# ours: eager, captured, and with each switch of its launch rows
+SWITCHED = ("triton", "triton+graph", "triton+atomic=true", "triton+fused=true")
 SHOWN = 30  # kernels of the printed table
 
 
@@ -82,7 +83,7 @@ def arm_facts(name: str, setup: Setup) -> dict[str, Any]:
     return {
         "dtype": dtype if ours or not on_cpu else "float32",
         "residual_dtype": dtype if ours else "float32",  # autocast leaves the others' stream in float32
-        "graph": False,
+        "graph": ours and "graph" in name.split("+"),
     }
 
 

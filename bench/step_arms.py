@@ -1,7 +1,8 @@
 """A training step as bench/step.py times it: by our trainer with some set of ops, or by somebody else's.
 
-KERNELS[+compile][+CHOICE=true|false ...]    KERNELS is what --kernels takes; compile: torch.compile of the model;
-                                             CHOICE: a switch of nanogpt_kernels' launch rows (atomic, fused)
+KERNELS[+compile][+graph][+CHOICE=...]       KERNELS is what --kernels takes; compile: torch.compile of the model;
+                                             graph: replayed as CUDA graphs; CHOICE=true|false: a switch of
+                                             nanogpt_kernels' launch rows (atomic, fused)
 nanogpt|hf[+fabric|+accelerate][+compile]    other people's models and loops: bench/trainers.py
 llm.c                                        a program of its own, timed by bench/llmc_binary.py
 """
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from nanogpt_fast.distributed import World
 from nanogpt_fast.errors import ConfigError
+from nanogpt_fast.graphs import Graphs
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import select_ops
 from nanogpt_fast.optim import AdamW, FlatParameters
@@ -25,6 +27,7 @@ from nanogpt_fast.step import StepResult, TrainStep
 
 LR = 1e-4
 OTHERS = ("nanogpt", "hf", "llm.c")  # arms that are not our trainer
+WORDS = ("compile", "graph")  # of ours, besides the switches of launch rows
 Arm = Callable[[Tensor, int], StepResult]  # (token ids [A, B, T + 1], iteration) -> (loss, gradient norm)
 
 
@@ -67,11 +70,13 @@ def make_arm(name: str, setup: Setup) -> Arm:
         return trainers.make(base, words, setup)
     if base == "llm.c":
         raise Missing("llm.c is a program of its own: python bench/llmc_binary.py --llmc DIR writes its row")
-    compiled, switches = "compile" in words, [word for word in words if word != "compile"]
-    turned = overrides(switches)
+    if "graph" in words and setup.world.device.type != "cuda":
+        raise Missing("CUDA graphs need a CUDA device")
+    compiled, turned = "compile" in words, overrides(words)
     model = GPT(setup.shape, select_ops(base, setup.world.device.type)).train()
     model.load_state_dict(setup.weights)
-    step = _train_step(model, setup.config, setup.dtype, setup.world)
+    graphs = Graphs(setup.world.device, "on" if "graph" in words else "off")
+    step = _train_step(model, setup.config, setup.dtype, setup.world, graphs)
     if compiled:
         model.compile()
 
@@ -82,14 +87,18 @@ def make_arm(name: str, setup: Setup) -> Arm:
     return run
 
 
-def _train_step(model: GPT, config: Config, dtype: torch.dtype, world: World) -> TrainStep:
+def _train_step(
+    model: GPT, config: Config, dtype: torch.dtype, world: World, graphs: Graphs | None = None
+) -> TrainStep:
     optimizer = AdamW(FlatParameters(model, dtype, world.device), config.optim, model.ops, dtype == torch.float16)
     optimizer.set_lr(LR)
-    return TrainStep(model, optimizer, world, config.run.seed)
+    return TrainStep(model, optimizer, world, config.run.seed, graphs=graphs)
 
 
-def overrides(switches: list[str]) -> dict[str, dict[str, Any]]:
-    """["atomic=true"] -> {launch op: fields} for every launch op whose rows have that choice."""
+def overrides(words: list[str]) -> dict[str, dict[str, Any]]:
+    """["atomic=true"] -> {launch op: fields} for every launch op whose rows have that choice; an arm's other words are
+    left out."""
+    switches = [word for word in words if word not in WORDS]
     if not switches:
         return {}
     from nanogpt_kernels import launch
@@ -102,7 +111,9 @@ def overrides(switches: list[str]) -> dict[str, dict[str, Any]]:
     for choice, _, value in (switch.partition("=") for switch in switches):
         if choice not in having or value not in ("true", "false"):
             known = ", ".join(f"{name}=true|false" for name in sorted(having))
-            raise ConfigError(f"unknown word of an arm {choice!r}", expected=f"compile, {known}", found=value)
+            raise ConfigError(
+                f"unknown word of an arm {choice!r}", expected=f"{', '.join(WORDS)}, {known}", found=value
+            )
         for op in having[choice]:
             found.setdefault(op, {"choices": {}})["choices"][choice] = value == "true"
     return found

@@ -270,8 +270,9 @@ def test_an_assembler_is_taken_where_it_is_named(tmp_path: Path):
 def test_list_and_dry_run_need_no_gpu(capsys: pytest.CaptureFixture):
     assert gpu_session.main(["--list"]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert listed[:9] == [
-        "environment", "compile", "step", "ops", "shipped", "race", "race-own-ptxas", "memcheck", "tune"
+    assert listed[:11] == [
+        "environment", "compile", "step", "ops", "shipped", "captured", "step-small", "race", "race-own-ptxas",
+        "memcheck", "tune",
     ]  # fmt: skip
     assert listed.index("step-peers") < listed.index("peers") < listed.index("tests-attention")
     assert gpu_session.main(["--dry_run", "--only", "race"]) == 0

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt_fast.settings import cli
@@ -27,6 +27,7 @@ values = {
 }
 
 
+@settings(deadline=None)
 @given(st.fixed_dictionaries(values))
 def test_toml_loads_back_equal(changes):
     config = Config().replace(**changes)
@@ -36,6 +37,7 @@ def test_toml_loads_back_equal(changes):
         assert cli.load_config([str(path)]) == config
 
 
+@settings(deadline=None)
 @given(st.fixed_dictionaries(values))
 def test_flags_load_back_equal(changes):
     config = Config().replace(**changes)
