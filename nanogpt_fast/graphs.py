@@ -56,12 +56,16 @@ class Graphs:
     def capture(self, name: str, work: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
         """The graph of work(), which does not run; None where that failed, and from then on for all."""
         graph = torch.cuda.CUDAGraph()
+        # thread_local: the loader's worker may pin memory meanwhile, NCCL's watchdog query its events
+        capturing = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
         try:
-            # thread_local: the loader's worker may pin memory meanwhile, NCCL's watchdog query its events
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            with torch.cuda.stream(torch.cuda.current_stream()), capturing:  # which does not restore it when it fails
                 work()
         except RuntimeError as error:
-            why = str(error).splitlines()[0]
+            first: BaseException = error
+            while first.__context__:  # ending a broken capture raises once more
+                first = first.__context__
+            why = str(first).splitlines()[0]
             if self._must:
                 raise DeviceError(
                     f"{name} cannot be captured as a CUDA graph",

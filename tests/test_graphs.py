@@ -43,6 +43,8 @@ class Cuda:
             cuda.capturing = into
             try:
                 yield
+            except RuntimeError:
+                raise RuntimeError("operation failed due to a previous error during capture")  # as CUDA: no other word
             finally:
                 cuda.capturing = None
 
