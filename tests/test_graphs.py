@@ -44,7 +44,7 @@ class Cuda:
             try:
                 yield
             except RuntimeError:
-                raise RuntimeError("operation failed due to a previous error during capture")  # as CUDA: no other word
+                raise RuntimeError("operation failed due to a previous error during capture") from None  # as CUDA does
             finally:
                 cuda.capturing = None
 
