@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.replay_ledger import Pieces
 from kernel_case import DEVICE, guarded, randn
 from nanogpt_kernels import contract, launch, reference
 from nanogpt_kernels.contract import ContractError
@@ -12,6 +13,9 @@ from nanogpt_kernels.ops.embedding import embedding
 from parity import assert_parity
 from torch import Tensor
 
+from nanogpt_fast.model import GPT
+from nanogpt_fast.ops import TRITON
+from nanogpt_fast.settings.config import GPTConfig
 
 DTYPES = [torch.float32, torch.bfloat16]
 T_MAX, H, D = 23, 3, 20
@@ -112,3 +116,27 @@ def test_registration():
     torch.library.opcheck(OPS.cached_attention_.default, (qkv, cache, 0, at(280)))
     idx, wte, wpe = torch.zeros(2, 1, dtype=torch.int64, device=DEVICE), randn(5, 16).detach(), randn(9, 16).detach()
     torch.library.opcheck(OPS.embedding_fwd.default, (idx, wte, wpe, 0.0, None, 0, 0, None, at(3)))
+
+
+def test_a_model_generates_the_same():
+    """Every token's logits bit for bit, to the end of the block, over several splits."""
+    shape = GPTConfig(n_layer=1, n_head=2, n_embd=40, block_size=11, vocab_size=67, bias=True)
+    model = GPT(shape, TRITON)
+    model.init_weights(torch.Generator().manual_seed(0))
+    model = model.to(DEVICE).eval()
+    idx = torch.randint(67, (2, 7), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    seen: list[list[Tensor]] = []
+    step = model._next_logits
+
+    def noted(*args: Any) -> Tensor:
+        logits = step(*args)
+        seen[-1].append(logits)
+        return logits
+
+    model._next_logits = noted  # type: ignore[method-assign]
+    with launch.override("cached_attention", choices=dict(keys_a_split=4)):
+        for graphs in (None, Pieces()):
+            seen.append([])
+            model.generate(idx, 5, temperature=0.0, graphs=graphs)
+    plain, static = seen
+    assert len(plain) == 5 and all(torch.equal(a, b) for a, b in zip(plain, static, strict=True))
