@@ -1,7 +1,7 @@
 """Greedy continuation as the sampling benchmark times it: ours, stock nanoGPT's and Hugging Face's, with and without a
 cache of keys and values.
 
-ours            nanogpt_fast's generate: cached up to block_size tokens
+ours            nanogpt_fast's generate: cached up to block_size tokens, on CUDA a token's step a replayed graph
 ours, no cache  our model over the whole text for every token
 nanogpt         stock nanoGPT: no cache; its generate draws from the probabilities, so its forward, which computes the
                 last position's logits, is driven here by its own rule: the last block_size tokens, every token
@@ -21,6 +21,7 @@ from step_arms import Setup
 from torch import Tensor
 
 from nanogpt_fast.errors import ConfigError, did_you_mean
+from nanogpt_fast.graphs import Graphs
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import select_ops
 
@@ -52,7 +53,8 @@ def ours(setup: Setup, kernels: str, cache: bool = True) -> Sampler:
         if parameter.dim() == 1:
             parameter.data = parameter.data.float()
     if cache:
-        return lambda ids, new_tokens: model.generate(ids, new_tokens, temperature=0.0)
+        graphs = Graphs(setup.world.device, "auto")
+        return lambda ids, new_tokens: model.generate(ids, new_tokens, temperature=0.0, graphs=graphs)
     return recomputing(lambda ids: model.logits(ids)[:, -1], setup.shape.block_size)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from nanogpt_fast.data.tokenizer import Tokenizer
 from nanogpt_fast.errors import DataError
+from nanogpt_fast.graphs import Graphs
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import exact_device
 
@@ -27,16 +28,17 @@ def sample_text(
     seed: int | torch.Generator = 1337,
     stop_at_eot: bool = False,
     drawn: list[int] | None = None,
+    graphs: Graphs | None = None,
 ) -> Iterator[str]:
     """The text after the prompt, in pieces as they are generated; together they are the tokens' decoding.
 
     temperature 0 takes the likeliest token, top_k 0 draws among all. seed: a number, or a generator on exact_device of
-    the model's, which several samples may share. drawn, when given, receives the ids.
+    the model's, which several samples may share. drawn, when given, receives the ids. graphs: as `GPT.stream`'s.
     """
     device = model.transformer.wte.weight.device
     generator = seed if isinstance(seed, torch.Generator) else torch.Generator(exact_device(device)).manual_seed(seed)
     idx = torch.tensor([prompt_ids(tokenizer, prompt)], device=device)
-    stream = model.stream(idx, max_new_tokens, temperature, top_k or None, generator, tokenizer.vocab_size)
+    stream = model.stream(idx, max_new_tokens, temperature, top_k or None, generator, tokenizer.vocab_size, graphs)
 
     def ids() -> Iterator[int]:
         for token in stream:

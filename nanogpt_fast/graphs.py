@@ -38,6 +38,7 @@ class Graphs:
                 hint="--cuda_graph=auto captures where it can",
             )
         self.active, self._must = device.type == "cuda" and mode != "off", mode == "on"
+        self._newest: torch.cuda.CUDAGraph | None = None  # torch refuses a pool whose graphs are all gone
         if self.active:
             self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
@@ -74,8 +75,9 @@ class Graphs:
                     hint="--cuda_graph=off, or auto, which goes on without",
                 ) from error
             self.active = False
-            log.warning("training without CUDA graphs: %s cannot be captured (%s)", name, why)
+            log.warning("going on without CUDA graphs: %s cannot be captured (%s)", name, why)
             return None
+        self._newest = graph
         return graph
 
 

@@ -5,13 +5,14 @@ so that residual, bias, dropout and LayerNorm are one op. Modules and parameter 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nanogpt_fast.graphs import Graphs
 from nanogpt_fast.ops import REFERENCE, Ops, exact_device
 from nanogpt_fast.settings.config import GPTConfig
 
@@ -187,7 +188,7 @@ class GPT(nn.Module):
         """[B, T] -> logits [B, T, V] in the parameters' dtype."""
         return self.ops.linear(self.hidden(idx), self.transformer.wte.weight)
 
-    def _next_logits(self, idx: Tensor, cache: Tensor, start: int) -> Tensor:
+    def _next_logits(self, idx: Tensor, cache: Tensor, start: int | Tensor) -> Tensor:
         """Feed idx [B, t], at positions start..., through the cache; the last position's logits [B, V]."""
         ops, t = self.ops, self.transformer
         r = ops.embedding(idx, t.wte.weight, t.wpe.weight, 0.0, None, 0, start, self.residual_dtype)
@@ -211,19 +212,25 @@ class GPT(nn.Module):
         top_k: int | None = None,
         generator: torch.Generator | None = None,
         valid_vocab: int | None = None,
+        graphs: Graphs | None = None,
     ) -> Iterator[Tensor]:
         """Continue idx [B, t >= 1]: yields [B, 1] new ids, max_new_tokens times. temperature 0 takes the likeliest.
 
         Keys and values are cached up to block_size tokens. Past that every position moves, as learned positions
         must, so each token costs a forward over the last block_size tokens: nanoGPT's own rule. Ids from
         valid_vocab on (a padded vocabulary's) are never drawn. The generator lives on exact_device of the model's.
+        graphs replay the step of one new token; the prompt, and all that moves, is fed as it stands.
         """
         c, w = self.config, self.transformer.wte.weight
         shape = (c.n_layer, 2, idx.size(0), c.n_head, c.block_size, c.n_embd // c.n_head)
         cache = torch.empty(shape, dtype=w.dtype, device=w.device)
+        decode = _decoding_step(self, cache.zero_(), graphs) if graphs and graphs.active else None
         idx, cached = idx[:, -c.block_size :], 0
         for _ in range(max_new_tokens):
-            logits = self._next_logits(idx[:, cached:], cache, cached).float()
+            if decode and cached:
+                logits = decode(idx[:, cached:], cached).float()
+            else:
+                logits = self._next_logits(idx[:, cached:], cache, cached).float()
             logits = logits[:, :valid_vocab].to(exact_device(w.device))
             drawn = _draw(logits, temperature, top_k, generator).to(idx.device)
             yield drawn
@@ -235,6 +242,28 @@ class GPT(nn.Module):
     def generate(self, idx: Tensor, max_new_tokens: int, *args: Any, **kwargs: Any) -> Tensor:
         """idx [B, t] with the tokens of `stream`, whose arguments these are, appended: [B, t + max_new_tokens]."""
         return torch.cat([idx, *self.stream(idx, max_new_tokens, *args, **kwargs)], dim=1)
+
+
+def _decoding_step(model: GPT, cache: Tensor, graphs: Graphs) -> Callable[[Tensor, int], Tensor]:
+    """(a token [B, 1], its position) -> logits [B, V], which the next call writes over. One replayed piece: all that
+    varies lies in tensors that stay, as long as the function does."""
+    w, B = model.transformer.wte.weight, cache.size(2)
+    token = torch.zeros((B, 1), dtype=torch.int64, device=w.device)
+    position = torch.zeros(1, dtype=torch.int64, device=w.device)
+    logits = torch.empty((B, w.size(0)), dtype=w.dtype, device=w.device)
+
+    def step() -> None:
+        logits.copy_(model._next_logits(token, cache, position))
+
+    replayed = graphs.replayed("the decoding step", step)
+
+    def decode(new: Tensor, start: int) -> Tensor:
+        token.copy_(new)
+        position.fill_(start)
+        replayed()
+        return logits
+
+    return decode
 
 
 def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:

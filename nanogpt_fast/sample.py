@@ -13,6 +13,7 @@ import tyro
 from nanogpt_fast.distributed import resolve_device, resolve_dtype
 from nanogpt_fast.errors import ConfigError, DataError, did_you_mean, run_command
 from nanogpt_fast.generate import prompt_ids, sample_text
+from nanogpt_fast.graphs import Graphs
 from nanogpt_fast.ops import exact_device, select_ops
 from nanogpt_fast.restore import build_model, restore
 from nanogpt_fast.settings import cli
@@ -35,6 +36,7 @@ class SampleConfig:
     device: str = "auto"  # auto | cpu | cuda | cuda:0 | mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on the CPU and MPS
     compile: bool = False  # nanoGPT's; no effect here, where the cache grows with each token
+    cuda_graph: Literal["auto", "on", "off"] = "auto"  # replay a token's step as a graph; on: fail where that cannot be
     kernels: str = "auto"  # auto | triton | reference, and single ops: triton,attention=reference
     data_dir: str = "data"  # where the tokenizer is looked up when the checkpoint has none
     stream: bool = True  # print text as it is generated, not sample by sample
@@ -73,6 +75,7 @@ def main(argv: list[str]) -> None:
     prompt = read_prompt(config.start)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device, comparable=True)
+    graphs = Graphs(device, config.cuda_graph)
     restored = restore(config.init_from, config.out_dir, config.data_dir)
     tokenizer = restored.tokenizer()
     model = build_model(restored, device, dtype, select_ops(config.kernels, device.type))
@@ -94,6 +97,7 @@ def main(argv: list[str]) -> None:
             seed=generator,
             stop_at_eot=config.stop_at_eot,
             drawn=drawn,
+            graphs=graphs,
         )
         print(prompt, end="", flush=config.stream)
         for piece in pieces if config.stream else ["".join(pieces)]:

@@ -131,7 +131,7 @@ def main(argv: list[str]) -> int:
         code = trainer.run()
         run_log.close()
         if code == 0 and world.is_main and not config.run.eval_only:
-            finish(config, model, tokenizer)
+            finish(config, model, tokenizer, graphs)
     return code
 
 
@@ -313,14 +313,19 @@ def run_facts(config: Config, shape: GPTConfig, start: int, dtype: torch.dtype, 
     }
 
 
-def finish(config: Config, model: GPT, tokenizer: dict[str, Any]) -> None:
+def finish(config: Config, model: GPT, tokenizer: dict[str, Any], graphs: Graphs) -> None:
     """After the last iteration: a sample, and what to type next."""
     run, out_dir = config.run, shlex.quote(config.run.out_dir)
     if run.sample_at_end:
         print("---------------")
         try:
             pieces = sample_text(
-                model.eval(), from_json(tokenizer), "\n", max_new_tokens=run.sample_at_end, seed=run.seed
+                model.eval(),
+                from_json(tokenizer),
+                "\n",
+                max_new_tokens=run.sample_at_end,
+                seed=run.seed,
+                graphs=graphs,
             )
             for piece in pieces:
                 print(piece, end="", flush=True)

@@ -128,8 +128,10 @@ def _plain_and_loaded() -> Iterator[Case]:
             core = main or (single and on)
             yield case(bias_gelu, replace(s, main_grad=False), core=core)  # the trainer's is inside mlp
             yield case(linear_cross_entropy, s, valid_vocab=x.valid, core=core)
-        for new, start in ((x.T // 2, 0), (1, x.T // 2)):
-            yield case(cached_attention, plain, new, start, train=False, core=main or single)
+        for new, start, in_memory in ((x.T // 2, 0, False), (1, x.T // 2, False), (1, 0, True)):
+            yield case(cached_attention, plain, new, start, in_memory, train=False, core=main or single)
+        start = torch.zeros(1, dtype=torch.int64, device=META)
+        yield case(embedding, plain, train=False, start=start, core=main or single)
         yield case(linear_cross_entropy, plain, valid_vocab=x.valid, train=False, core=main)
         yield case(cross_entropy, plain, valid_vocab=x.valid, core=main)
 

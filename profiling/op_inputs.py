@@ -150,15 +150,17 @@ def qkv_attention(s: Setting) -> tuple[Any, ...]:
     return s.rows(), w_qkv, s.bias_of(3 * C), H, *s.dropout, *s.doc_ids
 
 
-def cached_attention(s: Setting, new: int = 1, start: int | None = None) -> tuple[Any, ...]:
+def cached_attention(s: Setting, new: int = 1, start: int | None = None, in_memory: bool = False) -> tuple[Any, ...]:
     """`new` tokens at position `start` of a cache of T; by default the last token of a full one: sampling's usual
-    step."""
+    step. in_memory: the position lies on the device, as a CUDA graph's does."""
     x = s.shape
     cache = s.normal(2, x.B, x.H, x.T, x.C // x.H, grad=False)
     w_qkv = s.normal(3 * x.C, x.C, scale=x.C**-0.5, grad=False)
     bias = s.bias_of(3 * x.C)
     y = s.normal(x.B, new, x.C, grad=False)
-    return y, w_qkv, None if bias is None else bias.detach(), x.H, cache, x.T - new if start is None else start
+    start = x.T - new if start is None else start
+    at = torch.tensor([start], device=s.device) if in_memory else start
+    return y, w_qkv, None if bias is None else bias.detach(), x.H, cache, at
 
 
 def linear(s: Setting) -> tuple[Any, ...]:

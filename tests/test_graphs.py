@@ -3,6 +3,7 @@ here (no GPU in these tests); tests/test_step_gpu.py has the real one."""
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -96,6 +97,19 @@ def test_elsewhere_it_is_the_function(device: torch.device, mode: Any):
     def work() -> None: ...
 
     assert Graphs(device, mode).replayed("it", work) is work
+
+
+def test_a_graph_is_held_for_the_pool_until_the_next_is_captured(cuda: Cuda):
+    """torch refuses a capture into a pool that had graphs and has none: samples capture one after the other."""
+    graphs, graph = Graphs(CUDA, "auto"), None
+    for _ in range(2):
+        replayed: Any = graphs.replayed("it", counter(cuda)[2])
+        for _ in range(WARM_UP + 1):
+            replayed()
+        assert graph is None or graph() is None, "of two, the older one"
+        graph = weakref.ref(replayed._graph)
+        del replayed
+        assert graph() is not None
 
 
 def failing(cuda: Cuda) -> tuple[list[int], Callable[[], None]]:

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.replay_ledger import Ledger, record, record_launches
+from helpers.replay_ledger import Ledger, Pieces, record, record_launches
 from torch import Tensor
 
 from nanogpt_fast.distributed import World
-from nanogpt_fast.graphs import Graphs
 from nanogpt_fast.guards import LossGuard
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import REFERENCE, TRITON, Ops
@@ -26,17 +25,6 @@ from nanogpt_fast.step import TrainStep
 META = torch.device("meta")
 SMALL = GPTConfig(block_size=16, vocab_size=65, n_layer=1, n_head=2, n_embd=32, dropout=0.1, bias=True)
 OPS = {"reference": lambda: REFERENCE, "triton": lambda: TRITON}
-
-
-class Pieces(Graphs):
-    """Graphs that hand each captured piece to `call`."""
-
-    def __init__(self, call: Callable[[str, Callable[[], None]], None]):
-        super().__init__(META)
-        self._call = call
-
-    def replayed(self, name: str, work: Callable[[], None]) -> Callable[[], None]:
-        return lambda: self._call(name, work)
 
 
 def build(

@@ -90,9 +90,11 @@ def device_type_of(t: Tensor) -> str:
 
 @contextmanager
 def checked() -> Iterator[None]:
-    """Within it, ops also check values (ids and targets in range, incoming gradients of 1), waiting for the device.
+    """Within it, ops also check values (ids, targets and positions on the device in range, incoming gradients of 1),
+    waiting for the device.
 
-    Outside it an id or target out of range reads nothing and gives NaN, so that it is noticed.
+    Outside it an id or target out of range reads nothing and gives NaN, so that it is noticed; a position on the device
+    gives NaN, and nothing is written there.
     """
     global _checking_values
     before, _checking_values = _checking_values, True
@@ -104,6 +106,20 @@ def checked() -> Iterator[None]:
 
 def checking_values() -> bool:
     return _checking_values
+
+
+def position_args(start: int | Tensor) -> tuple[int, Tensor | None]:
+    """A first position as registered ops and kernels take it: (start, None), or (0, the int64 [1] that holds it)."""
+    return (0, start) if isinstance(start, Tensor) else (start, None)
+
+
+def require_position(op: str, rule: str, start: int, start_at: Tensor | None, last: int, **operands: Any) -> None:
+    """0 <= start <= last. What start_at holds is seen in checked mode only."""
+    require(0 <= start <= last, op, rule, start=start, **operands)
+    if start_at is not None:
+        ok = start_at.dtype == torch.int64 and start_at.numel() == 1
+        require(ok, op, "start must be an int, or one int64 on the device", start=start_at)
+        require_in_range(op, "start", start_at, last + 1)
 
 
 def require_in_range(op: str, name: str, ids: Tensor, end: int, *, ignore: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What two or more ops share in device code: the dropout mask, rows in pieces, GELU and its derivative."""
+"""What two or more ops share in device code: the dropout mask, a position in memory, rows in pieces, GELU."""
 
 import triton
 import triton.language as tl
@@ -24,6 +24,14 @@ def keep_mask(seed, site, threshold, m, n, groups_a_row, BLOCK_M: tl.constexpr, 
     w0, w1, w2, w3 = tl.philox(seed, low, high, site_word, tl.zeros_like(low))  # type: ignore[misc]
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
     return words >= tl.full(words.shape, threshold, tl.uint32)
+
+
+@triton.jit
+def position_at(start_ptr, last):
+    """(the int64 at start_ptr as an int32 in 0...last, whether it was one): what leads to an address must stay one."""
+    asked = tl.load(start_ptr)
+    start = tl.minimum(tl.maximum(asked, 0), last)
+    return start.to(tl.int32), asked == start
 
 
 @triton.jit

@@ -121,8 +121,7 @@ class _Lookup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
-        (dr,) = grads
-        (idx,) = ctx.saved_tensors
+        (dr,), (idx,) = grads, ctx.saved_tensors
         ctx.main_grad.index_add_(0, idx.flatten(), dr.flatten(0, -2).to(ctx.main_grad.dtype))
         return None, None
 
@@ -140,14 +139,16 @@ def embedding(
     p: float,
     seed: Tensor | None,
     site: int,
-    start: int = 0,
+    start: int | Tensor = 0,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """dropout(wte[idx] + wpe[start : start + T]); idx [B, T] int64 -> r [B, T, C] in out_dtype (default: wte's)."""
-    positions = torch.arange(start, start + idx.size(1), device=idx.device)
+    """dropout(wte[idx] + wpe[start : start + T]); idx [B, T] int64 -> r [B, T, C] in out_dtype (default: wte's).
+    start: an int, or int64 [1] on the device."""
+    first = 0 if isinstance(start, Tensor) else start
+    positions = torch.arange(first, first + idx.size(1), device=idx.device)
+    positions = positions + start if isinstance(start, Tensor) else positions
     dtype = out_dtype or wte.dtype
-    r = _lookup(idx, wte).to(dtype) + _lookup(positions, wpe).to(dtype)
-    return dropout(r, p, seed, site)
+    return dropout(_lookup(idx, wte).to(dtype) + _lookup(positions, wpe).to(dtype), p, seed, site)
 
 
 def norm(r: Tensor, w: Tensor, b: Tensor | None, eps: float = 1e-5, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -198,12 +199,13 @@ def attention(qkv: Tensor, p: float, seed: Tensor | None, site: int, doc_ids: Te
 
 
 def _written_out(
-    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, p: float = 0.0, seed: Tensor | None = None, site: int = 0
+    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, p: float = 0.0, seed: Tensor | None = None, site: int = 0
 ) -> Tensor:
     """softmax(q k^T / sqrt(D)) v where allowed: for dropout, and for MPS: its scaled_dot_product_attention was wrong,
     silently, on permuted q, k, v (pytorch/pytorch#163597, #181133) and under 16-bit causal masks (#195910)."""
     scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)
-    probs = scores.masked_fill(~allowed, float("-inf")).softmax(-1, dtype=_statistics_dtype(q))
+    scores = scores if allowed is None else scores.masked_fill(~allowed, float("-inf"))
+    probs = scores.softmax(-1, dtype=_statistics_dtype(q))
     return dropout(probs, p, seed, site).to(v.dtype) @ v
 
 
@@ -229,22 +231,24 @@ def qkv_attention(
     return attention(qkv, p, seed, site, doc_ids).reshape(B, T, C)
 
 
-def cached_attention(y: Tensor, w_qkv: Tensor, b_qkv: Tensor | None, n_head: int, cache: Tensor, start: int) -> Tensor:
+def cached_attention(
+    y: Tensor, w_qkv: Tensor, b_qkv: Tensor | None, n_head: int, cache: Tensor, start: int | Tensor
+) -> Tensor:
     """qkv_attention of T new tokens at positions start... against a cache [2, B, H, T_max, D] of keys and values,
-    which receives theirs; no dropout, no gradient. y [B, T, C] -> o [B, T, C]."""
+    which receives theirs; no dropout, no gradient. y [B, T, C] -> o [B, T, C]. start as embedding's; one on the device
+    masks the whole cache, which must be finite."""
     B, T, C = y.shape
-    q, k, v = (
-        F.linear(y, w_qkv, None if b_qkv is None else b_qkv.to(y.dtype))
-        .view(B, T, 3, n_head, C // n_head)
-        .permute(2, 0, 3, 1, 4)
-    )
-    cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v
-    keys, values = cache[0, :, :, : start + T], cache[1, :, :, : start + T]
-    allowed = torch.ones(T, start + T, dtype=torch.bool, device=y.device).tril(start)
-    if y.device.type == "mps":
-        return _written_out(q, keys, values, allowed).transpose(1, 2).reshape(B, T, C)
-    o = F.scaled_dot_product_attention(q, keys, values, attn_mask=None if T == 1 else allowed)
-    return o.transpose(1, 2).reshape(B, T, C)
+    q, *kv = linear(y, w_qkv, b_qkv).view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)
+    if isinstance(start, Tensor):
+        at = start + torch.arange(T, device=y.device)
+        keys, values = (part.index_copy_(2, at, new) for part, new in zip(cache, kv))
+        allowed = torch.arange(cache.size(3), device=y.device) <= at[:, None]
+    else:
+        cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = kv
+        keys, values = cache[0, :, :, : start + T], cache[1, :, :, : start + T]
+        allowed = None if T == 1 else torch.ones(T, start + T, dtype=torch.bool, device=y.device).tril(start)
+    attend = _written_out if y.device.type == "mps" else F.scaled_dot_product_attention
+    return attend(q, keys, values, allowed).transpose(1, 2).reshape(B, T, C)
 
 
 def mlp(
@@ -337,14 +341,7 @@ def adamw_(
             [v[span] for span in spans],
             [],
             [applied] * len(spans),
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=decay,
-            eps=eps,
-            amsgrad=False,
-            maximize=False,
-            **guards,
-        )
+            lr=lr, beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps, amsgrad=False, maximize=False, **guards,
+        )  # fmt: skip
     if p is not None:
         p.copy_(master)

@@ -15,7 +15,7 @@ from twin import Twin
 
 from nanogpt_fast import sample
 from nanogpt_fast.data.tokenizer import CharTokenizer, Tokenizer, cached_vocab_bpe, gpt2_tokenizer
-from nanogpt_fast.errors import ConfigError, DataError
+from nanogpt_fast.errors import ConfigError, DataError, DeviceError
 from nanogpt_fast.generate import decode_pieces, prompt_ids, sample_text
 from nanogpt_fast.model import GPT
 from nanogpt_fast.restore import build_model, restore
@@ -103,6 +103,11 @@ def test_gpt2_tokens_stream():
     text = "naïve café 漢字 😀👩‍🔬 done"
     pieces = list(decode_pieces(tokenizer.encode(text), tokenizer))
     assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces) and len(pieces) > 8
+
+
+def test_a_graph_on_demand_needs_cuda(run: list[str]):
+    with pytest.raises(DeviceError, match="need a CUDA device"):
+        main([*run, "--cuda_graph=on"])
 
 
 # ---- prompts ----

@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from nanogpt_fast.graphs import Graphs
+
 Line = tuple[Any, ...]
 WAITING = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "equal", "is_nonzero")  # the host reads these
 
@@ -72,6 +74,17 @@ class Ledger(TorchDispatchMode):
     def outliving(self) -> list[str]:
         """The calls whose new storage is still in use: a replay writes over it."""
         return [name for name, storage in self._alive if not storage.expired()]
+
+
+class Pieces(Graphs):
+    """Graphs without a GPU: each piece that would be captured is handed to `call`, which by default calls it."""
+
+    def __init__(self, call: Callable[[str, Callable[[], None]], None] = lambda name, work: work()):
+        super().__init__(torch.device("meta"))
+        self.active, self._call = True, call
+
+    def replayed(self, name: str, work: Callable[[], None]) -> Callable[[], None]:
+        return lambda: self._call(name, work)
 
 
 def record(work: Callable[[], Any]) -> Ledger:

@@ -1,5 +1,6 @@
 """Token and position embedding with dropout: r = dropout(wte[idx] + wpe[start : start + T]).
 
+start is an int, or lies on the device, where a replayed CUDA graph reads it anew.
 Forward: a program takes one position of several sequences and a block of columns, so wpe's row is read once for them.
 Backward, without atomics: token ids are sorted (stable), and a program sums each segment of equal ids within a run of
 RUN sorted rows, by a segmented scan. Segments inside a run go to their row of dwte; pieces of segments that cross runs
@@ -14,11 +15,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanogpt_kernels.contract import require, require_dropout, require_float, require_in_range, require_same_device
+from nanogpt_kernels.contract import (
+    position_args,
+    require,
+    require_dropout,
+    require_float,
+    require_in_range,
+    require_position,
+    require_same_device,
+)
 from nanogpt_kernels.launch import cdiv, launch, pick
 from nanogpt_kernels.ops.linear import gradient_of
-from nanogpt_kernels.primitives import dropout_args, keep_mask
-from nanogpt_kernels.registry import once, register
+from nanogpt_kernels.primitives import dropout_args, keep_mask, position_at
+from nanogpt_kernels.registry import differentiating, once, register
 
 OP = "embedding"
 
@@ -35,14 +44,15 @@ def _dropout(
     return tl.where(keep, x * keep_scale, 0.0)
 
 
-@triton.jit(do_not_specialize=["start", "site", "threshold"])
+@triton.jit(do_not_specialize=["start", "last", "site", "threshold"])
 def _embedding_fwd_kernel(
     idx_ptr,  # [B, T], any strides
     wte_ptr,  # [V, C]
     wpe_ptr,  # [positions, C]
     r_ptr,  # [B, T, C]
     seed_ptr,  # [1] int64, or None
-    B, T, V, C, stride_b, stride_t, start, site, threshold, keep_scale,
+    start_ptr,  # [1] int64, at most `last`, or None: then `start` counts
+    B, T, V, C, stride_b, stride_t, start, last, site, threshold, keep_scale,
     SEQUENCES: tl.constexpr, BLOCK_C: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -51,6 +61,9 @@ def _embedding_fwd_kernel(
     c = c0 + tl.arange(0, BLOCK_C)
     ids = tl.load(idx_ptr + b * stride_b + t * stride_t, mask=b < B, other=-1).to(tl.int64)
     known = (ids >= 0) & (ids < V)
+    if start_ptr is not None:
+        start, in_range = position_at(start_ptr, last)  # type: ignore[misc]
+        known &= in_range
     inside = known[:, None] & (c < C)[None, :]
     token = tl.load(wte_ptr + ids[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
     position = tl.load(wpe_ptr + (start + t) * C + c, mask=c < C, other=0.0).to(tl.float32)
@@ -172,7 +185,7 @@ def _require_grad_buffer(name: str, dw: Tensor, C: int) -> None:
 
 @register(
     "embedding_fwd(Tensor idx, Tensor wte, Tensor wpe, float p, Tensor? seed, int site, SymInt start, "
-    "ScalarType? out_dtype) -> Tensor"
+    "ScalarType? out_dtype, Tensor? start_at=None) -> Tensor"
 )
 def embedding_fwd(
     idx: Tensor,
@@ -183,19 +196,20 @@ def embedding_fwd(
     site: int,
     start: int,
     out_dtype: torch.dtype | None,
+    start_at: Tensor | None = None,
 ) -> Tensor:
-    """r [B, T, C] in out_dtype, by default wte's."""
+    """r [B, T, C] in out_dtype, by default wte's. start_at: int64 [1], instead of start."""
     ok = idx.dim() == 2 and idx.dtype in (torch.int64, torch.int32)
     require(ok, OP, "idx must be [B, T] of int64 or int32", idx=idx)
     ok = wte.dim() == wpe.dim() == 2 and wte.size(1) == wpe.size(1) and wte.dtype == wpe.dtype
     require(ok, OP, "wte and wpe must be [V, C] and [positions, C] of one dtype", wte=wte, wpe=wpe)
     require(wte.size(0) < 2**31, OP, "V must be below 2^31", wte=wte)
     require_float(OP, wte=wte)
-    require_same_device(OP, idx=idx, wte=wte, wpe=wpe, seed=seed)
+    require_same_device(OP, idx=idx, wte=wte, wpe=wpe, seed=seed, start=start_at)
     require_dropout(OP, p, seed)
     (B, T), (V, C) = idx.shape, wte.shape
-    ok = start >= 0 and start + T <= wpe.size(0)
-    require(ok, OP, "positions start : start + T must be rows of wpe", start=start, idx=idx, wpe=wpe)
+    rule, last = "positions start : start + T must be rows of wpe", wpe.size(0) - T
+    require_position(OP, rule, start, start_at, last, idx=idx, wpe=wpe)
     require_in_range(OP, "idx", idx, V)
     r = torch.empty(B, T, C, dtype=out_dtype or wte.dtype, device=wte.device)
     require_float(OP, r=r)
@@ -204,7 +218,7 @@ def embedding_fwd(
     launch(
         "embedding_fwd", _embedding_fwd_kernel,
         (T * cdiv(B, row.blocks["SEQUENCES"]), cdiv(C, row.blocks["BLOCK_C"])),
-        idx, wte.contiguous(), wpe.contiguous(), r, seed, B, T, V, C, *idx.stride(), start, site,
+        idx, wte.contiguous(), wpe.contiguous(), r, seed, start_at, B, T, V, C, *idx.stride(), start, last, site,
         threshold, keep_scale, row=row, DROPOUT=p > 0.0,
     )  # fmt: skip
     return r
@@ -295,11 +309,16 @@ def embedding(
     p: float,
     seed: Tensor | None,
     site: int,
-    start: int = 0,
+    start: int | Tensor = 0,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """dropout(wte[idx] + wpe[start : start + T]); idx [B, T] int64 or int32 -> r [B, T, C] in out_dtype or wte's.
 
-    Gradients are added into wte.main_grad and wpe.main_grad (float32) where those exist.
+    start: an int, or int64 [1] on the device, without gradients; out of range there, r is NaN. Gradients are added
+    into wte.main_grad and wpe.main_grad (float32) where those exist.
     """
+    start, start_at = position_args(start)
+    if start_at is not None:
+        require(not differentiating(wte, wpe), OP, "a start on the device has no gradient", start=start_at)
+        return embedding_fwd(idx, wte, wpe, p, seed, site, start, out_dtype, start_at)
     return _Embedding.apply(idx, wte, wpe, p, seed, site, start, out_dtype)

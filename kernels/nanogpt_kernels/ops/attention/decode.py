@@ -5,6 +5,9 @@ Programs own (query tile of one head, keys_a_split cached keys), as in flash-dec
 copies them into the cache: no program reads what another writes. Several splits leave unnormalised sums, maxima and
 row sums in float32, which a second launch merges in order of position. How keys are split depends on `start` alone,
 so results are the same bits at any B and from run to run.
+
+`start` is an int, or lies on the device, where a replayed CUDA graph reads it anew. Then there are as many splits as
+T_max may need; those past `start` leave empty sums, which change no bit of what is merged before them.
 """
 
 import torch
@@ -12,23 +15,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanogpt_kernels.contract import require, require_float, require_same_device
+from nanogpt_kernels.contract import require, require_float, require_position, require_same_device
 from nanogpt_kernels.launch import cdiv, launch, pick
 from nanogpt_kernels.ops.attention.forward import MAX_D, attend, block_d, dot_precision, log2_scale
+from nanogpt_kernels.primitives import position_at
 from nanogpt_kernels.registry import register
 
 
-@triton.jit(do_not_specialize=["start"])
+@triton.jit(do_not_specialize=["start", "last"])
 def _cached_attention_kernel(
     qkv_ptr,  # [B, T, 3, H, D]
     cache_ptr,  # [2, B, H, T_max, D], strided
     o_ptr,  # [B, T, H, D]; SPLIT: float32 [splits, B, T, H, D], sums not yet divided
     m_ptr,  # SPLIT: float32 [splits, B, T, H], maxima; else None
     l_ptr,  # SPLIT: float32 [splits, B, T, H], sums of exponentials; else None
+    start_ptr,  # [1] int64, at most `last`, or None: then `start` counts
     B,
     T,
     H,
     start,
+    last,
     log2_scale,
     to_values,
     to_b,
@@ -46,6 +52,8 @@ def _cached_attention_kernel(
     head, split, first = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BLOCK_M
     b, h = (head // H).to(tl.int64), head % H
     rows, keys, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    if start_ptr is not None:
+        start, in_range = position_at(start_ptr, last)  # type: ignore[misc]
     inside = (rows < T - first)[:, None] & (d < D)[None, :]
     qkv_ptr += b * T * (3 * H * D) + h * D
     new_rows = qkv_ptr + first.to(tl.int64) * (3 * H * D) + rows[:, None] * (3 * H * D) + d[None, :]
@@ -66,7 +74,7 @@ def _cached_attention_kernel(
         )  # fmt: skip
         k_ptr += tl.cast(BLOCK_N, tl.int64) * to_token
 
-    if split == tl.num_programs(1) - 1:
+    if split == tl.maximum(tl.cdiv(start, KEYS), 1) - 1:
         new_k_ptr = qkv_ptr + H * D
         new_at = keys[:, None] * (3 * H * D) + d[None, :]
         for j in range(0, tl.minimum(first + BLOCK_M, T), BLOCK_N):
@@ -77,8 +85,13 @@ def _cached_attention_kernel(
             )  # fmt: skip
             new_k_ptr += BLOCK_N * (3 * H * D)
         into = cache_ptr + (start + first + rows).to(tl.int64)[:, None] * to_token + d[None, :] * to_d
-        tl.store(into, tl.load(new_rows + H * D, mask=inside), mask=inside)
-        tl.store(into + to_values, tl.load(new_rows + 2 * H * D, mask=inside), mask=inside)
+        if start_ptr is not None:
+            acc = tl.where(in_range, acc, float("nan"))
+            inside_cache = inside & in_range
+        else:
+            inside_cache = inside
+        tl.store(into, tl.load(new_rows + H * D, mask=inside), mask=inside_cache)
+        tl.store(into + to_values, tl.load(new_rows + 2 * H * D, mask=inside), mask=inside_cache)
 
     row = (split.to(tl.int64) * B + b) * T + first + rows
     if SPLIT:
@@ -118,27 +131,27 @@ def _merge_splits_kernel(
     tl.store(o_ptr + row * D + d, (acc / l).to(o_ptr.dtype.element_ty), mask=d < D)
 
 
-@register("cached_attention_(Tensor qkv, Tensor(a!) cache, SymInt start) -> Tensor")
-def cached_attention_(qkv: Tensor, cache: Tensor, start: int) -> Tensor:
+@register("cached_attention_(Tensor qkv, Tensor(a!) cache, SymInt start, Tensor? start_at=None) -> Tensor")
+def cached_attention_(qkv: Tensor, cache: Tensor, start: int, start_at: Tensor | None = None) -> Tensor:
     """Attention of qkv [B, T, 3, H, D] at positions start..., whose keys and values go into cache [2, B, H, T_max, D].
 
-    Returns o [B, T, H, D].
+    start_at: int64 [1], instead of start. Returns o [B, T, H, D].
     """
     op = "cached_attention"
     require(qkv.dim() == 5 and qkv.size(2) == 3, op, "qkv must be [B, T, 3, H, D]", qkv=qkv)
     B, T, _, H, D = qkv.shape
     require(1 <= D <= MAX_D, op, f"head size D must be in 1...{MAX_D}", qkv=qkv)
     require_float(op, qkv=qkv)
-    require_same_device(op, qkv=qkv, cache=cache)
+    require_same_device(op, qkv=qkv, cache=cache, start=start_at)
     ok = cache.dim() == 5 and cache.dtype == qkv.dtype
     ok = ok and (cache.size(0), cache.size(1), cache.size(2), cache.size(4)) == (2, B, H, D)
     require(ok, op, "cache must be [2, B, H, T_max, D] in qkv's dtype", cache=cache, qkv=qkv)
-    ok = start >= 0 and start + T <= cache.size(3)
-    require(ok, op, "positions start...start + T must be within T_max", start=start, qkv=qkv, cache=cache)
+    rule, last = "positions start...start + T must be within T_max", cache.size(3) - T
+    require_position(op, rule, start, start_at, last, qkv=qkv, cache=cache)
     qkv = qkv.contiguous()
     row = pick(op, qkv, T)
     keys = row.choices["keys_a_split"]
-    splits = max(1, cdiv(start, keys))
+    splits = max(1, cdiv(start if start_at is None else last, keys))
     o = torch.empty(B, T, H, D, dtype=qkv.dtype, device=qkv.device)
     acc, m, l = o, None, None
     if splits > 1:
@@ -147,7 +160,7 @@ def cached_attention_(qkv: Tensor, cache: Tensor, start: int) -> Tensor:
         l = torch.empty_like(m)
     launch(
         op, _cached_attention_kernel, (B * H, splits, cdiv(T, row.blocks["BLOCK_M"])),
-        qkv, cache, acc, m, l, B, T, H, start, log2_scale(D), *cache.stride(),
+        qkv, cache, acc, m, l, start_at, B, T, H, start, last, log2_scale(D), *cache.stride(),
         row=row, D=D, BLOCK_D=block_d(D), KEYS=keys, SPLIT=splits > 1, PRECISION=dot_precision(qkv),
     )  # fmt: skip
     if splits > 1:

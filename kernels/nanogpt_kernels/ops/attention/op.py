@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanogpt_kernels.contract import main_grad_of, require, require_float
+from nanogpt_kernels.contract import main_grad_of, position_args, require, require_float
 from nanogpt_kernels.ops.attention.backward import attention_bwd
 from nanogpt_kernels.ops.attention.decode import cached_attention_
 from nanogpt_kernels.ops.attention.forward import attention_fwd
@@ -100,7 +100,14 @@ def qkv_attention(
 
 
 @torch.no_grad()
-def cached_attention(y: Tensor, w_qkv: Tensor, b_qkv: Tensor | None, n_head: int, cache: Tensor, start: int) -> Tensor:
+def cached_attention(
+    y: Tensor, w_qkv: Tensor, b_qkv: Tensor | None, n_head: int, cache: Tensor, start: int | Tensor
+) -> Tensor:
     """qkv_attention of T new tokens at positions start... against a cache [2, B, H, T_max, D] of keys and values,
-    which receives theirs; no dropout, no gradient. y [B, T, C] -> o [B, T, C]."""
-    return cached_attention_(_project("cached_attention", y, w_qkv, b_qkv, n_head), cache, start).view(y.shape)
+    which receives theirs; no dropout, no gradient. y [B, T, C] -> o [B, T, C].
+
+    start: an int, or int64 [1] on the device, which gives the same bits; out of range there, o is NaN, and nothing is
+    written."""
+    start, start_at = position_args(start)
+    qkv = _project("cached_attention", y, w_qkv, b_qkv, n_head)
+    return cached_attention_(qkv, cache, start, start_at).view(y.shape)
