@@ -26,6 +26,7 @@ from nanogpt_fast.data.dataset import read_meta
 from nanogpt_fast.data.tokenizer import cached_vocab_bpe
 from nanogpt_fast.distributed import World, resolve_device, resolve_dtype
 from nanogpt_fast.errors import DeviceError, NanogptError, run_command
+from nanogpt_fast.graphs import Graphs
 from nanogpt_fast.hardware import resolve_peak
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import select_ops
@@ -278,7 +279,8 @@ def smoke(config: DoctorConfig) -> Section:
     flat = FlatParameters(model, dtype, device)
     optimizer = AdamW(flat, OptimConfig(learning_rate=1e-3), model.ops, scale_loss=dtype == torch.float16)
     optimizer.set_lr(1e-3)
-    step = TrainStep(model.train(), optimizer, World(device=device), seed=1337)
+    graphs = Graphs(device, "auto")
+    step = TrainStep(model.train(), optimizer, World(device=device), seed=1337, graphs=graphs)
     batch = torch.randint(SMOKE_SHAPE.vocab_size, (1, SMOKE_BATCH, SMOKE_SHAPE.block_size + 1), generator=generator)
     first = step(batch, 0).loss.item()
     began, last = time.perf_counter(), first
@@ -296,6 +298,7 @@ def smoke(config: DoctorConfig) -> Section:
         "device": f"{device}, {str(dtype).removeprefix('torch.')}",
         "model": f"{model.num_params() / 1e6:.2f}M parameters, {SMOKE_BATCH} x {SMOKE_SHAPE.block_size} tokens a step",
         "loss": f"{first:.3f} -> {last:.3f} in {SMOKE_STEPS} steps",
+        **({"CUDA graphs": "captured" if graphs.active else "not captured"} if device.type == "cuda" else {}),
         "speed": f"{seconds * 1e3:.2f} ms a step, {SMOKE_BATCH * SMOKE_SHAPE.block_size / seconds:,.0f} tokens/s",
     }
 

@@ -66,7 +66,7 @@ class Graphs:
             first: BaseException = error
             while first.__context__:  # ending a broken capture raises once more
                 first = first.__context__
-            why = str(first).splitlines()[0]
+            why = (str(first).splitlines() or [type(first).__name__])[0]
             if self._must:
                 raise DeviceError(
                     f"{name} cannot be captured as a CUDA graph",
