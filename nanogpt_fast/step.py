@@ -42,16 +42,13 @@ class Report(NamedTuple):
 
 
 class Reading:
-    """A step's Report on its way to the host: ready() never waits, get() does."""
+    """A step's Report on its way to the host; only get() waits for it."""
 
     def __init__(self, report: Tensor):
         self._copied = torch.cuda.Event() if report.is_cuda else None
         self._host = report.to("cpu", non_blocking=True)  # from CUDA into pinned memory
         if self._copied:
             self._copied.record()
-
-    def ready(self) -> bool:
-        return self._copied is None or self._copied.query()
 
     def get(self) -> Report:
         if self._copied:

@@ -87,7 +87,7 @@ class Trainer:
                         self._tick += window.reach(iteration, self._step_ms(iteration))
                         with span(ranges.ITERATION):
                             self._iterate(iteration, stop.received is not None)
-                        if self._votes if self.world.size > 1 else stop.received is not None:
+                        if self._votes > 0 if self.world.size > 1 else stop.received is not None:
                             self._settle()
                             self.save(iteration + 1, must=True)
                             window.close()  # what to type next comes last
@@ -142,9 +142,7 @@ class Trainer:
         """A line for an update that was not applied; DivergedError after max_bad_steps in a row."""
         iteration, optim, in_a_row = launched.iteration, self.config.optim, int(report.bad_steps)
         bad = [name for name, x in (("loss", report.loss), ("gradient", report.grad_norm)) if not math.isfinite(x)]
-        why = (
-            f"the {' and the '.join(bad)} {'was' if len(bad) == 1 else 'were'} not finite" if bad else "the loss spiked"
-        )
+        why = f"not finite: the {' and the '.join(bad)}" if bad else "the loss spiked"
         samples = f"samples {launched.samples.start:,} to {launched.samples.stop - 1:,} of the run's order"
         figures = {"loss": report.loss, "grad_norm": report.grad_norm, "bad_steps": in_a_row}
         figures |= {"first_sample": launched.samples.start, "samples": len(launched.samples)}
@@ -155,7 +153,7 @@ class Trainer:
             return
         saved = checkpoint.list_steps(self.out_dir)
         raise DivergedError(
-            f"{why} {in_a_row} iterations in a row",
+            f"no update in {in_a_row} iterations in a row, {why}",
             where=f"iteration {iteration}, loss {report.loss}, gradient norm {report.grad_norm}; {samples}",
             expected="finite losses and gradients, no spike; no such update was applied",
             found=f"the last good checkpoint is {saved[max(saved)]}" if saved else "no checkpoint yet",
