@@ -54,6 +54,7 @@ def main(argv: list[str]) -> int:
         data, batches, system = config.data, BatchSchedule.of(config.data), config.system
         world = distributed.join(system.device, system.backend, batches.full, batches.start, system.tf32)
         stack.callback(world.close)
+        graphs = Graphs(world.device, system.cuda_graph)
         say = print if world.is_main else lambda *_: None
         logging.getLogger("nanogpt_fast").setLevel(logging.WARNING if world.is_main else logging.ERROR)
         ops = select_ops(config.system.kernels, world.device.type)
@@ -97,7 +98,6 @@ def main(argv: list[str]) -> int:
                 pin_memory=world.device.type == "cuda",
             )
         )
-        graphs = Graphs(world.device, config.system.cuda_graph)
         guard = LossGuard(config.optim.skip_step_sigma, config.optim.skip_step_window, optimizer.scalars.device)
         guard.load_state_dict(resumed.state if resumed else {})
         peak = training_peak(world.device, dtype) if world.is_main else Peak(None, "")

@@ -158,6 +158,7 @@ def test_dry_run_trains_nothing(folder: Path, capsys: pytest.CaptureFixture[str]
         (dict(vocab_size=20), DataError, "vocab_size = 20"),
         (dict(block_size=7000), DataError, "7001 tokens"),
         (dict(device="cuda:7"), DeviceError, "--device=cpu"),
+        (dict(cuda_graph="on"), DeviceError, "--cuda_graph=auto"),
         (dict(init_from="resume"), CheckpointError, "no checkpoint to resume from"),
         (dict(n_head=3), ConfigError, "n_head"),
     ],
