@@ -10,8 +10,9 @@ class LossGuard:
     """Refuses an update whose loss is not finite or, with sigma, lies more than sigma standard deviations above the
     mean of the last `window` losses that were not refused; until so many are known, it lets all finite ones pass.
 
-    The rule is OLMo's skip-step (sigma_factor 6, rolling_interval_length 128), by the loss alone. Tensors lie on
-    `device` and are part of a checkpoint: after a resume the same steps are refused.
+    The rule is OLMo-core's SkipStepOptimizer (sigma_factor 6, rolling_interval_length 128), by the loss alone, and what
+    was refused stays out of the window: one NaN in it would refuse all that follows. Tensors lie on `device`, and the
+    losses are part of a checkpoint: after a resume the same steps are refused.
     """
 
     def __init__(self, sigma: float, window: int, device: torch.device):

@@ -54,7 +54,8 @@ def test_half_and_resume_is_bitwise_the_whole(folder: Path, changes: dict):
 
 
 def test_a_run_is_cut_inside_its_batch_ramp(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """With wsd's decay, dropout and a document mask too: the same bits, what was counted, no dropout mask twice."""
+    """With wsd's decay, dropout, a document mask, refused updates and rebuilt blocks too: the same bits, what was
+    counted, no dropout mask twice."""
     step, counted = TrainStep.__call__, []
 
     def counting(self: TrainStep, batch: torch.Tensor, iteration: int, stop: bool) -> StepResult:
@@ -70,20 +71,23 @@ def test_a_run_is_cut_inside_its_batch_ramp(folder: Path, monkeypatch: pytest.Mo
     changes = dict(
         gradient_accumulation_steps=6, batch_ramp="2:10", schedule="wsd", lr_decay_iters=14, decay_ratio=0.6,
         dropout=0.2, document_mask=True, vocab_size=50304, n_layer=1, n_embd=8, batch_size=2,
+        skip_step_sigma=0.6, skip_step_window=3, recompute="block", learning_rate=1e-3, min_lr=1e-4,
     )  # fmt: skip
-    end, cut, batches = 14, 7, BatchSchedule(2, 6, 10, tokens_a_micro_batch=2 * 8)
+    end, cut, batches = 14, 8, BatchSchedule(2, 6, 10, tokens_a_micro_batch=2 * 8)
     train(folder, max_iters=end, eval_interval=end, **changes)
     whole = checkpoint.load(folder / f"out/checkpoints/step_{end:08d}")
     losses, tokens = metrics(folder, "train", "loss"), metrics(folder, "train", "tokens")
-    val_loss = metrics(folder, "eval", "val_loss")[0]
+    val_loss, refused = metrics(folder, "eval", "val_loss")[0], metrics(folder, "refused", "loss")
+    assert min(refused) < cut < max(refused) and len(refused) < end / 2
     assert counted == [batches.micro_batches_before(it + 1) for it in range(end + 1)]
     shutil.rmtree(folder / "out")
     train(folder, max_iters=cut, eval_interval=cut, **changes)
     assert main(["--config", str(folder / "out/config.toml"), "--init_from=resume", f"--max_iters={end}",
                  f"--eval_interval={end}"]) == 0  # fmt: skip
     resumed = checkpoint.load(folder / f"out/checkpoints/step_{end:08d}")
-    assert metrics(folder, "train", "loss") == losses
+    assert metrics(folder, "train", "loss") == losses and metrics(folder, "refused", "loss") == refused
     assert all(torch.equal(resumed.model[name], whole.model[name]) for name in whole.model)
+    assert resumed.state["optimizer_step"] == whole.state["optimizer_step"] < end
     assert resumed.state["samples_seen"] == whole.state["samples_seen"] == 2 * batches.micro_batches_before(end)
     assert tokens == {it: batches.tokens_before(it + 1) for it in range(end + 1)} == metrics(folder, "train", "tokens")
     assert counted[end + 1 :] == counted[: cut + 1] + counted[cut : end + 1]  # iteration `cut` came twice
