@@ -46,7 +46,7 @@ class Reading:
 
     def __init__(self, report: Tensor):
         self._copied = torch.cuda.Event() if report.is_cuda else None
-        self._host = report.to("cpu", non_blocking=True)  # from CUDA into pinned memory
+        self._host = report.to("cpu", non_blocking=True, copy=True)  # from CUDA into pinned memory
         if self._copied:
             self._copied.record()
 

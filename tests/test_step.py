@@ -248,6 +248,16 @@ def test_with_a_mask_the_update_is_that_of_separate_documents():
     assert float(make()(tokens, 0).grad_norm) != pytest.approx(norm, rel=1e-3), "a mask matters here"
 
 
+def test_figures_are_those_of_their_step():
+    """Read after the next step has run, which writes over the report on the device."""
+    step = make()
+    result, reading = step(batch(1, 2, seed=1), 0), step.read()
+    step(batch(1, 2, seed=2), 1)
+    report = reading.get()
+    assert (report.loss, report.grad_norm) == (result.loss.item(), result.grad_norm.item())
+    assert report.loss != step.read().get().loss and report.loss_scale == 1.0 and report.stop == 0.0
+
+
 def test_loss_is_this_ranks_mean():
     step, tokens = make(), batch(3, 2)
     ids = tokens.long().flatten(0, 1)
