@@ -55,6 +55,7 @@ def test_the_bits_stay_with_the_triton_ops():
     assert want[-1000:].any() and torch.equal(want, got)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_rebuilds_blocks_too():
     got = losses_and_gradient("block", torch.float32, compiled=True)
     want = losses_and_gradient("none", torch.float32, documents=False)
