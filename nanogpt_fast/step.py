@@ -46,7 +46,7 @@ class Reading:
 
     def __init__(self, report: Tensor):
         self._copied = torch.cuda.Event() if report.is_cuda else None
-        self._host = report.to("cpu", non_blocking=True, copy=True)  # from CUDA into pinned memory
+        self._host = report.to("cpu", non_blocking=True)  # from CUDA into pinned memory
         if self._copied:
             self._copied.record()
 
@@ -96,7 +96,7 @@ class TrainStep:
 
     def read(self) -> Reading:
         """The newest step's figures, without waiting for them."""
-        return Reading(self._report)
+        return Reading(self._figures)
 
     def _step(self, batch: Tensor, iteration: int, stop: bool) -> StepResult:
         A, B, T = batch.size(0), batch.size(1), batch.size(2) - 1
@@ -119,8 +119,8 @@ class TrainStep:
             world.all_reduce_(report[SHARED])
         report[LOSS] /= world.size
         self._update()
-        figures = report.clone()  # the next step writes over the report
-        return StepResult(figures[LOSS], figures[GRAD_NORM])
+        self._figures = report.clone()  # the next step writes over the report
+        return StepResult(self._figures[LOSS], self._figures[GRAD_NORM])
 
     def _accumulate(self) -> None:
         """Forward and backward of the micro-batch in place, added to the flat gradient and to the loss."""
