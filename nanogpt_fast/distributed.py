@@ -111,7 +111,7 @@ def resolve_dtype(name: str, device: torch.device, *, comparable: bool = False) 
 def _use(device: torch.device, tf32: bool) -> torch.device:
     """Make a GPU the current one, its float32 products TF32 or exact; on the CPU, keep freed memory."""
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)  # it refuses a device without an index
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
     elif device.type == "cpu":
         _keep_freed_memory()

@@ -11,6 +11,7 @@ tests/test_replay.py records two successive steps and holds that they are one li
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Literal
 
 import torch
@@ -37,6 +38,7 @@ class Graphs:
                 found=str(device),
                 hint="--cuda_graph=auto captures where it can",
             )
+        self._index = device.index or 0
         self.active, self._must = device.type == "cuda" and mode != "off", mode == "on"
         self._newest: torch.cuda.CUDAGraph | None = None  # torch refuses a pool whose graphs are all gone
         if self.active:
@@ -57,7 +59,7 @@ class Graphs:
     def capture(self, name: str, work: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
         """The graph of work(), which does not run; None where that failed, and from then on for all."""
         graph = torch.cuda.CUDAGraph()
-        # thread_local: the loader's worker may pin memory meanwhile, NCCL's watchdog query its events
+        # thread_local: other threads go on meanwhile, as NCCL's watchdog, which queries its events
         capturing = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
         try:
             with torch.cuda.stream(torch.cuda.current_stream()), capturing:  # which does not restore it when it fails
@@ -75,6 +77,8 @@ class Graphs:
                     hint="--cuda_graph=off, or auto, which goes on without",
                 ) from error
             self.active = False
+            with suppress(AttributeError, RuntimeError):  # torch leaves the allocator in a broken capture's pool
+                torch._C._cuda_endAllocateToPool(self._index, self._pool)
             log.warning("going on without CUDA graphs: %s cannot be captured (%s)", name, why)
             return None
         self._newest = graph

@@ -8,7 +8,8 @@ device need not be there. Two things are told apart by hand: scaled_dot_product_
 T x T scores that no fused kernel makes, and the device that ops ask for (contract.stand_for).
 
 Not counted: what lies outside torch's allocator (the CUDA context, NCCL), the workspaces of cuBLAS and of torch's own
-kernels, fragmentation, and what an evaluation needs. torch.compile decides itself what to keep: here the step is eager.
+kernels, fragmentation, and an evaluation, whose CUDA graph keeps its pool. torch.compile decides itself what to keep:
+here the step is eager.
 """
 
 import weakref

@@ -115,7 +115,7 @@ class AdamW:
         return norm
 
     def set_lr(self, lr: float) -> None:
-        self.scalars[LR] = lr
+        self.scalars[LR].fill_(lr)  # an assignment would copy from the host, and wait for the GPU
 
     def _update_loss_scale(self, overflow: Tensor) -> None:
         self.good_steps.add_(1).masked_fill_(overflow, 0)

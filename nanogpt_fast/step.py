@@ -113,7 +113,7 @@ class TrainStep:
             self._tokens.copy_(micro_batch, non_blocking=True)
             self._micro_step()
         report[LOSS] = (self._loss / A).to(report.device)
-        report[STOP] = float(stop)
+        report[STOP].fill_(float(stop))  # an assignment would wait
         with span(ALL_REDUCE):
             world.all_reduce_(self.optimizer.flat.grad)
             world.all_reduce_(report[SHARED])

@@ -84,16 +84,16 @@ class Trainer:
             try:
                 with self.window as window:
                     for iteration in range(self.start, end):
+                        if iteration % run.eval_interval == 0 or iteration in window.bounds:
+                            self._settle()  # neither an evaluation nor a window counts the step before as its own
+                        if iteration > self.start and self._asked(stop):
+                            return self._leave(iteration, stop)
                         self._tick += window.reach(iteration, self._step_ms(iteration))
                         with span(ranges.ITERATION):
                             self._iterate(iteration, stop.received is not None)
-                        if self._votes > 0 if self.world.size > 1 else stop.received is not None:
-                            self._settle()
-                            self.save(iteration + 1, must=True)
-                            window.close()  # what to type next comes last
-                            self.log.line(self.resume_line(iteration + 1))
-                            return stop.exit_code or 143
                     self._settle()
+                    if self._asked(stop):
+                        return self._leave(end, stop)
             except RuntimeError as error:  # torch.OutOfMemoryError is one; MPS raises a plain one
                 if not isinstance(error, torch.OutOfMemoryError) and "MPS backend out of memory" not in str(error):
                     raise
@@ -104,11 +104,22 @@ class Trainer:
             self.save(end, must=True)
         return 0
 
+    def _asked(self, stop: StopSignals) -> bool:
+        """Whether to stop here; on all ranks alike, by the votes that their steps have summed."""
+        return self._votes > 0 if self.world.size > 1 else stop.received is not None
+
+    def _leave(self, step: int, stop: StopSignals) -> int:
+        """Save after `step` iterations, say how to go on; the exit code."""
+        self._settle()
+        self.save(step, must=True)
+        self.window.close()  # what to type next comes last
+        self.log.line(self.resume_line(step))
+        return stop.exit_code or 143
+
     def _iterate(self, iteration: int, stop: bool) -> None:
         """Schedule, evaluate and save where it is due, step, log what has come back."""
         run = self.config.run
         if iteration % run.eval_interval == 0:
-            self._settle()
             self._evaluate_and_save(iteration)
         self.optimizer.set_lr(learning_rate(iteration, self.config.optim))
         first = self.loader.samples_seen

@@ -69,6 +69,16 @@ def run_ranks(size: int, out: Path) -> list[dict]:
     return [torch.load(f"{out}.{rank}") for rank in range(max(1, size))]
 
 
+@pytest.mark.parametrize(("name", "index"), [("cuda", 0), ("cuda:0", 0), ("cuda:3", 3)])
+def test_a_gpu_is_made_the_current_one(name: str, index: int, monkeypatch: pytest.MonkeyPatch):
+    """--device=auto and cuda name no index, which torch.cuda.set_device demands."""
+    chosen: list[int] = []
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
+    distributed._use(torch.device(name), tf32=True)
+    assert chosen == [index]
+
+
 def test_two_ranks_train_what_one_does(tmp_path: Path):
     """Same global batch, same masks: parameters to 1e-6, ranks among themselves bit for bit."""
     (alone,) = run_ranks(0, tmp_path / "alone")

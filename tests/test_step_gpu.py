@@ -52,7 +52,7 @@ def test_graph_equals_eager_for_a_hundred_steps(dtype: torch.dtype):
         for step in (eager, captured):
             step.optimizer.set_lr(lr)
         ours, theirs = captured(tokens, iteration), eager(tokens, iteration)
-        assert torch.equal(ours.loss, theirs.loss) and torch.equal(ours.grad_norm, theirs.grad_norm), iteration
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)  # float16 may refuse a step
     assert torch.equal(eager.optimizer.flat.master, captured.optimizer.flat.master)
     assert captured.graphs.active
 

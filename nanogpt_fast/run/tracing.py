@@ -119,6 +119,11 @@ class Window:
     open: bool = field(default=False, init=False)
     _untraced_ms: float | None = field(default=None, init=False)
 
+    @property
+    def bounds(self) -> tuple[int, ...]:
+        """The iterations before which it opens and closes."""
+        return (self.iterations.start, self.iterations.stop) if self.iterations else ()
+
     def reach(self, iteration: int, untraced_ms: float | None = None) -> float:
         """Before each iteration: opens or closes the window where that is due. The seconds it took are no training."""
         began = time.perf_counter()
