@@ -1,6 +1,6 @@
 """Fill docs/performance.md with its figures: every number there is made here, from results or from arithmetic.
 
-    python bench/performance_page.py [--check]
+    python bench/performance_page.py [--check] [--only NAME]
 
 The page is written by hand but for its blocks, `<!-- figures: NAME ARGUMENTS -->` to `<!-- end -->`, made here:
 
@@ -10,17 +10,16 @@ The page is written by hand but for its blocks, `<!-- figures: NAME ARGUMENTS --
   results FILE TITLE    the tables of a section of bench/report.py, of a committed results file
 
 --check changes nothing; exit code 1 where the page is not what this would write (a test runs it).
+--only looks at blocks of that NAME.
 """
 
-import argparse
-import re
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import machine
 import page
+import page_blocks
 from report_sections import Rows, every_section
 from roofline import CHOICES, MODELS, compute_and_memory, step_work
 from work import EXPONENTIALS_A_CLOCK, HALF, Work, add_norm_bytes, attention_bytes, gelu_bytes
@@ -30,7 +29,6 @@ from nanogpt_fast.gpus import GPUS
 from nanogpt_fast.hardware import flops_per_token
 
 PAGE = machine.ROOT / "docs/performance.md"
-BLOCK = re.compile(r"(<!-- figures: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 BATCH, TOKENS = 64, 2**19  # sequences a micro-step, tokens a step
 KINDS = {  # of a step's ops, by how their names begin
     "matrix products": ("qkv", "attention projection", "fc", "MLP projection", "head"),
@@ -137,30 +135,8 @@ def results(file: str, title: str) -> str:
 MAKERS: dict[str, Callable[..., str]] = {"floor": floor, "floors": floors, "forms": forms, "results": results}
 
 
-def filled(text: str) -> str:
-    """The page with its blocks made anew. ConfigError for one that nobody knows."""
-
-    def made(match: re.Match[str]) -> str:
-        name, *words = shlex.split(match[2])
-        if name not in MAKERS:
-            raise ConfigError(f"unknown figures {name!r}", where=str(PAGE), expected=", ".join(MAKERS))
-        return f"{match[1]}\n{MAKERS[name](*words)}\n{match[3]}"
-
-    return BLOCK.sub(made, text)
-
-
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
-    args = parser.parse_args(argv)
-    before = PAGE.read_text()
-    after = filled(before)
-    if args.check:
-        print("up to date" if after == before else f"{PAGE} is not what python {sys.argv[0]} writes")
-        return 0 if after == before else 1
-    PAGE.write_text(after)
-    print(f"{PAGE}: {len(BLOCK.findall(before))} blocks")
-    return 0
+    return page_blocks.main(argv, __doc__, PAGE, MAKERS, "bench/performance_page.py")
 
 
 if __name__ == "__main__":

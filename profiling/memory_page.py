@@ -2,7 +2,7 @@
 
     python profiling/memory_page.py [--check] [--only NAME]
 
-The page is written by hand but for its blocks, `<!-- memory: NAME ARGUMENTS -->` to `<!-- end -->`, made here:
+The page is written by hand but for its blocks, `<!-- figures: NAME ARGUMENTS -->` to `<!-- end -->`, made here:
 
   state                  bytes a parameter, by precision
   kept MODEL             bytes that a layer keeps of a token, by ops, precision and --recompute
@@ -13,24 +13,22 @@ The page is written by hand but for its blocks, `<!-- memory: NAME ARGUMENTS -->
 --check changes nothing; exit code 1 where the page is not what this would write. --only looks at blocks of that NAME.
 """
 
-import argparse
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import page_blocks
 import torch
 from op_inputs import GPT2
 
-from nanogpt_fast.errors import ConfigError, run_command
+from nanogpt_fast.errors import run_command
 from nanogpt_fast.hardware import flops_per_token
 from nanogpt_fast.memory import RECOMPUTE, RESERVE, Plan, peak
 from nanogpt_fast.ops import REFERENCE, TRITON
 from nanogpt_fast.settings.config import GPTConfig
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/memory.md"
-BLOCK = re.compile(r"(<!-- memory: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 MODELS = {name: replace(shape, bias=False) for name, shape in GPT2.items()}
 OPS = {"reference": REFERENCE, "triton": TRITON}
 PRECISIONS = {  # {name: (dtype, residual_dtype)}
@@ -128,29 +126,8 @@ def fits(model: str, *sizes: str) -> str:
 MAKERS: dict[str, Callable[..., str]] = {"state": state, "kept": kept, "head": head, "cost": cost, "fits": fits}
 
 
-def blocks(text: str, only: str | None) -> Iterator[tuple[str, str]]:
-    """(a block as it stands, as it should)."""
-    for match in BLOCK.finditer(text):
-        name, *words = match[2].split()
-        if name not in MAKERS:
-            raise ConfigError(f"unknown figures {name!r}", where=str(PAGE), expected=", ".join(MAKERS))
-        if only in (None, name, match[2]):
-            yield match[0], f"{match[1]}\n{MAKERS[name](*words)}\n{match[3]}"
-
-
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
-    parser.add_argument("--only", metavar="NAME", help="blocks of this name, or of this name and these arguments")
-    args = parser.parse_args(argv)
-    before = after = PAGE.read_text()
-    for block, made in blocks(before, args.only):
-        after = after.replace(block, made)
-    if args.check:
-        print("up to date" if after == before else f"{PAGE} is not what python profiling/memory_page.py writes")
-        return int(after != before)
-    PAGE.write_text(after)
-    return 0
+    return page_blocks.main(argv, __doc__, PAGE, MAKERS, "profiling/memory_page.py")
 
 
 if __name__ == "__main__":

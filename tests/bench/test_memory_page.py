@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import memory_page
+import page_blocks
 import pytest
 
 from nanogpt_fast.errors import ConfigError
@@ -12,7 +13,8 @@ from nanogpt_fast.errors import ConfigError
 def test_the_page_is_up_to_date(only: str | None, capsys: pytest.CaptureFixture):
     found = memory_page.main(["--check", *(["--only", only] if only else [])])
     assert found == 0, "run: python profiling/memory_page.py"
-    assert list(memory_page.blocks(memory_page.PAGE.read_text(), only or "state"))
+    names = {match[1].split()[0] for match in page_blocks.BLOCK.findall(memory_page.PAGE.read_text())}
+    assert names == set(memory_page.MAKERS), "a maker without a block, or the reverse"
 
 
 def test_a_changed_figure_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
@@ -23,7 +25,7 @@ def test_a_changed_figure_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(memory_page, "PAGE", changed)
     assert memory_page.main(["--check", "--only", "state"]) == 1
     assert memory_page.main(["--only", "state"]) == 0 and changed.read_text() == text
-    changed.write_text("<!-- memory: speed -->\n<!-- end -->")
+    changed.write_text("<!-- figures: speed -->\n<!-- end -->")
     with pytest.raises(ConfigError, match="unknown figures 'speed'"):
         memory_page.main([])
 

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import machine
+import page_blocks
 import performance_page
 import pytest
 from work import HALF, cross_entropy_bytes
@@ -27,7 +28,7 @@ def test_a_changed_figure_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_no_figure_stands_outside_of_a_block():
-    prose = performance_page.BLOCK.sub("", performance_page.PAGE.read_text())
+    prose = page_blocks.BLOCK.sub("", performance_page.PAGE.read_text())
     prose = re.sub(r"```.*?```|`[^`]*`", "", prose, flags=re.DOTALL)
     assert not re.findall(r"\d[\d.,]*\s*(?:%|ms|us|s\b|x\b|times|K\b|M\b|GB|TFLOP|tokens)", prose)
 
@@ -56,4 +57,4 @@ def test_results_become_tables_and_what_is_missing_an_error(tmp_path: Path, monk
     with pytest.raises(DataError, match="no section 'Sampling'"):
         performance_page.results("cpu/day.jsonl", "Sampling")
     with pytest.raises(ConfigError, match="unknown figures 'speed'"):
-        performance_page.filled("<!-- figures: speed x -->\n<!-- end -->")
+        page_blocks.filled("<!-- figures: speed x -->\n<!-- end -->", performance_page.MAKERS, tmp_path)
