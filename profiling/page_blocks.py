@@ -1,4 +1,4 @@
-"""Pages written by hand but for their blocks, `<!-- figures: NAME ARGUMENTS -->` to `<!-- end -->`: scripts fill them."""
+"""A page by hand but for its blocks, `<!-- figures: NAME ARGUMENTS -->` to `<!-- end -->`, made by scripts."""
 
 import argparse
 import re
