@@ -2,6 +2,7 @@
 
     python bench/tune.py LAUNCH_OP ... [--size 124m] [--dtype bfloat16] [--limit_s 60] [--out DIR]
     python bench/tune.py --worst DIR/ops.jsonl     the launch ops of the cases that lose most against their floor
+    python bench/tune.py --rows FILE.json          these rows alone: {LAUNCH_OP: [{"BLOCK_M": 64, "num_warps": 4}, ...]}
     python bench/tune.py LAUNCH_OP --compile_only --arch 90      resources of the candidates (no GPU needed)
     python bench/tune.py LAUNCH_OP --dry_run                     the candidates (no GPU needed)
 
@@ -15,6 +16,7 @@ import argparse
 import contextlib
 import datetime
 import itertools
+import json
 import statistics
 import sys
 import time
@@ -126,7 +128,9 @@ def point(row: Any) -> dict[str, Any]:
 
 
 def moved(row: Any, changes: dict[str, Any]) -> Any:
-    """The row with some axes changed."""
+    """The row with some axes changed. ConfigError for one that it has not."""
+    for name in changes.keys() - point(row).keys():
+        raise ConfigError(f"this launch row has no {name!r}", expected=", ".join(point(row)))
     blocks = row.blocks | {k: v for k, v in changes.items() if k in row.blocks}
     choices = row.choices | {k: v for k, v in changes.items() if k in row.choices}
     rest = {k: v for k, v in changes.items() if k in ("num_warps", "num_stages")}
@@ -199,6 +203,27 @@ def ratio(times: list[float], base: list[float]) -> float:
     return statistics.median(t / b for t, b in zip(times, base))
 
 
+def ranked(
+    target: Target, race: Race, pool: Compilers, rows: list[Any], best: Any, rounds: int, until: float,
+    lines: machine.Lines,
+) -> list[tuple[Any, float]]:  # fmt: skip
+    """(row, its time over best's), quickest first, of those that compile by `until`, fit and compute the same."""
+    right = []
+    for row, _ in compile_rows(pool, target, rows, until, lines):
+        problem = race.right(row)
+        if problem:
+            lines.write(launch_op=target.launch_op, **point(row), status=problem)
+            print(f"  {_short(row)}: {problem}")
+        else:
+            right.append(row)
+    base, *others = race.times([best, *right], rounds) if right else ([],)
+    found = sorted(zip(right, (ratio(t, base) for t in others)), key=lambda pair: pair[1])
+    for row, r in found:
+        ms = statistics.median(base) * r
+        lines.write(launch_op=target.launch_op, **point(row), status="timed", ratio=r, ms=ms, centre=point(best))
+    return found
+
+
 def search(target: Target, limit_s: float, most: int, pool: Compilers, lines: machine.Lines) -> str:
     """The row to paste."""
     began = time.monotonic()
@@ -206,29 +231,25 @@ def search(target: Target, limit_s: float, most: int, pool: Compilers, lines: ma
     while (left := end - time.monotonic()) > 5:
         batch = [row for row in candidates(target.launch_op, best) if point(row) not in seen][:most]
         seen += [point(row) for row in batch]
-        right = []
-        for row, _ in compile_rows(pool, target, batch, time.monotonic() + 0.7 * left, lines):
-            problem = race.right(row)
-            if problem:
-                lines.write(launch_op=target.launch_op, **point(row), status=problem)
-                print(f"  {_short(row)}: {problem}")
-            else:
-                right.append(row)
-        if not right:
+        found = ranked(target, race, pool, batch, best, 7, time.monotonic() + 0.7 * left, lines)
+        print("\n".join(f"  {r:.3f} of the centre: {_short(row)}" for row, r in found[:5]), flush=True)
+        if not found or found[0][1] > GAIN:
             break
-        base, *others = race.times([best, *right], rounds=7)
-        ranked = sorted(zip(right, (ratio(t, base) for t in others)), key=lambda pair: pair[1])
-        for row, r in ranked:
-            lines.write(launch_op=target.launch_op, **point(row), status="timed", ratio=r, centre=point(best))
-        print("\n".join(f"  {r:.3f} of the centre: {_short(row)}" for row, r in ranked[:5]), flush=True)
-        if ranked[0][1] > GAIN:
-            break
-        best = ranked[0][0]
-    base, found = race.times([target.present, best], rounds=25) if best != target.present else ([1.0], [1.0])
-    r = ratio(found, base)
+        best = found[0][0]
+    base, times = race.times([target.present, best], rounds=25) if best != target.present else ([1.0], [1.0])
+    r = ratio(times, base)
     best = best if r <= GAIN else target.present
     lines.write(launch_op=target.launch_op, **point(best), status="best", ratio=min(r, 1.0), tried=len(seen) - 1)
     return pasted(best, target, f"{r:.3f} of the row before" if best != target.present else f"best of {len(seen)}")
+
+
+def compare(target: Target, named: list[dict[str, Any]], limit_s: float, pool: Compilers, lines: machine.Lines) -> str:
+    """The best of the present row and those that `named` changes it to, to paste."""
+    rows, race = [moved(target.present, changes) for changes in named], Race(target)
+    found = ranked(target, race, pool, rows, target.present, 15, time.monotonic() + 0.7 * limit_s, lines)
+    print("\n".join(f"  {r:.3f} of the present: {_short(row)}" for row, r in found), flush=True)
+    best, r = found[0] if found and found[0][1] <= GAIN else (target.present, 1.0)
+    return pasted(best, target, f"{r:.3f} of the row before" if r < 1.0 else f"best of {len(rows) + 1}")
 
 
 def pasted(row: Any, target: Target, outcome: str) -> str:
@@ -272,6 +293,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--limit_s", type=float, default=60.0, help="for one launch op")
     parser.add_argument("--total_s", type=float, default=float("inf"), help="for all of them, shared evenly")
     parser.add_argument("--most", type=int, default=24, help="candidates compiled before the search moves on")
+    parser.add_argument(
+        "--rows", type=Path, metavar="FILE", help="JSON: {launch op: [what its present row is changed to]}"
+    )
     parser.add_argument("--worst", type=Path, metavar="FILE", help="take the launch ops from ops.py's results")
     parser.add_argument("--worst_ops", type=int, default=3, help="how many ops of that file")
     parser.add_argument("--arch", type=int, default=90, help="of --compile_only and --dry_run")
@@ -281,13 +305,14 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     from nanogpt_kernels import launch
 
-    for name in args.launch_ops:
+    named: dict[str, list[dict[str, Any]]] = json.loads(args.rows.read_text()) if args.rows else {}
+    for name in (*args.launch_ops, *named):
         if name not in launch.TABLE:
             hint = did_you_mean(name, launch.TABLE)
             raise ConfigError(f"unknown launch op {name!r}{hint}", expected=", ".join(launch.TABLE))
     offline, dtype = args.dry_run or args.compile_only, getattr(torch, args.dtype)
     arch = args.arch if offline else launch.architecture(machine.require_cuda("bench/tune.py"))
-    wanted = [(name, args.size) for name in args.launch_ops or (() if args.worst else launch.TABLE)]
+    wanted = [(name, args.size) for name in args.launch_ops or named or (() if args.worst else launch.TABLE)]
     wanted += worst(args.worst, args.worst_ops, arch, dtype) if args.worst else []
     lines = machine.Lines(args.out and args.out / "tune.jsonl", bench="tune", arch=arch, **machine.machine_facts())
     targets = []
@@ -303,13 +328,21 @@ def main(argv: list[str]) -> int:
         for target in targets:
             B, T, C = target.at.shape.B, target.at.shape.T, target.at.shape.C
             print(f"{target.launch_op} by {target.op} {target.mode}, B={B} T={T} C={C} {args.dtype}, sm_{arch}")
-            around = [target.present, *itertools.islice(candidates(target.launch_op, target.present), args.most)]
+            mine = named.get(target.launch_op, [])
+            chosen = [moved(target.present, changes) for changes in mine]
+            around = [
+                target.present,
+                *itertools.islice(chosen or candidates(target.launch_op, target.present), args.most),
+            ]
             if pool is None:
                 print("\n".join(f"  {_short(row)}" for row in around))
             elif args.compile_only:
                 compile_rows(pool, target, around, time.monotonic() + limit_s, lines)
             else:
-                found = search(target, limit_s, args.most, pool, lines)
+                if mine:
+                    found = compare(target, mine, limit_s, pool, lines)
+                else:
+                    found = search(target, limit_s, args.most, pool, lines)
                 pasteable.append(f"# {target.launch_op}\n{found}")
                 print(pasteable[-1], flush=True)
     if pasteable:
