@@ -18,6 +18,7 @@ import machine
 import roof
 import torch
 
+from nanogpt_fast import assembler
 from nanogpt_fast.errors import run_command
 
 PACKAGES = ("torch", "triton", "numpy", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "safetensors", "tyro",
@@ -43,7 +44,7 @@ def software() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "ptxas": machine.ptxas(10 * torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 90),
-        "ptxas_extra": machine.extra_ptxas() or "not installed",
+        "ptxas_extra": assembler.extra() or "not installed",
         "tools": {tool: shutil.which(tool) or "not found" for tool in TOOLS},
     }
 

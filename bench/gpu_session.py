@@ -26,6 +26,7 @@ import machine
 import torch
 from gpu_stages import BENCH, DEAREST, SECONDS, Stage, all_stages, in_rehearsal
 
+from nanogpt_fast import assembler
 from nanogpt_fast.errors import ConfigError, did_you_mean, run_command
 
 RESERVE_S = 5.0  # kept for the last table
@@ -258,7 +259,7 @@ def main(argv: list[str]) -> int:
 def asked(args: argparse.Namespace) -> list[Stage]:
     """The stages that the flags name; ConfigError for what is not there."""
     out = args.out.resolve() if args.out else Path("DIR")
-    if args.ptxas and not machine.ptxas_version(args.ptxas):
+    if args.ptxas and not assembler.version_of(args.ptxas):
         raise ConfigError(  # Triton would say nothing, and take its own
             "--ptxas does not run",
             where=str(args.ptxas),

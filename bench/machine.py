@@ -8,12 +8,10 @@ import contextlib
 import datetime
 import functools
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
 import platform
-import re
 import secrets
 import subprocess
 import sys
@@ -28,7 +26,7 @@ import nvml  # noqa: E402
 import torch  # noqa: E402
 from work import EXPONENTIALS_A_CLOCK, Work  # noqa: E402
 
-from nanogpt_fast import files  # noqa: E402
+from nanogpt_fast import assembler, files  # noqa: E402
 from nanogpt_fast.errors import DeviceError  # noqa: E402
 from nanogpt_fast.gpus import GPUS  # noqa: E402
 from nanogpt_fast.hardware import peak_flops  # noqa: E402
@@ -86,23 +84,7 @@ def ptxas(arch: int = 90) -> dict[str, str]:
         path = (knobs.nvidia.ptxas_blackwell if arch >= 100 else knobs.nvidia.ptxas).path
     except (ImportError, RuntimeError) as problem:  # no Triton, or one without it
         return {"path": "none", "version": f"none ({problem})"}
-    return {"path": path, "version": ptxas_version(path)}
-
-
-def ptxas_version(path: str | Path) -> str:
-    """As in 12.8.93; "" where it does not run."""
-    found = re.search(r"\bV(\d+(?:\.\d+)+)", output_of([str(path), "--version"]))
-    return found[1] if found else ""
-
-
-def extra_ptxas() -> dict[str, str] | None:
-    """The assembler of the extra `ptxas` (nvidia-cuda-nvcc): Triton takes it only where TRITON_PTXAS_PATH says so."""
-    try:
-        wheel = importlib.metadata.distribution("nvidia-cuda-nvcc")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    paths = [str(file.locate()) for file in wheel.files or [] if file.name == "ptxas"]
-    return {"path": paths[0], "version": ptxas_version(paths[0])} if paths else None
+    return {"path": path, "version": assembler.version_of(path)}
 
 
 @functools.cache

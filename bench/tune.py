@@ -204,11 +204,10 @@ def ratio(times: list[float], base: list[float]) -> float:
 
 
 def ranked(
-    target: Target, race: Race, pool: Compilers, rows: list[Any], best: Any, rounds: int, until: float,
-    lines: machine.Lines,
-) -> list[tuple[Any, float]]:  # fmt: skip
+    race: Race, pool: Compilers, rows: list[Any], best: Any, rounds: int, until: float, lines: machine.Lines
+) -> list[tuple[Any, float]]:
     """(row, its time over best's), quickest first, of those that compile by `until`, fit and compute the same."""
-    right = []
+    target, right = race.target, []
     for row, _ in compile_rows(pool, target, rows, until, lines):
         problem = race.right(row)
         if problem:
@@ -231,7 +230,7 @@ def search(target: Target, limit_s: float, most: int, pool: Compilers, lines: ma
     while (left := end - time.monotonic()) > 5:
         batch = [row for row in candidates(target.launch_op, best) if point(row) not in seen][:most]
         seen += [point(row) for row in batch]
-        found = ranked(target, race, pool, batch, best, 7, time.monotonic() + 0.7 * left, lines)
+        found = ranked(race, pool, batch, best, 7, time.monotonic() + 0.7 * left, lines)
         print("\n".join(f"  {r:.3f} of the centre: {_short(row)}" for row, r in found[:5]), flush=True)
         if not found or found[0][1] > GAIN:
             break
@@ -246,7 +245,7 @@ def search(target: Target, limit_s: float, most: int, pool: Compilers, lines: ma
 def compare(target: Target, named: list[dict[str, Any]], limit_s: float, pool: Compilers, lines: machine.Lines) -> str:
     """The best of the present row and those that `named` changes it to, to paste."""
     rows, race = [moved(target.present, changes) for changes in named], Race(target)
-    found = ranked(target, race, pool, rows, target.present, 15, time.monotonic() + 0.7 * limit_s, lines)
+    found = ranked(race, pool, rows, target.present, 15, time.monotonic() + 0.7 * limit_s, lines)
     print("\n".join(f"  {r:.3f} of the present: {_short(row)}" for row, r in found), flush=True)
     best, r = found[0] if found and found[0][1] <= GAIN else (target.present, 1.0)
     return pasted(best, target, f"{r:.3f} of the row before" if r < 1.0 else f"best of {len(rows) + 1}")
@@ -339,10 +338,11 @@ def main(argv: list[str]) -> int:
             elif args.compile_only:
                 compile_rows(pool, target, around, time.monotonic() + limit_s, lines)
             else:
-                if mine:
-                    found = compare(target, mine, limit_s, pool, lines)
-                else:
-                    found = search(target, limit_s, args.most, pool, lines)
+                found = (
+                    search(target, limit_s, args.most, pool, lines)
+                    if not mine
+                    else compare(target, mine, limit_s, pool, lines)
+                )
                 pasteable.append(f"# {target.launch_op}\n{found}")
                 print(pasteable[-1], flush=True)
     if pasteable:

@@ -28,7 +28,6 @@ from nanogpt_fast.distributed import resolve_device, resolve_dtype
 from nanogpt_fast.errors import ConfigError, DataError, run_command
 from nanogpt_fast.graphs import Graphs
 from nanogpt_fast.model import GPT
-from nanogpt_fast.ops import select_ops
 from nanogpt_fast.restore import Restored, build_model, restore
 from nanogpt_fast.scoring import (
     Batch,
@@ -43,6 +42,7 @@ from nanogpt_fast.scoring import (
 )
 from nanogpt_fast.settings import cli
 from nanogpt_fast.settings.config import DataConfig, require_range
+from nanogpt_fast.verdict import ops_known
 
 PROG = "python -m nanogpt_fast.evaluate"
 
@@ -99,7 +99,7 @@ def main(argv: list[str]) -> None:
     dtype = resolve_dtype(config.dtype, device, comparable=True)
     restored = restore(config.init_from, config.out_dir, config.data_dir)
     config = resolve(config, restored)
-    model = build_model(restored, device, dtype, select_ops(config.kernels, device.type))
+    model = build_model(restored, device, dtype, ops_known(config.kernels, restored.config, device, dtype))
     generator = torch.Generator().manual_seed(config.seed)
     with ExitStack() as stack:
         sources, tokenizer_json = open_sources(config, restored, stack)

@@ -4,18 +4,22 @@ REFERENCE is plain PyTorch and needs torch alone. TRITON is our own kernels; Tri
 """
 
 import dataclasses
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import nanogpt_kernels
+import torch
 from nanogpt_kernels import reference
 from nanogpt_kernels.contract import GRAD_NORM, LOSS_SCALE, LR, MAX_NORM, STEP, stand_for  # slots of adamw_'s scalars
 from nanogpt_kernels.reference import exact_device as exact_device
 
+from nanogpt_fast import assembler
 from nanogpt_fast.errors import ConfigError, DeviceError, did_you_mean
 
 if TYPE_CHECKING:
@@ -75,8 +79,30 @@ def __getattr__(name: str) -> Any:
     """TRITON, made on first use."""
     if name != "TRITON":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    assembler.prefer_extra(_driver_cuda())
     globals()["TRITON"] = triton_ops = Ops(**{op: getattr(nanogpt_kernels, op) for op in OP_NAMES})
     return triton_ops
+
+
+def _driver_cuda() -> int:
+    """CUDA's version by the driver, as in 13000; 0 where there is none."""
+    return getattr(torch._C, "_cuda_getDriverVersion", int)() if torch.cuda.is_available() else 0
+
+
+def assembler_path(device: torch.device) -> str:
+    """The ptxas that Triton takes for this device."""
+    from triton import knobs
+
+    blackwell = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10
+    return (knobs.nvidia.ptxas_blackwell if blackwell else knobs.nvidia.ptxas).path
+
+
+def kernel_sources() -> str:
+    """16 hex digits over nanogpt_kernels' files."""
+    root, digest = Path(nanogpt_kernels.__file__).parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 @contextmanager
@@ -92,6 +118,18 @@ def without_data(ops: Ops, device_type: str, capability: int | None) -> Iterator
         yield
 
 
+@contextmanager
+def reproducible() -> Iterator[None]:
+    """Within it the Triton ops add in a fixed order, whatever their launch rows choose."""
+    with ExitStack() as stack:
+        if "nanogpt_kernels.launch" in sys.modules:
+            from nanogpt_kernels.launch import TABLE, override
+
+            for op in (op for op, rows in TABLE.items() if any(row.choices.get("atomic") for row in rows)):
+                stack.enter_context(override(op, choices={"atomic": False}))
+        yield
+
+
 def inside_of(name: str) -> Callable[..., Any] | None:
     """The Python function that a registered op, `nanogpt_kernels::NAME`, consists of; None for ops of others."""
     if not name.startswith("nanogpt_kernels::"):
@@ -101,14 +139,14 @@ def inside_of(name: str) -> Callable[..., Any] | None:
     return FUNCTIONS[name]
 
 
-def select_ops(spec: str, device_type: str) -> Ops:
+def select_ops(spec: str, device_type: str, auto: Ops = REFERENCE) -> Ops:
     """The ops named by --kernels: auto | triton | reference, then single ones, as in triton,attention=reference.
 
-    auto is reference: the Triton ops have not run on a GPU yet.
+    auto: what it stands for here (verdict.py knows what a GPU has shown).
     """
     base, *single = (part.strip() for part in spec.split(","))
     sets: dict[str, Callable[[], Ops]] = {
-        "auto": lambda: REFERENCE,
+        "auto": lambda: auto,
         "reference": lambda: REFERENCE,
         "triton": lambda: _triton(spec, device_type),
     }

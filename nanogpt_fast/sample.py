@@ -14,10 +14,11 @@ from nanogpt_fast.distributed import resolve_device, resolve_dtype
 from nanogpt_fast.errors import ConfigError, DataError, did_you_mean, run_command
 from nanogpt_fast.generate import prompt_ids, sample_text
 from nanogpt_fast.graphs import Graphs
-from nanogpt_fast.ops import exact_device, select_ops
+from nanogpt_fast.ops import exact_device
 from nanogpt_fast.restore import build_model, restore
 from nanogpt_fast.settings import cli
 from nanogpt_fast.settings.config import require_range
+from nanogpt_fast.verdict import ops_known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,7 @@ def main(argv: list[str]) -> None:
     graphs = Graphs(device, config.cuda_graph)
     restored = restore(config.init_from, config.out_dir, config.data_dir)
     tokenizer = restored.tokenizer()
-    model = build_model(restored, device, dtype, select_ops(config.kernels, device.type))
+    model = build_model(restored, device, dtype, ops_known(config.kernels, restored.config, device, dtype))
     ids, block_size = prompt_ids(tokenizer, prompt), restored.config.block_size
     print(f"sampling from {restored.source}, {device}, {str(dtype).removeprefix('torch.')}", file=sys.stderr)
     if len(ids) > block_size:

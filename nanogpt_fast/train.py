@@ -40,6 +40,7 @@ from nanogpt_fast.settings.cli import load_config, to_toml
 from nanogpt_fast.settings.config import Config, GPTConfig
 from nanogpt_fast.step import TrainStep
 from nanogpt_fast.trainer import Trainer
+from nanogpt_fast.verdict import ops_of_run, setup_of
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> int:
         graphs = Graphs(world.device, system.cuda_graph)
         say = print if world.is_main else lambda *_: None
         logging.getLogger("nanogpt_fast").setLevel(logging.WARNING if world.is_main else logging.ERROR)
-        ops = select_ops(config.system.kernels, world.device.type)
+        select_ops(config.system.kernels, world.device.type)  # a wrong flag ends here, before any work
         say(f"tokens per iteration will be: {config.tokens_per_iter:,}")
         if data.batch_ramp:
             say(f"from iteration {batches.ramp} on; the first one has {batches.tokens_before(1):,}")
@@ -70,6 +71,7 @@ def main(argv: list[str]) -> int:
             log.warning("the data were made with another tokenizer than the one these weights were trained with")
         generator = torch.Generator().manual_seed(config.run.seed + world.rank)
         dtype = distributed.resolve_dtype(config.system.dtype, world.device)
+        ops = ops_of_run(system.kernels, setup_of(config, shape, dtype), world, say)
         if config.system.micro_batch == "auto":
             config = fit_micro_batch(config, shape, ops, dtype, world, say)
             data, batches = config.data, BatchSchedule.of(config.data)

@@ -17,6 +17,7 @@ import warm_cache
 from gpu_session import run_session
 from gpu_stages import Stage
 
+from nanogpt_fast import assembler
 from nanogpt_fast.errors import ConfigError, DeviceError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -263,8 +264,8 @@ def test_an_assembler_is_taken_where_it_is_named(tmp_path: Path):
     said = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True
     ).stdout
-    assert said.split()[:2] == [str(copy), str(copy)] and machine.ptxas_version(copy) in said, said
-    assert machine.ptxas_version(copy).count(".") >= 1 and machine.ptxas_version(tmp_path / "none") == ""
+    assert said.split()[:2] == [str(copy), str(copy)] and assembler.version_of(copy) in said, said
+    assert assembler.version_of(copy).count(".") >= 1 and assembler.version_of(tmp_path / "none") == ""
 
 
 def test_list_and_dry_run_need_no_gpu(capsys: pytest.CaptureFixture):

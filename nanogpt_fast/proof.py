@@ -1,0 +1,268 @@
+"""A set of ops held to the specification on this device, as a model of a run's widths calls them.
+
+A block of the run's model takes a step, scores, and decodes a token, with a witness in the place of its ops: of every
+call it computes ours, plain PyTorch's in the same dtype and plain PyTorch's in float64, values and gradients, and holds
+them to the two-reference rule (agreement.py). Then ours is called again and again beside other work, and must give the
+same bits: what differs is a race. The model goes on with plain PyTorch's results: a wrong op spoils no other's inputs.
+"""
+
+import functools
+import inspect
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanogpt_fast.agreement import disagreement
+from nanogpt_fast.model import GPT, document_ids
+from nanogpt_fast.ops import OP_NAMES, REFERENCE, Ops, reproducible
+from nanogpt_fast.optim import AdamW, FlatParameters
+from nanogpt_fast.settings.config import GPTConfig, OptimConfig
+
+ROWS = 2048  # tokens of the checked step at least: from here on the products take the forms of large batches
+TINY = 1e-6  # of the largest value, for what torch gets exactly right
+REPEATS = 50
+POISON_MB = 64
+SCRATCH = {"adamw_": {"g"}}  # arguments that an op may leave anyhow
+EOT_EVERY = 97  # a document ends there, where documents are masked
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is checked: a model's widths and how a run calls its ops. dtype: of parameters and activations, as in
+    "bfloat16"; wide_residual: the residual stream is float32; recompute: as --recompute; documents: they are masked."""
+
+    shape: GPTConfig
+    dtype: str = "bfloat16"
+    wide_residual: bool = False
+    recompute: str = "none"
+    documents: bool = False
+
+
+@dataclass
+class Check:
+    """What was found of one op. wrong: its first fault, "" for none."""
+
+    calls: int = 0
+    wrong: str = ""
+    seconds: float = 0.0
+
+
+class Ballast:
+    """Other work on a stream of its own, products and copies in turn, so that blocks are scheduled differently each
+    time. Nothing off CUDA."""
+
+    def __init__(self, device: torch.device, megabytes: int = 256):
+        self.on, self.turn = device.type == "cuda", 0
+        if self.on:
+            self.stream = torch.cuda.Stream(device)
+            self.source = torch.randn(megabytes << 17, device=device)  # half of it in each
+            self.sink = torch.empty_like(self.source)
+            self.square = torch.randn(2048, 2048, device=device, dtype=torch.float16)
+            self.product = torch.empty_like(self.square)
+
+    def add(self) -> None:
+        """Enqueue the next piece."""
+        if not self.on:
+            return
+        self.turn += 1
+        with torch.cuda.stream(self.stream):
+            if self.turn % 2:
+                n = self.source.numel() * (self.turn % 7 + 1) // 8
+                self.sink[:n].copy_(self.source[:n])
+            else:
+                n = 256 << self.turn // 2 % 4
+                torch.mm(self.square[:n], self.square, out=self.product[:n])
+
+
+class Witness:
+    """Ops that compute by the reference and hold `ours` to it; `checks` is what they found. began(op) is called before
+    an op of ours runs: whoever watches knows what a crash or a hang was in."""
+
+    def __init__(
+        self,
+        ours: Ops,
+        device: torch.device,
+        repeats: int = REPEATS,
+        skip: frozenset[str] = frozenset(),
+        began: Callable[[str], None] = lambda op: None,
+    ):
+        self.ours, self.device, self.repeats, self.skip, self.began = ours, device, repeats, skip, began
+        self.checks = {name: Check() for name in OP_NAMES if name not in skip}
+        self.differentiate = True
+        self.ballast = Ballast(device)
+
+    @property
+    def ops(self) -> Ops:
+        return Ops(**{name: partial(self._called, name) for name in OP_NAMES})
+
+    def _called(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        check = self.checks.get(name)
+        if check is not None and not check.wrong:
+            start = time.perf_counter()
+            self.began(name)
+            try:
+                check.wrong = self._compare(name, args, kwargs)
+            except Exception as error:  # the next op has its own kernels
+                check.wrong = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            check.calls += 1
+            check.seconds += time.perf_counter() - start
+        return getattr(REFERENCE, name)(*args, **kwargs)
+
+    def _compare(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        mine, plain = getattr(self.ours, name), getattr(REFERENCE, name)
+        names = [what if what not in SCRATCH.get(name, ()) else "" for what in inspect.signature(plain).parameters]
+        call = partial(_results, args=args, kwargs=kwargs, differentiate=self.differentiate, names=names)
+        _poison(self.device)
+        first = call(mine)
+        same_dtype, exact = call(plain), call(plain, exact=True)
+        if list(first) != list(same_dtype):
+            return f"results {', '.join(first)}, but PyTorch's are {', '.join(same_dtype)}"
+        for what, ours in first.items():
+            if not ours.is_floating_point():
+                wrong = "" if torch.equal(ours, same_dtype[what]) else "integers differ"
+            else:
+                wrong = disagreement(ours, same_dtype[what], exact[what].double(), tiny=TINY)
+            if wrong:
+                return f"{what}: {wrong}"
+        del same_dtype, exact
+        with reproducible():
+            return self._repeated(partial(call, mine))
+
+    def _repeated(self, call: Callable[[], dict[str, Tensor]]) -> str:
+        first = {what: _bits(x).clone() for what, x in call().items()}
+        counts = {what: torch.zeros((), dtype=torch.int64, device=self.device) for what in first}
+        for _ in range(self.repeats):
+            self.ballast.add()
+            for what, x in call().items():
+                counts[what] += (_bits(x) != first[what]).any()
+        differing = [f"{what} in {int(count)}" for what, count in counts.items() if int(count)]
+        return f"other bits, of {self.repeats} times: {', '.join(differing)}" if differing else ""
+
+
+def exercise(setup: Setup, device: torch.device, witness: Witness, rows: int = ROWS) -> None:
+    """One block at the setup's widths, through all that calls an op: a step of at least so many rows, its update, an
+    evaluation, a token."""
+    shape, dtype = replace(setup.shape, n_layer=1), getattr(torch, setup.dtype)
+    T, V, generator = shape.block_size, shape.vocab_size, torch.Generator().manual_seed(1)
+    B = math.ceil(rows / T)
+    model = GPT(shape, witness.ops, torch.float32 if setup.wide_residual else None, setup.recompute)
+    _randomise(model, generator)
+    flat = FlatParameters(model, dtype, device)
+    optimizer = AdamW(flat, OptimConfig(), witness.ops, scale_loss=dtype == torch.float16)
+    tokens = torch.randint(V, (B, T + 1), generator=generator)
+    tokens[:, ::EOT_EVERY] = 0
+    idx, targets = tokens[:, :-1].to(device), tokens[:, 1:].to(device)
+    doc_ids = document_ids(idx, 0) if setup.documents else None
+    scale, seed = torch.full((), 1.0 / (B * T), device=device), torch.tensor([7], device=device)
+    with torch.no_grad():
+        flat.grad.copy_(torch.randn(flat.grad.shape, generator=generator) * (B * T) ** 0.5)  # as large as what is added
+        model.train()(idx, targets, scale, seed, doc_ids)
+        witness.differentiate = False
+        optimizer.set_lr(1e-3)
+        optimizer.step()
+        model.eval()(idx, targets, scale, None, doc_ids)
+        for start in _starts(T, device):
+            cache = torch.randn(1, 2, B, shape.n_head, T, shape.n_embd // shape.n_head, generator=generator)
+            at = int(start)
+            model._next_logits(idx[:, at : at + 1], cache.to(device, dtype), start)
+        prompt = torch.zeros(1, 2, B, shape.n_head, T, shape.n_embd // shape.n_head, dtype=dtype, device=device)
+        model._next_logits(idx[:, : T // 2 + 1], prompt, 0)
+
+
+def _starts(T: int, device: torch.device) -> Iterator[int | Tensor]:
+    """Where a token is decoded: on the host, and on the device as a graph reads it."""
+    yield T - 1
+    if device.type == "cuda":
+        yield torch.tensor([T // 2], device=device)
+
+
+def _randomise(model: GPT, generator: torch.Generator) -> None:
+    """Weights that leave activations near 1, and vectors that no op may ignore."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            x = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(x * (0.5 if name.endswith("wpe.weight") else parameter.size(1) ** -0.5))
+            else:
+                parameter.copy_(x * 0.1 + (0.0 if name.endswith("bias") else 1.0))
+
+
+def _results(
+    op: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    differentiate: bool,
+    names: list[str],
+    exact: bool = False,
+) -> dict[str, Tensor]:
+    """{what: result} of a call on copies: outputs, arguments as the call left them, gradients; exact: all in float64.
+
+    names: the op's parameters, "" for one whose state afterwards does not count. A parameter's gradient is what its
+    main_grad has become; incoming gradients are random, of a scalar 1."""
+    copies = [_copy(arg, differentiate, exact) for arg in args]
+    named = {name: _copy(arg, differentiate, exact) for name, arg in kwargs.items()}
+    given = dict(zip(names, copies)) | named
+    with torch.set_grad_enabled(differentiate):
+        returned = op(*copies, **named)
+    outs = [x for x in (returned if isinstance(returned, tuple) else (returned,)) if isinstance(x, Tensor)]
+    found = {f"output {i}": out.detach() for i, out in enumerate(outs)}
+    wanted = [out for out in outs if out.requires_grad]
+    if wanted:
+        torch.autograd.backward(wanted, [_incoming(x.shape, x.dtype, x.device) for x in wanted])
+    for name, x in given.items():
+        if not isinstance(x, Tensor) or not name:
+            continue
+        if not x.requires_grad:
+            found[f"{name} afterwards"] = x
+        elif (grad := getattr(x, "main_grad", x.grad)) is not None:
+            found[f"gradient of {name}"] = grad
+    return found
+
+
+def _copy(arg: Any, differentiate: bool, exact: bool) -> Any:
+    """A leaf of its own; exact: float64, and float64 for a dtype."""
+    if isinstance(arg, torch.dtype):
+        return torch.float64 if exact else arg
+    if not isinstance(arg, Tensor):
+        return arg
+    copy = arg.detach().clone(memory_format=torch.preserve_format)
+    if not copy.is_floating_point():
+        return copy
+    copy = copy.double() if exact else copy
+    into = getattr(arg, "main_grad", None)
+    if differentiate and copy.dim() > 0:
+        copy.requires_grad_()
+        if into is not None and not exact:
+            copy.main_grad = into.clone()  # type: ignore[attr-defined]
+            copy.grad = copy.main_grad if copy.dtype == torch.float32 else None  # type: ignore[attr-defined]
+        elif into is not None:
+            copy.grad = into.double()
+    return copy
+
+
+@functools.cache
+def _incoming(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The gradient of a result: random multiples of 1/32 up to 2, which every dtype holds; of a scalar 1."""
+    if not shape:
+        return torch.ones((), dtype=dtype, device=device)
+    generator = torch.Generator().manual_seed(shape.numel())
+    return (torch.randint(-64, 65, shape, generator=generator) / 32).to(device, dtype)
+
+
+def _bits(x: Tensor) -> Tensor:
+    """The same memory as integers: NaN equals NaN, 0 differs from -0."""
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return x.detach().contiguous().view(kinds[x.element_size()])
+
+
+def _poison(device: torch.device) -> None:
+    """Leave NaN in the memory that is handed out next, so that an element nobody writes shows."""
+    for count, megabytes in ((8, 1), (1, POISON_MB if device.type == "cuda" else 1)):
+        held = [torch.full((megabytes << 18,), math.nan, device=device) for _ in range(count)]
+        del held

@@ -1,0 +1,243 @@
+"""Whether our kernels are right on this GPU: found once for each kind of run, in a process of its own, and remembered.
+
+A kernel that is wrong may also crash the process, poison its CUDA context or never return; so verify.py's child tries
+the ops, names each before it runs, and is started again without the one that it died in. A verdict holds for what
+`facts_of` lists. It is a JSON file in the user's cache; one that found a fault leaves a report to send beside it.
+"""
+
+import dataclasses
+import datetime
+import functools
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanogpt_fast import assembler
+from nanogpt_fast.distributed import World
+from nanogpt_fast.errors import NanogptError
+from nanogpt_fast.files import write_atomic, write_json
+from nanogpt_fast.ops import OP_NAMES, REFERENCE, Ops, assembler_path, kernel_sources, select_ops
+from nanogpt_fast.proof import Setup
+from nanogpt_fast.settings.config import Config, GPTConfig
+
+log = logging.getLogger(__name__)
+LIMIT_S = 300.0  # for a child, whose time is compiling
+DIED = "the process ended with {how} while it ran"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """wrong: {op: its fault}, of those that plain PyTorch must do."""
+
+    facts: dict[str, Any]
+    wrong: dict[str, str] = field(default_factory=dict)
+    made: str = ""
+    seconds: float = 0.0
+
+    def ops(self, ours: Ops) -> Ops:
+        return dataclasses.replace(ours, **{name: getattr(REFERENCE, name) for name in self.wrong})
+
+
+def setup_of(config: Config, shape: GPTConfig, dtype: torch.dtype) -> Setup:
+    """What a training run with this configuration asks of the ops."""
+    return Setup(
+        shape,
+        str(dtype).removeprefix("torch."),
+        config.system.residual_dtype == "float32",
+        config.system.recompute,
+        config.data.document_mask,
+    )
+
+
+def facts_of(setup: Setup, device: torch.device) -> dict[str, Any]:
+    """What a verdict holds for: anything else, and the ops are tried anew."""
+    import triton
+
+    shape = dataclasses.asdict(setup.shape) | {"dropout": setup.shape.dropout > 0.0}
+    return {
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "driver": _driver(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "ptxas": assembler.version_of(assembler_path(device)),
+        "kernels": kernel_sources(),
+        **{name: shape[name] for name in ("n_head", "n_embd", "block_size", "vocab_size", "bias", "activation")},
+        "dropout": shape["dropout"],
+        **{name: getattr(setup, name) for name in ("dtype", "wide_residual", "recompute", "documents")},
+        "float32_products": torch.get_float32_matmul_precision() if setup.dtype == "float32" else "",
+    }
+
+
+@functools.cache
+def _driver() -> str:
+    """The NVIDIA driver's version, "" without one."""
+    try:
+        words = Path("/proc/driver/nvidia/version").read_text().split()
+    except OSError:
+        return str(getattr(torch._C, "_cuda_getDriverVersion", int)()) if torch.cuda.is_available() else ""
+    return next((word for word in words if word.count(".") >= 1 and word[0].isdigit()), "")
+
+
+# ---- what is remembered ----
+
+
+def folder() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME")
+    return Path(home) / "nanogpt_fast/verdicts" if home else Path.home() / ".cache/nanogpt_fast/verdicts"
+
+
+def _path(facts: dict[str, Any]) -> Path:
+    return folder() / f"{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]}.json"
+
+
+def remembered(facts: dict[str, Any]) -> Verdict | None:
+    """The verdict on exactly this; None for one that cannot be read as well."""
+    try:
+        found = json.loads(_path(facts).read_text())
+        verdict = Verdict(found["facts"], dict(found["wrong"]), str(found["made"]), float(found["seconds"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return verdict if verdict.facts == facts and verdict.wrong.keys() <= set(OP_NAMES) else None
+
+
+def remember(verdict: Verdict) -> Path | None:
+    """Write it, and a report where something is wrong, whose path is returned. A cache that cannot be written costs
+    the next run its time."""
+    path, report = _path(verdict.facts), None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, dataclasses.asdict(verdict))
+        if verdict.wrong:
+            report = path.with_suffix(".txt")
+            write_atomic(report, _report(verdict).encode())
+    except OSError as error:
+        log.warning("the verdict on the kernels cannot be kept: %s", error)
+    return report
+
+
+def _report(verdict: Verdict) -> str:
+    lines = ["nanogpt_fast: kernels that differ from plain PyTorch on this machine", f"found {verdict.made}", ""]
+    lines += [f"{name}: {wrong}" for name, wrong in verdict.wrong.items()]
+    return "\n".join([*lines, "", *(f"{name} = {value}" for name, value in verdict.facts.items())]) + "\n"
+
+
+# ---- how it is found ----
+
+
+def child_command(setup: Setup, device: torch.device, skip: Sequence[str]) -> list[str]:
+    """What verify.py's main takes apart again."""
+    given = {"setup": dataclasses.asdict(setup), "device": str(device), "skip": list(skip),
+             "tf32": torch.get_float32_matmul_precision()}  # fmt: skip
+    return [sys.executable, "-m", "nanogpt_fast.verify", "--child", json.dumps(given)]
+
+
+def judge(
+    setup: Setup,
+    device: torch.device,
+    limit_s: float = LIMIT_S,
+    command: Callable[[Setup, torch.device, Sequence[str]], list[str]] = child_command,
+) -> Verdict:
+    """Try every op in processes of their own."""
+    began, wrong = time.monotonic(), {}
+    while len(wrong) < len(OP_NAMES):
+        lines, how = _run(command(setup, device, tuple(wrong)), limit_s)
+        running = ""
+        for line in lines:
+            running = line.get("began", running)
+            wrong |= line.get("wrong", {})
+        if any("wrong" in line for line in lines):
+            break
+        if not running:  # not one op began: what is wrong is wrong with all
+            wrong = dict.fromkeys(OP_NAMES, f"they could not be tried: {how}")
+            break
+        wrong[running] = DIED.format(how=how)
+    made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return Verdict(facts_of(setup, device), wrong, made, round(time.monotonic() - began, 1))
+
+
+def _run(command: list[str], limit_s: float) -> tuple[list[dict[str, Any]], str]:
+    """(the JSON lines that it printed, how it ended)."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)
+        said, errors = done.stdout, done.stderr.strip().splitlines()
+        how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
+        how += f" ({errors[-1][:200]})" if errors and done.returncode else ""
+    except subprocess.TimeoutExpired as late:
+        said = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
+        how = f"nothing after {limit_s:.0f} s"
+    found = []
+    for line in said.splitlines():
+        if line.startswith("{") and line.endswith("}"):
+            found.append(json.loads(line))
+    return found, how
+
+
+# ---- which ops a run takes ----
+
+
+def ops_of_run(spec: str, setup: Setup, world: World, say: Callable[[str], None], check: bool = True) -> Ops:
+    """The ops that --kernels names for this run. `auto` on CUDA is our kernels where they were found right, here and
+    now if that is not known yet (check=False: then it is plain PyTorch); all ranks take rank 0's word."""
+    if spec.split(",")[0].strip() != "auto" or world.device.type != "cuda":
+        return select_ops(spec, world.device.type)
+    verdict = None
+    if world.is_main:
+        try:
+            select_ops("triton", "cuda")
+            facts = facts_of(setup, world.device)
+            verdict = remembered(facts)
+            if verdict is None and check:
+                say("kernels: trying the Triton ops on this GPU, once for this shape, dtype and software ...")
+                verdict = judge(setup, world.device)
+                _tell(verdict, remember(verdict))
+                say(f"kernels: {_summary(verdict)}, tried in {verdict.seconds:.0f} s")
+            elif verdict is None:
+                say("kernels: reference; `python -m nanogpt_fast.verify` or a training run tries the Triton ops")
+            else:
+                say(f"kernels: {_summary(verdict)}, as tried {verdict.made[:10]}")
+        except NanogptError as error:  # no Triton
+            say(f"kernels: reference ({error.what})")
+    refused = _agreed(world, list(OP_NAMES) if verdict is None else list(verdict.wrong))
+    if len(refused) == len(OP_NAMES):
+        return select_ops(spec, "cuda")
+    return select_ops(spec, "cuda", Verdict({}, dict.fromkeys(refused, "")).ops(select_ops("triton", "cuda")))
+
+
+def ops_known(spec: str, shape: GPTConfig, device: torch.device, dtype: torch.dtype) -> Ops:
+    """Those of a model that is sampled from or scored: nothing is tried, what is known counts."""
+    setup = Setup(shape, str(dtype).removeprefix("torch."))
+    return ops_of_run(spec, setup, World(device=device), log.info, check=False)
+
+
+def _agreed(world: World, refused: list[str]) -> list[str]:
+    """Rank 0's, on every rank."""
+    if world.size == 1:
+        return refused
+    mask = torch.tensor([float(name in refused) for name in OP_NAMES], device=world.device)
+    world.broadcast_(mask)
+    return [name for name, out in zip(OP_NAMES, mask.tolist()) if out]
+
+
+def _summary(verdict: Verdict) -> str:
+    if len(verdict.wrong) == len(OP_NAMES):
+        return "reference"
+    return (
+        ",".join(["triton", *(f"{name}=reference" for name in verdict.wrong)]) + f" by ptxas {verdict.facts['ptxas']}"
+    )
+
+
+def _tell(verdict: Verdict, report: Path | None) -> None:
+    for name, wrong in verdict.wrong.items():
+        log.warning("%s differs from plain PyTorch, which takes its place: %s", name, wrong)
+    if report is not None:
+        log.warning("please send %s to the project's issues", report)
