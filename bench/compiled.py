@@ -16,7 +16,8 @@ from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 import cases
-from aot_compile import Usage, compile_call, compile_for, usage
+from aot_compile import Usage, usage
+from nanogpt_kernels.ahead import compile_call, compile_for
 from op_inputs import Setting
 
 

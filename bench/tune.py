@@ -14,13 +14,11 @@ search moves to the best and goes on. It ends in a row to paste into nanogpt_ker
 
 import argparse
 import contextlib
-import datetime
 import itertools
 import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,21 +32,11 @@ import ops
 import torch
 from cases import CASES, SHAPES
 from compiled import Compilers, Resources, Task
+from launch_points import candidates, moved, pasted, point, shown
 from op_inputs import Setting
 
 from nanogpt_fast.errors import ConfigError, did_you_mean, run_command
 
-# Axes wider than the neighbours of the present value, for launch ops where a far value may win: {op: {axis: values}}.
-# An axis is a block's name, a choice's name, num_warps or num_stages.
-GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
-    "adamw": {"BLOCK": (512, 1024, 2048, 4096, 8192), "num_warps": (4, 8, 16)},
-    "grad_norm": {"BLOCK": (1024, 2048, 4096, 8192), "programs_per_sm": (1, 2, 4, 8)},
-    "norm_fwd": {"ROWS": (1, 2, 4), "num_warps": (1, 2, 4, 8), "programs_per_sm": (2, 4, 6, 8, 12, 16, 24)},
-    "norm_bwd": {"ROWS": (1, 2, 4, 8), "num_warps": (2, 4, 8, 16), "programs_per_sm": (1, 2, 3, 4, 6)},
-    "cross_entropy": {"chunk_rows": (2048, 4096, 8192, 16384), "num_warps": (4, 8, 16, 32)},
-    "embedding_bwd": {"RUN": (16, 32, 64, 128, 256)},
-}
-CHANGES = 2  # axes that a candidate may change at once
 GAIN = 0.995  # a move needs this ratio: less is noise
 
 
@@ -107,45 +95,6 @@ def _switches(rows: dict[str, Any]) -> list[dict[str, dict[str, Any]]]:
     ]
 
 
-def axes(launch_op: str, row: Any) -> dict[str, tuple[Any, ...]]:
-    """{axis: values to try, the row's own among them}: half and double of a number, both of a switch, or GRIDS'."""
-    found: dict[str, tuple[Any, ...]] = {name: _near(value) for name, value in (row.blocks | row.choices).items()}
-    found["num_warps"] = tuple(w for w in _near(row.num_warps) if w <= 32)
-    found["num_stages"] = tuple(s for s in range(row.num_stages - 1, row.num_stages + 2) if s >= 1)
-    wide = GRIDS.get(launch_op, {})
-    return {name: tuple(dict.fromkeys((*wide.get(name, ()), *values))) for name, values in found.items()}
-
-
-def _near(value: Any) -> tuple[Any, ...]:
-    if isinstance(value, bool):
-        return (value, not value)
-    return tuple(v for v in (value // 2, value, value * 2) if v >= 1) if isinstance(value, int) else (value,)
-
-
-def point(row: Any) -> dict[str, Any]:
-    """A row as {axis: value}."""
-    return row.blocks | row.choices | {"num_warps": row.num_warps, "num_stages": row.num_stages}
-
-
-def moved(row: Any, changes: dict[str, Any]) -> Any:
-    """The row with some axes changed. ConfigError for one that it has not."""
-    for name in changes.keys() - point(row).keys():
-        raise ConfigError(f"this launch row has no {name!r}", expected=", ".join(point(row)))
-    blocks = row.blocks | {k: v for k, v in changes.items() if k in row.blocks}
-    choices = row.choices | {k: v for k, v in changes.items() if k in row.choices}
-    rest = {k: v for k, v in changes.items() if k in ("num_warps", "num_stages")}
-    return replace(row, blocks=blocks, choices=choices, **rest)
-
-
-def candidates(launch_op: str, centre: Any) -> Iterator[Any]:
-    """Rows around the centre, nearest first: one axis changed, then two."""
-    around = {name: [v for v in values if v != point(centre)[name]] for name, values in axes(launch_op, centre).items()}
-    for count in range(1, CHANGES + 1):
-        for names in itertools.combinations(around, count):
-            for values in itertools.product(*(around[name] for name in names)):
-                yield moved(centre, dict(zip(names, values)))
-
-
 def compile_rows(
     pool: Compilers, target: Target, rows: list[Any], until: float, lines: machine.Lines
 ) -> list[tuple[Any, Resources]]:
@@ -157,14 +106,10 @@ def compile_rows(
             continue  # its kernel is not used, so its shape does not matter: the choices alone are tried once
         lines.write(launch_op=target.launch_op, **point(rows[i]), **vars(used), status=used.problem or "compiled")
         takes = f"{used.registers} registers, {used.shared} B shared" if used.launches else "not launched"
-        print(f"  {_short(rows[i])}: {used.problem or takes}", flush=True)
+        print(f"  {shown(rows[i])}: {used.problem or takes}", flush=True)
         if not used.problem:
             good.append((rows[i], used))
     return good
-
-
-def _short(row: Any) -> str:
-    return " ".join(f"{name}={value}" for name, value in point(row).items())
 
 
 class Race:
@@ -212,7 +157,7 @@ def ranked(
         problem = race.right(row)
         if problem:
             lines.write(launch_op=target.launch_op, **point(row), status=problem)
-            print(f"  {_short(row)}: {problem}")
+            print(f"  {shown(row)}: {problem}")
         else:
             right.append(row)
     base, *others = race.times([best, *right], rounds) if right else ([],)
@@ -231,7 +176,7 @@ def search(target: Target, limit_s: float, most: int, pool: Compilers, lines: ma
         batch = [row for row in candidates(target.launch_op, best) if point(row) not in seen][:most]
         seen += [point(row) for row in batch]
         found = ranked(race, pool, batch, best, 7, time.monotonic() + 0.7 * left, lines)
-        print("\n".join(f"  {r:.3f} of the centre: {_short(row)}" for row, r in found[:5]), flush=True)
+        print("\n".join(f"  {r:.3f} of the centre: {shown(row)}" for row, r in found[:5]), flush=True)
         if not found or found[0][1] > GAIN:
             break
         best = found[0][0]
@@ -246,28 +191,9 @@ def compare(target: Target, named: list[dict[str, Any]], limit_s: float, pool: C
     """The best of the present row and those that `named` changes it to, to paste."""
     rows, race = [moved(target.present, changes) for changes in named], Race(target)
     found = ranked(race, pool, rows, target.present, 15, time.monotonic() + 0.7 * limit_s, lines)
-    print("\n".join(f"  {r:.3f} of the present: {_short(row)}" for row, r in found), flush=True)
+    print("\n".join(f"  {r:.3f} of the present: {shown(row)}" for row, r in found), flush=True)
     best, r = found[0] if found and found[0][1] <= GAIN else (target.present, 1.0)
     return pasted(best, target, f"{r:.3f} of the row before" if r < 1.0 else f"best of {len(rows) + 1}")
-
-
-def pasted(row: Any, target: Target, outcome: str) -> str:
-    """As launch_rows.py has it, for this architecture and element size."""
-    at = target.at
-    what = f"{target.op} {target.mode}, B={at.shape.B} T={at.shape.T} C={at.shape.C}"
-    dtype, day = str(at.dtype).removeprefix("torch."), datetime.date.today().isoformat()
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"sm_{target.arch}"
-    parts = [str(target.arch), _dict(row.blocks), f"num_warps={row.num_warps}", f"num_stages={row.num_stages}",
-             f"itemsize={at.dtype.itemsize}"]  # fmt: skip
-    parts += [f"up_to={row.up_to}"] * (row.up_to < 2**62) + [f"choices={_dict(row.choices)}"] * bool(row.choices)
-    warning = (
-        "# gives up reproducible sums\n" if row.choices.get("atomic") and not target.present.choices["atomic"] else ""
-    )
-    return f'{warning}Row({", ".join(parts)},\n    source="measured on {gpu}, {day}, {what} {dtype}: {outcome}"),'
-
-
-def _dict(values: dict[str, Any]) -> str:
-    return f"dict({', '.join(f'{name}={value!r}' for name, value in values.items())})"
 
 
 def worst(path: Path, most: int, arch: int, dtype: torch.dtype) -> list[tuple[str, str]]:
@@ -334,7 +260,7 @@ def main(argv: list[str]) -> int:
                 *itertools.islice(chosen or candidates(target.launch_op, target.present), args.most),
             ]
             if pool is None:
-                print("\n".join(f"  {_short(row)}" for row in around))
+                print("\n".join(f"  {shown(row)}" for row in around))
             elif args.compile_only:
                 compile_rows(pool, target, around, time.monotonic() + limit_s, lines)
             else:

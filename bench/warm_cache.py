@@ -71,15 +71,13 @@ def with_switches(op: str, at: Setting, arch: int) -> Iterator[Any]:
 
 def compile_share(groups: list[list[Any]], arch: int, lines: machine.Lines) -> None:
     """In a process of its own: a compiler that aborts takes only this share along."""
-    from aot_compile import TargetDriver
-    from triton.runtime import driver
+    from nanogpt_kernels.ahead import compile_call, compile_for
 
-    target: Any = TargetDriver(arch)
-    driver.set_active(target)
+    compile_for(arch)
     for call, *_ in groups:
         began, status = time.monotonic(), "compiled"
         try:
-            call.kernel.warmup(*call.args, grid=call.grid, **call.options)
+            compile_call(call)
         except Exception as problem:
             status = f"failed: {type(problem).__name__}: {problem}"[:300]
         lines.write(op=call.op, kernel=call.kernel.__name__, status=status, seconds=round(time.monotonic() - began, 2))
@@ -95,7 +93,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--total_s", type=float, default=30.0, help="stop after so long")
     parser.add_argument("--out", type=Path, required=True, help="append to DIR/compile.jsonl")
     args = parser.parse_args(argv)
-    from aot_compile import distinct
+    from nanogpt_kernels.ahead import distinct
 
     deadline = time.monotonic() + args.total_s
     calls = [call for part in args.parts for call in PARTS[part](args.arch, getattr(torch, args.dtype))]

@@ -130,6 +130,15 @@ def reproducible() -> Iterator[None]:
         yield
 
 
+def compile_ahead(work: Callable[[], Any], capability: int) -> None:
+    """Compile, on all cores, what work() would launch on a device of this CUDA compute capability; its tensors are on
+    "meta". Before the process touches a GPU: nanogpt_kernels/ahead.py."""
+    from nanogpt_kernels.ahead import compile_ahead
+
+    with stand_for("cuda"):
+        compile_ahead(work, capability)
+
+
 def inside_of(name: str) -> Callable[..., Any] | None:
     """The Python function that a registered op, `nanogpt_kernels::NAME`, consists of; None for ops of others."""
     if not name.startswith("nanogpt_kernels::"):

@@ -10,7 +10,7 @@ import functools
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -148,38 +148,72 @@ class Witness:
 def exercise(setup: Setup, device: torch.device, witness: Witness, rows: int = ROWS) -> None:
     """One block at the setup's widths, through all that calls an op: a step of at least so many rows, its update, an
     evaluation, a token."""
-    shape, dtype = replace(setup.shape, n_layer=1), getattr(torch, setup.dtype)
-    T, V, generator = shape.block_size, shape.vocab_size, torch.Generator().manual_seed(1)
-    B = math.ceil(rows / T)
-    model = GPT(shape, witness.ops, torch.float32 if setup.wide_residual else None, setup.recompute)
-    _randomise(model, generator)
-    flat = FlatParameters(model, dtype, device)
-    optimizer = AdamW(flat, OptimConfig(), witness.ops, scale_loss=dtype == torch.float16)
+    generator = torch.Generator().manual_seed(1)
+    model, optimizer = _built(setup, witness.ops, device, generator)
+    B, T, V = math.ceil(rows / setup.shape.block_size), setup.shape.block_size, setup.shape.vocab_size
+    flat = optimizer.flat
+    flat.grad.copy_(torch.randn(flat.grad.shape, generator=generator) * (B * T) ** 0.5)  # as large as what is added
     tokens = torch.randint(V, (B, T + 1), generator=generator)
     tokens[:, ::EOT_EVERY] = 0
-    idx, targets = tokens[:, :-1].to(device), tokens[:, 1:].to(device)
-    doc_ids = document_ids(idx, 0) if setup.documents else None
-    scale, seed = torch.full((), 1.0 / (B * T), device=device), torch.tensor([7], device=device)
-    with torch.no_grad():
-        flat.grad.copy_(torch.randn(flat.grad.shape, generator=generator) * (B * T) ** 0.5)  # as large as what is added
-        model.train()(idx, targets, scale, seed, doc_ids)
+
+    def step(*args: Any) -> None:
+        with torch.no_grad():
+            model(*args)
+
+    def update() -> None:
         witness.differentiate = False
         optimizer.set_lr(1e-3)
         optimizer.step()
-        model.eval()(idx, targets, scale, None, doc_ids)
-        for start in _starts(T, device):
-            cache = torch.randn(1, 2, B, shape.n_head, T, shape.n_embd // shape.n_head, generator=generator)
-            at = int(start)
-            model._next_logits(idx[:, at : at + 1], cache.to(device, dtype), start)
-        prompt = torch.zeros(1, 2, B, shape.n_head, T, shape.n_embd // shape.n_head, dtype=dtype, device=device)
-        model._next_logits(idx[:, : T // 2 + 1], prompt, 0)
+
+    _run(setup, model, tokens.to(device), step, update, generator)
 
 
-def _starts(T: int, device: torch.device) -> Iterator[int | Tensor]:
-    """Where a token is decoded: on the host, and on the device as a graph reads it."""
-    yield T - 1
-    if device.type == "cuda":
-        yield torch.tensor([T // 2], device=device)
+def rehearse(setup: Setup, ops: Ops, rows: int = ROWS) -> None:
+    """What exercise has these ops launch, on tensors without data."""
+    meta = torch.device("meta")
+    with meta:
+        model, optimizer = _built(setup, ops, meta)
+    B, T = math.ceil(rows / setup.shape.block_size), setup.shape.block_size
+    tokens = torch.zeros(B, T + 1, dtype=torch.int64, device=meta)
+    _run(setup, model, tokens, lambda *args: model(*args)[0].backward(), optimizer.step, None)
+
+
+def _built(setup: Setup, ops: Ops, device: torch.device, generator: torch.Generator | None = None) -> tuple[GPT, AdamW]:
+    dtype = getattr(torch, setup.dtype)
+    wide = torch.float32 if setup.wide_residual else None
+    model = GPT(replace(setup.shape, n_layer=1), ops, wide, setup.recompute)
+    if generator is not None:
+        _randomise(model, generator)
+    return model, AdamW(FlatParameters(model, dtype, device), OptimConfig(), ops, scale_loss=dtype == torch.float16)
+
+
+def _run(
+    setup: Setup,
+    model: GPT,
+    tokens: Tensor,
+    step: Callable[..., None],
+    update: Callable[[], Any],
+    generator: torch.Generator | None,
+) -> None:
+    device, dtype, (B, T) = tokens.device, getattr(torch, setup.dtype), (tokens.size(0), tokens.size(1) - 1)
+    idx, targets = tokens[:, :-1], tokens[:, 1:]
+    doc_ids = document_ids(idx, 0) if setup.documents else None
+    scale = torch.full((), 1.0 / (B * T), device=device)
+    seed = torch.full((1,), 7, device=device)
+    model.train()
+    step(idx, targets, scale, seed, doc_ids)
+    update()
+    model.eval()
+    with torch.no_grad():
+        model(idx, targets, scale, None, doc_ids)
+        size = (1, 2, B, setup.shape.n_head, T, setup.shape.n_embd // setup.shape.n_head)
+        for new, start in ((1, T - 1), (1, torch.full((1,), T // 2, device=device)), (T // 2 + 1, 0)):
+            if isinstance(start, Tensor) and device.type == "cpu":
+                continue  # as a graph reads it
+            cache = torch.zeros(size, dtype=dtype, device=device)
+            if generator is not None:
+                cache.copy_(torch.randn(size, generator=generator))
+            model._next_logits(idx[:, :new], cache, start)
 
 
 def _randomise(model: GPT, generator: torch.Generator) -> None:

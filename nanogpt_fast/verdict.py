@@ -136,8 +136,9 @@ def _report(verdict: Verdict) -> str:
 
 def child_command(setup: Setup, device: torch.device, skip: Sequence[str]) -> list[str]:
     """What verify.py's main takes apart again."""
-    given = {"setup": dataclasses.asdict(setup), "device": str(device), "skip": list(skip),
-             "tf32": torch.get_float32_matmul_precision()}  # fmt: skip
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    given = {"setup": dataclasses.asdict(setup), "device": str(device), "capability": 10 * major + minor,
+             "skip": list(skip), "tf32": torch.get_float32_matmul_precision()}  # fmt: skip
     return [sys.executable, "-m", "nanogpt_fast.verify", "--child", json.dumps(given)]
 
 

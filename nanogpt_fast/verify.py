@@ -16,8 +16,8 @@ from nanogpt_fast.data.dataset import read_meta
 from nanogpt_fast.data.splits import dataset_folder
 from nanogpt_fast.distributed import resolve_device, resolve_dtype
 from nanogpt_fast.errors import DeviceError, run_command
-from nanogpt_fast.ops import OP_NAMES, select_ops
-from nanogpt_fast.proof import Setup, Witness, exercise
+from nanogpt_fast.ops import OP_NAMES, compile_ahead, select_ops
+from nanogpt_fast.proof import Setup, Witness, exercise, rehearse
 from nanogpt_fast.restore import restore, shape_of
 from nanogpt_fast.settings.cli import load_config
 from nanogpt_fast.settings.config import Config, GPTConfig
@@ -69,10 +69,12 @@ def child(given: dict[str, Any]) -> int:
     say = partial(print, file=sys.stdout, flush=True)
     setup = Setup(**{**given["setup"], "shape": GPTConfig(**given["setup"]["shape"])})
     device = torch.device(given["device"])
+    ours = select_ops("triton", device.type)
+    if given["capability"]:
+        compile_ahead(partial(rehearse, setup, ours), given["capability"])
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
     torch.set_float32_matmul_precision(given["tf32"])
-    ours = select_ops("triton", device.type)
     witness = Witness(ours, device, skip=frozenset(given["skip"]), began=lambda op: say(json.dumps({"began": op})))
     exercise(setup, device, witness)
     checks = {name: vars(check) for name, check in witness.checks.items()}

@@ -16,31 +16,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import triton
+from nanogpt_kernels.ahead import compile_call, compile_for
 from nanogpt_kernels.launch import Call
 from nanogpt_kernels.launch_rows import ARCHITECTURES
 from offset_ranges import wrapping_offsets
 from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
 TRITON_MINOR = ".".join(triton.__version__.split(".")[:2])  # "3.7": what register counts depend on
-
-
-class TargetDriver:
-    """What Triton asks of a driver to compile for sm_`arch`. The architecture is its device number as well, because
-    Triton keeps one set of compiled kernels a device."""
-
-    def __init__(self, arch: int):
-        self.arch = arch
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self) -> int:
-        return self.arch
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 SYSTEM_SHARED = 1024  # bytes of shared memory a block; cuobjdump counts them as static from sm_90 on
@@ -91,33 +73,6 @@ class Compiled(Usage):
 # ---- what to compile ----
 
 
-def compile_for(arch: int) -> None:
-    """From here on this process compiles for sm_arch, whatever GPU it has or lacks."""
-    driver.set_active(TargetDriver(arch))  # type: ignore[arg-type]
-
-
-def distinct(calls: list[Call], arch: int) -> list[list[Call]]:
-    """The calls in groups that share one compiled kernel on sm_arch, by Triton's own cache key."""
-    compile_for(arch)
-    for call in calls:
-        call.kernel.device_caches.pop(arch, None)  # what is compiled already would not ask the hook
-    found: dict[tuple[str, str], list[Call]] = {}
-    keys: list[str] = []
-
-    def note_and_refuse(*, key: str, **_: Any) -> bool:
-        keys.append(key)
-        return True  # compiles nothing
-
-    knobs.runtime.jit_cache_hook = note_and_refuse
-    try:
-        for call in calls:
-            call.kernel.warmup(*call.args, grid=call.grid, **call.options)
-            found.setdefault((call.kernel.__name__, keys.pop()), []).append(call)
-    finally:
-        knobs.runtime.jit_cache_hook = None
-    return list(found.values())
-
-
 def compile_all(groups: list[list[Call]], arch: int, jobs: int | None = None) -> list[Compiled]:
     """Compile each group's kernel for sm_arch in `jobs` processes (default: one a core)."""
     global _groups
@@ -136,11 +91,6 @@ _groups: list[list[Call]] = []
 
 def _compile(i: int) -> Compiled:
     return read_off(_groups[i], compile_call(_groups[i][0]))
-
-
-def compile_call(call: Call) -> Any:
-    """What Triton makes of a recorded launch: `asm` (ttir, ptx, cubin) and `metadata`."""
-    return call.kernel.warmup(*call.args, grid=call.grid, **call.options)
 
 
 # ---- what came out ----

@@ -29,9 +29,10 @@ import tomllib
 import warnings
 from pathlib import Path
 
-from aot_compile import SYSTEM_SHARED, TRITON_MINOR, Compiled, compile_all, distinct
+from aot_compile import SYSTEM_SHARED, TRITON_MINOR, Compiled, compile_all
 from kernel_calls import Case, cases
 from nanogpt_kernels import launch
+from nanogpt_kernels.ahead import distinct
 from nanogpt_kernels.launch import Recording
 from nanogpt_kernels.launch_rows import ARCHITECTURES, TABLE, Row
 

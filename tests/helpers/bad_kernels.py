@@ -7,7 +7,8 @@ import json
 import torch
 import triton
 import triton.language as tl
-from aot_compile import compile_all, distinct
+from aot_compile import compile_all
+from nanogpt_kernels.ahead import distinct
 from nanogpt_kernels.launch import launch, recording
 from resources import budget_key, untaken, verdict
 
