@@ -31,14 +31,6 @@ def _multiple(x, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def _columns(WIDTH: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
-    """0 to WIDTH - 1 as [WIDTH / LANES / VEC, LANES, VEC]: axis 1 is over threads, so maxima and sums over the others
-    cost no exchange."""
-    i = tl.arange(0, WIDTH // (LANES * VEC))[:, None, None]
-    return (i * LANES + tl.arange(0, LANES)[None, :, None]) * VEC + tl.arange(0, VEC)[None, None, :]
-
-
-@triton.jit
 def _load_ragged(row_ptr, v, width, valid_vocab):
     """Logits z[v] of a row in float32, -inf from column `valid_vocab` on."""
     # The load's own mask ends at `width`, a multiple of ALIGN: at `valid_vocab` it would split vectors.
@@ -59,8 +51,11 @@ def _exp(x):
 
 
 @triton.jit
-def _add_tile(peak, total, z):
+def _add_tile(peak, total, z, LANES: tl.constexpr, VEC: tl.constexpr):
     """Each lane's maximum, and sum of exp(z - maximum), with those of a tile."""
+    # Axis 1 is the threads: they exchange nothing for maxima and sums over the others. Loaded so shaped, by Triton 3.6
+    # two threads share an entry of it.
+    z = z.reshape([z.shape[0] // (LANES * VEC), LANES, VEC])
     higher = tl.maximum(peak, tl.max(tl.max(z, 2), 0))
     e = _exp(z - higher[None, :, None])
     return higher, total * _exp(peak - higher) + tl.sum(tl.sum(e, 2), 0)  # type: ignore[operator]
@@ -73,11 +68,11 @@ def _peak_and_total(row_ptr, width, valid_vocab, BLOCK_V: tl.constexpr, LANES: t
     total = tl.zeros([LANES], tl.float32)
     whole = valid_vocab // BLOCK_V * BLOCK_V
     for start in range(0, whole, BLOCK_V):
-        v = start + _columns(BLOCK_V, LANES, VEC)
-        peak, total = _add_tile(peak, total, tl.load(row_ptr + v).to(tl.float32))  # type: ignore[misc]
+        v = start + tl.arange(0, BLOCK_V)
+        peak, total = _add_tile(peak, total, tl.load(row_ptr + v).to(tl.float32), LANES, VEC)  # type: ignore[misc]
     for start in range(whole, valid_vocab, LANES * VEC):
-        v = start + _columns(LANES * VEC, LANES, VEC)
-        peak, total = _add_tile(peak, total, _load_ragged(row_ptr, v, width, valid_vocab))  # type: ignore[misc]
+        v = start + tl.arange(0, LANES * VEC)
+        peak, total = _add_tile(peak, total, _load_ragged(row_ptr, v, width, valid_vocab), LANES, VEC)  # type: ignore[misc]
     row_peak = tl.max(peak, axis=0)
     return row_peak, tl.sum(total * _exp(peak - row_peak), axis=0)
 
@@ -92,7 +87,7 @@ def _write_gradient(
     dtype = out_ptr.dtype.element_ty
     if target == ignore_index:
         for start in range(0, width, BLOCK_V):
-            v = start + _columns(BLOCK_V, LANES, VEC)
+            v = start + tl.arange(0, BLOCK_V)
             tl.store(out_ptr + v, tl.zeros(v.shape, dtype), mask=v < width)
     else:
         in_range = (target >= 0) & (target < valid_vocab)
@@ -100,13 +95,14 @@ def _write_gradient(
         factor = grad_scale / total
         whole = valid_vocab // BLOCK_V * BLOCK_V
         for start in range(whole, width, LANES * VEC):
-            v = start + _columns(LANES * VEC, LANES, VEC)
+            v = start + tl.arange(0, LANES * VEC)
             p = _exp(_load_ragged(row_ptr, v, width, valid_vocab) - peak) * factor
             tl.store(out_ptr + v, tl.where(v < valid_vocab, p, 0.0).to(dtype), mask=v < width)
         for start in range(0, whole, BLOCK_V):
-            v = (whole - BLOCK_V - start if BACKWARDS else start) + _columns(BLOCK_V, LANES, VEC)
-            z = tl.load(row_ptr + v, eviction_policy=EVICTION).to(tl.float32)
-            tl.store(out_ptr + v, (_exp(z - peak) * factor).to(dtype), eviction_policy=EVICTION)
+            v = (whole - BLOCK_V - start if BACKWARDS else start) + tl.arange(0, BLOCK_V)
+            z = tl.load(row_ptr + v, eviction_policy=EVICTION).to(tl.float32)  # type: ignore[arg-type]
+            p = _exp(z - peak) * factor
+            tl.store(out_ptr + v, p.to(dtype), eviction_policy=EVICTION)  # type: ignore[arg-type]
         # its tile wrote the target's column as any other's: once that is done, it is overwritten
         tl.debug_barrier()
         dz_target = _exp(z_target - peak) * factor - grad_scale
