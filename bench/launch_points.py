@@ -18,7 +18,12 @@ GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "grad_norm": {"BLOCK": (1024, 2048, 4096, 8192), "programs_per_sm": (1, 2, 4, 8)},
     "norm_fwd": {"ROWS": (1, 2, 4), "num_warps": (1, 2, 4, 8), "programs_per_sm": (2, 4, 6, 8, 12, 16, 24)},
     "norm_bwd": {"ROWS": (1, 2, 4, 8), "num_warps": (2, 4, 8, 16), "programs_per_sm": (1, 2, 3, 4, 6)},
-    "cross_entropy": {"chunk_rows": (2048, 4096, 8192, 16384), "num_warps": (4, 8, 16, 32)},
+    "cross_entropy": {
+        "BLOCK_V": (2048, 4096, 8192, 16384),
+        "num_warps": (4, 8, 16, 32),
+        "programs_per_sm": (1, 2, 3, 4, 6, 8),
+        "chunk_rows": (4096, 8192, 16384, 32768, 65536),
+    },
     "embedding_bwd": {"RUN": (16, 32, 64, 128, 256)},
 }
 CHANGES = 2  # axes that a candidate may change at once

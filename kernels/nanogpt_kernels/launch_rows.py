@@ -60,6 +60,7 @@ _STRIP = dict(BLOCK_M=8, BLOCK_N=256)
 _CUBLAS = dict(fused=False, programs_per_sm=1, least_rows=2048)
 # with dy in float32 and C above this, dres is loaded late: loaded with dy, it spilled 40 bytes a thread at C = 8192
 _WIDE_NORM_BWD = dict(programs_per_sm=1, float32_dres_late_above=4096)
+_ROWS = dict(chunk_rows=8192, programs_per_sm=2, backwards=True, evict_first=True)
 _SPLIT = dict(keys_a_split=128)  # one token of GPT-2 124M at position 1023 has 12 heads: 96 programs
 
 TABLE: dict[str, tuple[Row, ...]] = {
@@ -121,12 +122,14 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(120, _GEMM_128, num_warps=8, num_stages=2, itemsize=2, choices=_CUBLAS),
     ),
     # cross_entropy: up_to is V; a program takes a row in tiles of BLOCK_V; chunk_rows rows of logits exist at a time.
-    # 64 registers leave room for two programs an SM, whose rows of 100 KB L2 holds until they are read again
+    # Programs an SM are rows in flight, not what fits: two of 100 KB on each of an H100's SMs are 26 MB of its 50 MB of
+    # L2, which serves the second read. That read goes backwards from the tiles read last, or in order; what it has read
+    # and written is not asked for again, so it may be evicted first
     "cross_entropy": (
-        Row(80, dict(BLOCK_V=1024), num_warps=4, itemsize=2, up_to=4096, choices=dict(chunk_rows=8192)),
-        Row(80, dict(BLOCK_V=8192), num_warps=16, itemsize=2, choices=dict(chunk_rows=8192)),
-        Row(80, dict(BLOCK_V=1024), num_warps=4, up_to=4096, choices=dict(chunk_rows=8192)),
-        Row(80, dict(BLOCK_V=4096), num_warps=16, choices=dict(chunk_rows=8192)),
+        Row(80, dict(BLOCK_V=1024), num_warps=4, itemsize=2, up_to=4096, choices=_ROWS | dict(programs_per_sm=12)),
+        Row(80, dict(BLOCK_V=8192), num_warps=16, itemsize=2, choices=_ROWS),
+        Row(80, dict(BLOCK_V=1024), num_warps=4, up_to=4096, choices=_ROWS | dict(programs_per_sm=12)),
+        Row(80, dict(BLOCK_V=4096), num_warps=16, choices=_ROWS),
     ),
     # attention: up_to is D; with dropout or documents, which take registers, it has launch rows of its own. On sm_90
     # each 4 warps have 64 queries (in dK, dV: keys): two groups of 4 that share 64 both compute all of QK^T and dP

@@ -43,6 +43,7 @@ def install() -> None:
     if getattr(InterpreterBuilder, "exact_bfloat16", False):
         return
     accept_new_numpy()
+    np.seterr(over="ignore")  # to infinity without a word, as GPUs do
     stock = {
         name: getattr(InterpreterBuilder, name)
         for name in ("cast_impl", "create_fp_to_fp", "binary_op", "unary_op", "create_dot", "create_fma",

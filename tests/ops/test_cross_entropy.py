@@ -93,6 +93,17 @@ def test_gpt2_s_vocabulary_by_the_shipped_tiles(dtype: torch.dtype):
         kernel_case.assert_op(cross_entropy, in_torch, inputs, what="GPT-2")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backwards", [True, False])
+def test_rows_in_turn_and_loads_in_turn(backwards: bool, dtype: torch.dtype):
+    """Programs take a second row; a thread has four vectors of a tile, whose second pass goes either way."""
+    inputs = [randn(11, 1304, dtype=dtype, scale=3.0), draw_targets(11, 1290), 0.5, -1, 1290]
+    tile = 32 * 4 * (16 // dtype.itemsize)
+    choices = dict(programs_per_sm=1, backwards=backwards, evict_first=backwards)
+    with launch.override("cross_entropy", blocks=dict(BLOCK_V=tile), num_warps=1, choices=choices):
+        kernel_case.assert_op(cross_entropy, in_torch, inputs, tiny=1e-6, what="rows in turn")
+
+
 def test_logits_stay_as_they_are():
     logits = randn(3, 100)
     before = logits.detach().clone()
