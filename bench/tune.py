@@ -58,13 +58,15 @@ class Target:
         return {**self.others, self.launch_op: {name: getattr(row, name) for name in names}}
 
 
-def find(launch_op: str, at_size: str, dtype: torch.dtype, arch: int, p: float) -> Target:
+def find(
+    launch_op: str, at_size: str, dtype: torch.dtype, arch: int, p: float, bias: bool = True, of: str = ""
+) -> Target:
     """The cheapest case that asks for this launch op: as the rows stand, else with one switch of another row turned,
-    else with dropout. ConfigError where none does."""
+    else with dropout; or the case `of`. ConfigError where none does."""
     for at_p, turned in ((p, False), (p, True), (p or 0.1, False), (p or 0.1, True)):
         found: dict[float, Target] = {}
-        for op, backward in itertools.product(CASES, (False, True)):
-            at = cases.setting(op, at_size, dtype=dtype, p=at_p)
+        for op, backward in itertools.product([of] if of else CASES, (False, True)):
+            at = cases.setting(op, at_size, dtype=dtype, p=at_p, bias=bias)
             try:
                 rows = dict(cases.recorded(op, at, arch, backward).rows)
             except ImportError:
@@ -215,6 +217,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--size", default="124m", choices=list(SHAPES))
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--p", type=float, default=0.0, help="dropout")
+    parser.add_argument("--no_bias", action="store_true", help="as nanoGPT trains GPT-2")
+    parser.add_argument(
+        "--within", default="", choices=["", *CASES], help="the op to time; default the shortest that launches it"
+    )
     parser.add_argument("--limit_s", type=float, default=60.0, help="for one launch op")
     parser.add_argument("--total_s", type=float, default=float("inf"), help="for all of them, shared evenly")
     parser.add_argument("--most", type=int, default=24, help="candidates compiled before the search moves on")
@@ -243,7 +249,7 @@ def main(argv: list[str]) -> int:
     targets = []
     for name, size in wanted:
         try:
-            targets.append(find(name, size, dtype, arch, args.p))
+            targets.append(find(name, size, dtype, arch, args.p, not args.no_bias, args.within))
         except ConfigError as problem:
             if args.launch_ops:
                 raise
