@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 
 WHEEL, LEAST = "nvidia-cuda-nvcc", (13, 3)
+ADVICE = "before 13.3 it can corrupt registers of wgmma on Hopper: pip install 'nanogpt-fast[ptxas]'"
 VARIABLES = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")  # Triton's own: what they name is left alone
 
 
@@ -29,7 +30,7 @@ def prefer_extra(driver_cuda: int) -> None:
     """Name the extra's ptxas to Triton, before it compiles anything. driver_cuda: CUDA's version by the driver, as in
     13000; 0 without one."""
     found = extra()
-    if found is None or _numbers(found[1])[:2] < LEAST or 0 < driver_cuda < 13000:
+    if found is None or not is_new(found[1]) or 0 < driver_cuda < 13000:
         return
     for variable in VARIABLES:
         os.environ.setdefault(variable, found[0])
@@ -45,5 +46,6 @@ def version_of(path: str | Path) -> str:
     return match[1] if match else ""
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in re.findall(r"\d+", version))
+def is_new(version: str) -> bool:
+    """Whether it is one that keeps wgmma's registers."""
+    return tuple(int(n) for n in re.findall(r"\d+", version))[:2] >= LEAST

@@ -21,15 +21,16 @@ from typing import Any, Literal
 
 import torch
 
-from nanogpt_fast import __version__
+from nanogpt_fast import __version__, assembler
 from nanogpt_fast.data.dataset import read_meta
 from nanogpt_fast.data.tokenizer import cached_vocab_bpe
 from nanogpt_fast.distributed import World, resolve_device, resolve_dtype
 from nanogpt_fast.errors import DeviceError, NanogptError, run_command
+from nanogpt_fast.files import cpu_name, cpuinfo
 from nanogpt_fast.graphs import Graphs
 from nanogpt_fast.hardware import resolve_peak
 from nanogpt_fast.model import GPT
-from nanogpt_fast.ops import select_ops
+from nanogpt_fast.ops import assembler_path, select_ops
 from nanogpt_fast.optim import AdamW, FlatParameters
 from nanogpt_fast.settings import cli
 from nanogpt_fast.settings.config import GPTConfig, OptimConfig
@@ -103,6 +104,7 @@ def versions() -> Section:
     found |= {name: _version(name) or "missing: pip install -e ." for name in REQUIRED}
     found["torch"] = torch.__version__  # "+cu130" is not in the metadata of PyPI's wheels
     found["triton"] = _version("triton") or "missing: the reference ops need none"
+    found["ptxas of Triton"] = ptxas()
     found["CUDA of torch"] = torch.version.cuda or "none: torch for the CPU"
     return found
 
@@ -114,6 +116,15 @@ def extras() -> Section:
     }
     found["apex"] = apex()
     return found
+
+
+def ptxas() -> str:
+    """What assembles the kernels."""
+    try:
+        found = assembler.version_of(assembler_path(resolve_device("auto")))
+    except (ImportError, RuntimeError) as error:
+        return f"none: {error}"
+    return found if assembler.is_new(found) else f"{found}; {assembler.ADVICE}"
 
 
 def apex() -> str:
@@ -143,15 +154,9 @@ def _version(package: str) -> str | None:
 
 def cpu() -> Section:
     """Model, cores, threads, and the instructions that decide how fast bfloat16 is."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:  # not Linux
-        text = ""
-    model = re.search(r"model name\s*: (.+)", text)
-    flags = set(text.split())
-    device = torch.device("cpu")
+    flags, device = cpuinfo("flags").split(), torch.device("cpu")
     return {
-        "model": model[1] if model else platform.processor() or "unknown",
+        "model": cpu_name() or "unknown",
         "cores": os.cpu_count(),
         "threads of torch": torch.get_num_threads(),
         "instructions": ", ".join(f for f in CPU_FLAGS if f in flags) or torch.backends.cpu.get_cpu_capability(),

@@ -90,7 +90,8 @@ def _driver_cuda() -> int:
 
 
 def assembler_path(device: torch.device) -> str:
-    """The ptxas that Triton takes for this device."""
+    """The ptxas that Triton takes for this device. ImportError without Triton, RuntimeError where it has none."""
+    assembler.prefer_extra(_driver_cuda())
     from triton import knobs
 
     blackwell = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10
