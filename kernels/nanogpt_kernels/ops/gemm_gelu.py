@@ -75,7 +75,7 @@ def _finish_fwd(
     pre = acc.to(act_ptr.dtype if TMA else act_ptr.dtype.element_ty)
     if WRITE_PRE:
         _store(pre_ptr, pre, i, j, M, N, I, J, TMA)
-    _store(act_ptr, gelu(pre.to(tl.float32), TANH).to(pre.dtype), i, j, M, N, I, J, TMA)
+    _store(act_ptr, gelu(pre.to(tl.float32), TANH, True).to(pre.dtype), i, j, M, N, I, J, TMA)
 
 
 @triton.jit
@@ -123,14 +123,14 @@ def _finish_bwd(
 ):  # fmt: skip
     stored = _load(pre_ptr, i, j, M, N, I, J, TMA)
     pre = stored.to(tl.float32)
-    dpre = (dact * gelu_derivative(pre, TANH)).to(stored.dtype)
+    dpre = (dact * gelu_derivative(pre, TANH, True)).to(stored.dtype)
     _store(dpre_ptr, dpre, i, j, M, N, I, J, TMA)
     if BIAS_GRAD:
         n, inside = j + tl.arange(0, J), i + tl.arange(0, I) < M  # outside, an infinite weight times 0 is NaN
         db = tl.sum(tl.where(inside[:, None], dpre.to(tl.float32), 0.0), axis=0)
         tl.store(db_partial_ptr + tile_m.to(tl.int64) * N + n, db, mask=n < N)
     if WRITE_ACT:
-        _store(act_ptr, gelu(pre, TANH).to(stored.dtype), i, j, M, N, I, J, TMA)
+        _store(act_ptr, gelu(pre, TANH, True).to(stored.dtype), i, j, M, N, I, J, TMA)
 
 
 @triton.jit
