@@ -54,8 +54,9 @@ class Row:
     source: str = UNMEASURED
 
 
-_GEMM_128 = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8)
-_GEMM_256 = dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8)
+_GEMM_128 = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, PARTS=4, FLATTEN=True, TMA_STORE=True)
+_GEMM_256 = _GEMM_128 | dict(BLOCK_N=256)
+_GEMM_PAIR = _GEMM_128 | dict(PARTS=2, FLATTEN=False)  # of programs that share an SM
 _STRIP = dict(BLOCK_M=4, BLOCK_N=256)
 _CUBLAS = dict(fused=False, programs_per_sm=1, least_rows=2048)
 # with dy in float32 and C above this, dres is loaded late: loaded with dy, it spilled 40 bytes a thread at C = 8192
@@ -107,19 +108,20 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(80, _STRIP, num_warps=4, itemsize=4, choices=dict(programs_per_sm=9, summing_per_sm=8)),
     ),
     # mlp: up_to is C. fused: the GEMM with GELU in its epilogue, from least_rows rows on, not cuBLAS and an elementwise
-    # pass. It saves one pass over [M, F] forward and two backward: by 3.0 TB/s and the H100 GEMM rates of 640 to 740
-    # TFLOP/s expected at C = 768 to 1600, it pays from 78 to 87% of cuBLAS's rate on, backward from 64 to 76%. Counting
-    # sm_90's instructions, 128x256 tiles by 8 warps reach at best 55 to 72% of the peak forward and 47 to 65% backward,
-    # as nothing covers their epilogue; of 128x128 by 4 warps two programs share an SM. So cuBLAS, until it is timed.
+    # pass, of which it saves one over [M, F] forward and two backward. 128x256 tiles by 8 warps are alone on an SM, so
+    # nothing covers their epilogue; of 128x128 by 4 warps two programs share one, at most 80% of the peak, as shared
+    # memory feeds them. In two PARTS, not flattened, a step of their K loop has 93 instructions on sm_90 (160), an
+    # epilogue 1,900 forward and 2,500 backward (4,600 and 5,700 by erf), and backward waits for no pre. On an H100 the
+    # former form took 0.85 ms for cuBLAS's 0.45 and GELU's 0.31. So cuBLAS, until this one is timed.
     "mlp_fwd": (
         Row(80, _GEMM_128, num_warps=8, num_stages=3, itemsize=2, choices=_CUBLAS),
-        Row(90, _GEMM_128, num_warps=4, num_stages=3, itemsize=2, choices=_CUBLAS | dict(programs_per_sm=2)),
+        Row(90, _GEMM_PAIR, num_warps=4, num_stages=3, itemsize=2, choices=_CUBLAS | dict(programs_per_sm=2)),
         Row(100, _GEMM_256, num_warps=8, num_stages=3, itemsize=2, choices=_CUBLAS),
         Row(120, _GEMM_128, num_warps=8, num_stages=2, itemsize=2, choices=_CUBLAS),
     ),
     "mlp_bwd": (
         Row(80, _GEMM_128, num_warps=8, num_stages=3, itemsize=2, choices=_CUBLAS),
-        Row(90, _GEMM_128, num_warps=4, num_stages=3, itemsize=2, choices=_CUBLAS | dict(programs_per_sm=2)),
+        Row(90, _GEMM_PAIR, num_warps=4, num_stages=3, itemsize=2, choices=_CUBLAS | dict(programs_per_sm=2)),
         Row(100, _GEMM_256, num_warps=8, num_stages=3, itemsize=2, choices=_CUBLAS),
         Row(120, _GEMM_128, num_warps=8, num_stages=2, itemsize=2, choices=_CUBLAS),
     ),
