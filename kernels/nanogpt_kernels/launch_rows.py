@@ -111,7 +111,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     # pass, of which it saves one over [M, F] forward and two backward. 128x256 tiles by 8 warps are alone on an SM, so
     # nothing covers their epilogue; of 128x128 by 4 warps two programs share one, at most 80% of the peak, as shared
     # memory feeds them. In two PARTS, not flattened, a step of their K loop has 93 instructions on sm_90 (160), an
-    # epilogue 1,900 forward and 2,500 backward (4,600 and 5,700 by erf), and backward waits for no pre. On an H100 the
+    # epilogue 2,050 forward and 2,700 backward (4,900 and 6,000 by erf), and backward waits for no pre. On an H100 the
     # former form took 0.85 ms for cuBLAS's 0.45 and GELU's 0.31. So cuBLAS, until this one is timed.
     "mlp_fwd": (
         Row(80, _GEMM_128, num_warps=8, num_stages=3, itemsize=2, choices=_CUBLAS),

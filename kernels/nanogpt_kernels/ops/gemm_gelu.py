@@ -207,8 +207,9 @@ def _operands(tensors_and_tiles: list[tuple[Tensor | None, list[int] | None]]) -
     given = [t for t, _ in tensors_and_tiles if t is not None]
     if architecture(given[0].device) < 90 or not all(describable(t) for t in given):
         return False, [t for t, _ in tensors_and_tiles]
-    plain = lambda t, tile: t is None or tile is None
-    return True, [t if plain(t, tile) else TensorDescriptor.from_tensor(t, tile) for t, tile in tensors_and_tiles]
+    return True, [
+        t if t is None or tile is None else TensorDescriptor.from_tensor(t, tile) for t, tile in tensors_and_tiles
+    ]
 
 
 def _part(row: Row) -> list[int]:
