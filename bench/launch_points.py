@@ -24,6 +24,13 @@ GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
         "programs_per_sm": (1, 2, 3, 4, 6, 8),
         "chunk_rows": (4096, 8192, 16384, 32768, 65536),
     },
+    "bias_gelu_fwd": {"BLOCK_M": (2, 4, 8, 16, 32), "BLOCK_N": (256, 512, 1024), "num_warps": (4, 8)},
+    "bias_gelu_bwd": {
+        "BLOCK_M": (1, 2, 4, 8, 16),
+        "BLOCK_N": (256, 512, 1024),
+        "num_warps": (4, 8),
+        "programs_per_sm": (4, 6, 8, 12, 16, 1024),  # the last: one tile a program
+    },
     "embedding_bwd": {"RUN": (16, 32, 64, 128, 256)},
 }
 CHANGES = 2  # axes that a candidate may change at once

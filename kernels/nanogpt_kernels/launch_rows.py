@@ -54,9 +54,10 @@ class Row:
     source: str = UNMEASURED
 
 
-_GEMM_128 = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8)
-_GEMM_256 = dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8)
-_STRIP = dict(BLOCK_M=8, BLOCK_N=256)
+_GEMM_128 = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, PARTS=4, FLATTEN=True, TMA_STORE=True)
+_GEMM_256 = _GEMM_128 | dict(BLOCK_N=256)
+_GEMM_PAIR = _GEMM_128 | dict(PARTS=2, FLATTEN=False)  # of programs that share an SM
+_STRIP = dict(BLOCK_M=4, BLOCK_N=256)
 _CUBLAS = dict(fused=False, programs_per_sm=1, least_rows=2048)
 # with dy in float32 and C above this, dres is loaded late: loaded with dy, it spilled 40 bytes a thread at C = 8192
 _WIDE_NORM_BWD = dict(programs_per_sm=1, float32_dres_late_above=4096)
@@ -97,27 +98,31 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     # dropout_add: up_to is C
     "dropout_add": (Row(80, dict(ROWS=8, BLOCK_C=256), num_warps=4, choices=dict(programs_per_sm=8)),),
-    # bias_gelu: up_to is N
-    "bias_gelu_fwd": (Row(80, dict(BLOCK_M=16, BLOCK_N=256), num_warps=4),),
-    # as many programs as their registers leave resident at once (72 and 96; where act is rebuilt 95 and 122)
+    # bias_gelu: up_to is N. Of 16-bit elements a thread has two vectors of 16 bytes forward, one of dy and one of x
+    # backward, loaded before the arithmetic: of twice as many ptxas loads the later ones after the arithmetic of the
+    # first, one wait after another, to save registers. 31 of them forward on sm_90, 19 instructions an element
+    "bias_gelu_fwd": (Row(80, dict(BLOCK_M=8, BLOCK_N=256), num_warps=4),),
+    # backward 32, 25 instructions, where nothing is summed, else up to 48 (of 32-bit elements 48 and 56): programs that
+    # are resident at once, 12 being as many as sm_86, sm_89 and sm_120 have warps for
     "bias_gelu_bwd": (
-        Row(80, _STRIP, num_warps=4, itemsize=2, choices=dict(programs_per_sm=7, rebuilding_per_sm=5)),
-        Row(80, _STRIP, num_warps=4, itemsize=4, choices=dict(programs_per_sm=5, rebuilding_per_sm=4)),
+        Row(80, _STRIP, num_warps=4, itemsize=2, choices=dict(programs_per_sm=12, summing_per_sm=10)),
+        Row(80, _STRIP, num_warps=4, itemsize=4, choices=dict(programs_per_sm=10, summing_per_sm=9)),
     ),
     # mlp: up_to is C. fused: the GEMM with GELU in its epilogue, from least_rows rows on, not cuBLAS and an elementwise
-    # pass. It saves one pass over [M, F] forward and two backward: by 3.0 TB/s and the H100 GEMM rates of 640 to 740
-    # TFLOP/s expected at C = 768 to 1600, it pays from 78 to 87% of cuBLAS's rate on, backward from 64 to 76%. Counting
-    # sm_90's instructions, 128x256 tiles by 8 warps reach at best 55 to 72% of the peak forward and 47 to 65% backward,
-    # as nothing covers their epilogue; of 128x128 by 4 warps two programs share an SM. So cuBLAS, until it is timed.
+    # pass, of which it saves one over [M, F] forward and two backward. 128x256 tiles by 8 warps are alone on an SM, so
+    # nothing covers their epilogue; of 128x128 by 4 warps two programs share one, at most 80% of the peak, as shared
+    # memory feeds them. In two PARTS, not flattened, a step of their K loop has 93 instructions on sm_90 (160), an
+    # epilogue 2,050 forward and 2,700 backward (4,900 and 6,000 by erf), and backward waits for no pre. On an H100 the
+    # former form took 0.85 ms for cuBLAS's 0.45 and GELU's 0.31. So cuBLAS, until this one is timed.
     "mlp_fwd": (
         Row(80, _GEMM_128, num_warps=8, num_stages=3, itemsize=2, choices=_CUBLAS),
-        Row(90, _GEMM_128, num_warps=4, num_stages=3, itemsize=2, choices=_CUBLAS | dict(programs_per_sm=2)),
+        Row(90, _GEMM_PAIR, num_warps=4, num_stages=3, itemsize=2, choices=_CUBLAS | dict(programs_per_sm=2)),
         Row(100, _GEMM_256, num_warps=8, num_stages=3, itemsize=2, choices=_CUBLAS),
         Row(120, _GEMM_128, num_warps=8, num_stages=2, itemsize=2, choices=_CUBLAS),
     ),
     "mlp_bwd": (
         Row(80, _GEMM_128, num_warps=8, num_stages=3, itemsize=2, choices=_CUBLAS),
-        Row(90, _GEMM_128, num_warps=4, num_stages=3, itemsize=2, choices=_CUBLAS | dict(programs_per_sm=2)),
+        Row(90, _GEMM_PAIR, num_warps=4, num_stages=3, itemsize=2, choices=_CUBLAS | dict(programs_per_sm=2)),
         Row(100, _GEMM_256, num_warps=8, num_stages=3, itemsize=2, choices=_CUBLAS),
         Row(120, _GEMM_128, num_warps=8, num_stages=2, itemsize=2, choices=_CUBLAS),
     ),

@@ -57,7 +57,7 @@ def test_any_shape(rows: int, N: int, dtype: torch.dtype, transposed: bool, acti
 
 def test_more_rows_than_programs():
     """41 row tiles for 2 programs a strip: each strides, and the last stride is ragged."""
-    with launch.override("bias_gelu_bwd", blocks=SMALL, choices=dict(programs_per_sm=1)):
+    with launch.override("bias_gelu_bwd", blocks=SMALL, choices=dict(summing_per_sm=1)):
         inputs = [randn(81, 50), randn(50, seed=1), "gelu"]
         assert launch.sm_count(DEVICE) // 4 < 41 or DEVICE.type == "cuda"
         assert_op(bias_gelu, reference, inputs, [randn(81, 50, seed=2).detach()], what="strided")
@@ -130,7 +130,7 @@ def test_bytes():
     with counting_bytes() as forward:
         bias_gelu_fwd(x, None, "gelu")
     assert forward == dict(load=passed, store=passed)
-    choices = dict(programs_per_sm=programs * (N // 16) // launch.sm_count(DEVICE))
+    choices = dict(summing_per_sm=programs * (N // 16) // launch.sm_count(DEVICE))
     with launch.override("bias_gelu_bwd", blocks=SMALL, choices=choices), counting_bytes() as backward:
         bias_gelu_bwd(dy, x, None, "gelu", True)
     assert backward == dict(load=2 * passed, store=passed + 4 * programs * N)

@@ -1,5 +1,7 @@
 """The persistent GEMMs with GELU or its derivative in the epilogue: tiles, descriptors, partial sums."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,8 +24,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
 HALVES = [torch.bfloat16, torch.float16]
 # Small enough for the interpreter, large enough for a GPU: wgmma wants 64 rows, an epilogue quarter 16 columns.
-TILE = dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, GROUP_M=2)
+TILE = dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, GROUP_M=2, PARTS=4, FLATTEN=True, TMA_STORE=True)
 ROW = Row(80, TILE, num_warps=4, num_stages=2, itemsize=2, choices=dict(programs_per_sm=1))
+PAIR = replace(ROW, blocks=TILE | dict(PARTS=2, FLATTEN=False))
+FORMS = pytest.mark.parametrize(
+    "row", [ROW, PAIR, replace(PAIR, blocks=PAIR.blocks | dict(TMA_STORE=False))], ids=["flat", "pair", "no TMA store"]
+)
 # (M, N, K): all tiles whole; every edge ragged, rows aligned for descriptors; nothing aligned; one row
 SHAPES = [(128, 128, 64), (150, 200, 40), (70, 75, 33), (1, 64, 8)]
 
@@ -45,46 +51,51 @@ def torch_bwd(ddelta: Tensor, w: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
     return dpre, dpre.sum(0, dtype=dpre.dtype if dpre.dtype == torch.float64 else torch.float32)
 
 
+@FORMS
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_forward(shape: tuple[int, int, int], dtype: torch.dtype):
+def test_forward(shape: tuple[int, int, int], dtype: torch.dtype, row: Row):
     y, w, b, _ = operands(*shape, dtype)
     for bias in (b, None):
         with guarded():
-            pre, act = gemm_gelu_fwd(ROW, y, w, bias, False, True)
+            pre, act = gemm_gelu_fwd(row, y, w, bias, False, True)
         assert pre is not None
         same = torch_fwd(y, w, bias)
         exact = torch_fwd(y.double(), w.double(), None if bias is None else bias.double())
         for ours, torchs, truth, what in zip((pre, act), same, exact, ("pre", "act")):
             assert_parity(ours, torchs, truth, tiny=1e-6, what=what)
         assert torch.equal(act, bias_gelu_fwd(pre, None, "gelu"))  # of the rounded pre, as beside cuBLAS
-        assert gemm_gelu_fwd(ROW, y, w, bias, False, False)[0] is None
+        assert gemm_gelu_fwd(row, y, w, bias, False, False)[0] is None
 
 
+@FORMS
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_backward(shape: tuple[int, int, int], dtype: torch.dtype):
+def test_backward(shape: tuple[int, int, int], dtype: torch.dtype, row: Row):
     y, w, b, ddelta = operands(*shape, dtype)
-    pre, act = gemm_gelu_fwd(ROW, y, w, b, False, True)
+    pre, act = gemm_gelu_fwd(row, y, w, b, False, True)
     assert pre is not None
     w_proj = w.t().contiguous()
     with guarded():
-        dpre, partials, rebuilt = gemm_gelu_bwd(ROW, ddelta, w_proj, pre, False, True, True)
+        dpre, partials, rebuilt = gemm_gelu_bwd(row, ddelta, w_proj, pre, False, True, True)
     assert rebuilt is not None and torch.equal(rebuilt, act)
     db = partials.sum(0)
     same, exact = torch_bwd(ddelta, w_proj, pre), torch_bwd(ddelta.double(), w_proj.double(), pre.double())
     assert_parity(dpre, same[0], exact[0], tiny=1e-6, what="dpre")
     assert_parity(db, same[1], exact[1], tiny=1e-6, what="db")
     torch.testing.assert_close(db, dpre.float().sum(0), rtol=1e-5, atol=1e-5)  # of dpre as stored
-    again, no_partials, no_act = gemm_gelu_bwd(ROW, ddelta, w_proj, pre, False, False, False)
+    again, no_partials, no_act = gemm_gelu_bwd(row, ddelta, w_proj, pre, False, False, False)
     assert torch.equal(again, dpre) and no_partials.shape == (0, dpre.size(1)) and no_act is None
 
 
 @settings(max_examples=4, deadline=None, derandomize=True)
-@given(M=st.integers(1, 100), N=st.integers(1, 100), K=st.integers(1, 70), dtype=st.sampled_from(HALVES))
-def test_any_shape(M: int, N: int, K: int, dtype: torch.dtype):
-    test_forward((M, N, K), dtype)
-    test_backward((M, N, K), dtype)
+@given(
+    M=st.integers(1, 100), N=st.integers(1, 100), K=st.integers(1, 70), dtype=st.sampled_from(HALVES),
+    row=st.sampled_from([ROW, PAIR]),
+)  # fmt: skip
+def test_any_shape(M: int, N: int, K: int, dtype: torch.dtype, row: Row):
+    test_forward((M, N, K), dtype, row)
+    test_backward((M, N, K), dtype, row)
 
 
 def shifted(t: Tensor) -> Tensor:
@@ -124,6 +135,18 @@ def test_descriptors_from_sm_90_on(arch: int, described: bool):
     if described:
         assert blocks[0] == [[64, 32], [64, 32], [64, 16], [64, 16]]
         assert blocks[1] == [[64, 32], [32, 64], [64, 16], [64, 16], [64, 16]]
+
+
+def test_what_is_described_without_flattening():
+    """Backward then reads pre by a pointer; where it rebuilds act, it is flattened all the same."""
+    empty = lambda *shape: torch.empty(*shape, dtype=torch.bfloat16, device="meta")
+    by_pointers = replace(PAIR, blocks=PAIR.blocks | dict(TMA_STORE=False))
+    with launch.recording(90) as calls:
+        for row, rebuild in ((PAIR, False), (PAIR, True), (by_pointers, False)):
+            gemm_gelu_bwd(row, empty(256, 64), empty(64, 128), empty(256, 128), False, True, rebuild)
+    described = [[isinstance(a, TensorDescriptor) for a in call.args[:5]] for call in calls]
+    assert described == [[True, True, False, True, False], [True] * 5, [True, True, False, False, False]]
+    assert [call.options["FLATTEN"] for call in calls] == [False, True, False]
 
 
 def test_a_row_does_not_depend_on_the_others():

@@ -9,6 +9,7 @@ from kernel_case import DEVICE
 from nanogpt_kernels import primitives, reference
 from nanogpt_kernels.launch import launch
 from parity import assert_parity
+from torch import Tensor
 
 
 @triton.jit
@@ -47,18 +48,23 @@ def test_keep_mask_counts_groups_in_64_bits():
 
 
 @triton.jit
-def _gelu_kernel(x_ptr, y_ptr, dy_ptr, TANH: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + at)
-    tl.store(y_ptr + at, primitives.gelu(x, TANH))
-    tl.store(dy_ptr + at, primitives.gelu_derivative(x, TANH))
+def _gelu_kernel(x_ptr, y_ptr, dy_ptr, TANH: tl.constexpr, SHORT: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at).to(tl.float32)
+    tl.store(y_ptr + at, primitives.gelu(x, TANH, SHORT).to(y_ptr.dtype.element_ty))
+    tl.store(dy_ptr + at, primitives.gelu_derivative(x, TANH, SHORT).to(y_ptr.dtype.element_ty))
+
+
+def gelu_of(x: Tensor, tanh: bool, short: bool) -> tuple[Tensor, Tensor]:
+    y, dy = torch.empty_like(x), torch.empty_like(x)
+    launch("test", _gelu_kernel, (x.numel() // 1024,), x, y, dy, TANH=tanh, SHORT=short, BLOCK=1024)
+    return y, dy
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 def test_gelu_and_its_derivative(approximate: str):
     x = torch.cat([torch.linspace(-12, 12, 1020), torch.tensor([0.0, 1e4, -1e4, 1e-30])]).to(DEVICE).requires_grad_()
-    y, dy = torch.empty_like(x), torch.empty_like(x)
-    launch("test", _gelu_kernel, (1,), x.detach(), y, dy, TANH=approximate == "tanh", BLOCK=1024)
+    y, dy = gelu_of(x.detach(), approximate == "tanh", False)
     x64 = x.detach().double().requires_grad_()
     want, want64 = (torch.nn.functional.gelu(t, approximate=approximate) for t in (x, x64))
     (grad,), (grad64,) = torch.autograd.grad(want.sum(), x), torch.autograd.grad(want64.sum(), x64)
@@ -66,9 +72,31 @@ def test_gelu_and_its_derivative(approximate: str):
     assert_parity(dy, grad, grad64, tiny=1e-7, what="its derivative")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_short_gelu_of_every_number(dtype: torch.dtype):
+    """All 65,536: the rounding to 16 bits is the error, the fit adds what primitives.py says of Q(|x|)."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).to(DEVICE)
+    y, dy = gelu_of(x, False, True)
+    x, y, dy = (t.cpu().double() for t in (x, y, dy))
+    assert torch.equal(y.isnan(), x.isnan()) and torch.equal(dy.isnan(), x.isnan())
+    limits = {float("inf"): (float("inf"), 1.0), -float("inf"): (0.0, 0.0), 0.0: (0.0, 0.5)}
+    for at, (value, slope) in limits.items():
+        assert bool((y[x == at] == value).all() and (dy[x == at] == slope).all())
+    finite = x.isfinite()
+    x, y, dy = x[finite], y[finite], dy[finite]
+    z = x.abs()
+    tail, phi = torch.special.erfc(z / 2**0.5) / 2, torch.exp(-x * x / 2) / (2 * torch.pi) ** 0.5
+    fit = torch.where(z <= 5.8, 1.6e-5, torch.where(z <= 8.0, 2e-4, 5e-3)) + 1e-6  # and float32's own
+    want, slope = torch.where(x > 0, x - x * tail, x * tail), torch.where(x < 0, tail + x * phi, 1 - tail + x * phi)
+    half, least = torch.finfo(dtype).eps / 2, max(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps, 2e-38)
+    for what, got, exact, off in (("gelu", y, want, z * tail * fit), ("slope", dy, slope, tail * fit + z * phi * 1e-5)):
+        over = (got - exact).abs() / ((exact.abs() + off) * half + off + least)
+        assert float(over.max()) <= 1, f"{what}({float(x[over.argmax()])}): {float(over.max())} of its bound"
+
+
 def test_a_store_out_of_bounds_is_seen():
     """The guards themselves: a kernel that writes one element too far fails the test that runs it."""
     with pytest.raises(AssertionError, match="outside a tensor"), kernel_case.guarded():
         y = torch.empty(1023, device=DEVICE)
         launch("test", _gelu_kernel, (1,), torch.zeros(1024, device=DEVICE), y, torch.empty(1024, device=DEVICE),
-               TANH=True, BLOCK=1024)  # fmt: skip
+               TANH=True, SHORT=False, BLOCK=1024)  # fmt: skip

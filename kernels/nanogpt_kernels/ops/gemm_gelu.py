@@ -3,13 +3,17 @@
 forward   pre = y w^T + b; act = gelu(pre)
 backward  dact = ddelta w; dpre = dact gelu'(pre); db partials = column sums of dpre over each row tile
 
-Persistent programs stride over the output tiles, in bands of GROUP_M row tiles (operands stay in L2). The K loop is
-flattened into the loop over tiles, so that the next tile's loads overlap this one's epilogue. From sm_90 on, operands
-are read and written by TMA descriptors made on the host, where bases and rows are 16-byte aligned; else by pointers.
+Persistent programs stride over the output tiles, in bands of GROUP_M row tiles (operands stay in L2). FLATTEN: the K
+loop is flattened into the loop over tiles, so that the next tile's loads overlap this one's epilogue; for two programs
+an SM, each of which covers the other's epilogue, it only costs 60 instructions a step. Without it backward reads its
+tile of pre before the K loop, which covers the wait. From sm_90 on, operands are read by TMA descriptors made on the
+host, where bases and rows are 16-byte aligned, and results written by them or, TMA_STORE=False, by pointers, which wait
+for no buffer; else all goes by pointers.
 Products of 16-bit operands are summed in float32 in an order that depends on K alone: a row does not depend on M.
 pre is rounded to its dtype once, and gelu and gelu' are taken of the rounded pre, as an elementwise pass would.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,12 +60,21 @@ def _store(x, tile, i, j, rows, columns, I: tl.constexpr, J: tl.constexpr, TMA: 
 
 
 @triton.jit
-def _quarters(acc, I: tl.constexpr, J: tl.constexpr):
-    """[I, 4 * J] as four [I, J], from left to right: an epilogue of the whole would not fit in registers."""
-    left, right = tl.split(tl.permute(tl.reshape(acc, (I, 2, 2 * J)), (0, 2, 1)))
-    first, second = tl.split(tl.permute(tl.reshape(left, (I, 2, J)), (0, 2, 1)))
-    third, fourth = tl.split(tl.permute(tl.reshape(right, (I, 2, J)), (0, 2, 1)))
-    return first, second, third, fourth
+def _halves(acc, I: tl.constexpr, J: tl.constexpr):
+    return tl.split(tl.permute(tl.reshape(acc, (I, 2, J)), (0, 2, 1)))
+
+
+@triton.jit
+def _parts(acc, I: tl.constexpr, J: tl.constexpr, PARTS: tl.constexpr):
+    """[I, PARTS * J] as 2 or 4 of [I, J], from left to right: of the whole, neither the registers of an epilogue nor
+    the shared memory of a store would fit."""
+    left, right = _halves(acc, I, PARTS // 2 * J)  # type: ignore[misc]
+    if PARTS == 4:
+        left, right = _halves(left, I, J), _halves(right, I, J)
+        parts = (left[0], left[1], right[0], right[1])
+    else:
+        parts = (left, right)
+    return parts
 
 
 @triton.jit
@@ -75,12 +88,12 @@ def _finish_fwd(
     pre = acc.to(act_ptr.dtype if TMA else act_ptr.dtype.element_ty)
     if WRITE_PRE:
         _store(pre_ptr, pre, i, j, M, N, I, J, TMA)
-    _store(act_ptr, gelu(pre.to(tl.float32), TANH).to(pre.dtype), i, j, M, N, I, J, TMA)
+    _store(act_ptr, gelu(pre.to(tl.float32), TANH, True).to(pre.dtype), i, j, M, N, I, J, TMA)
 
 
 @triton.jit
 def _gemm_gelu_fwd_kernel(
-    y_ptr,  # [M, K]; it and all others but b are descriptors where TMA
+    y_ptr,  # [M, K]; it and w are descriptors where TMA, results where TMA_STORE too
     w_ptr,  # [N, K]
     b_ptr,  # [N], or None
     pre_ptr,  # [M, N], or None
@@ -95,11 +108,14 @@ def _gemm_gelu_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    PARTS: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    TMA_STORE: tl.constexpr,
 ):
-    QUARTER_N: tl.constexpr = BLOCK_N // 4
+    PART_N: tl.constexpr = BLOCK_N // PARTS
     tiles_m, tiles_n, steps = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
     tl.assume(steps > 0)  # or the compiler adds a second loop, for K = 0
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         tile_m, tile_n = _tile_at(tile, tiles_m, tiles_n, GROUP_M)
         i, j = tile_m * BLOCK_M, tile_n * BLOCK_N
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -107,37 +123,36 @@ def _gemm_gelu_fwd_kernel(
             y = _load(y_ptr, i, step * BLOCK_K, M, K, BLOCK_M, BLOCK_K, TMA)
             w = _load(w_ptr, j, step * BLOCK_K, N, K, BLOCK_N, BLOCK_K, TMA)
             acc = tl.dot(y, w.T, acc)
-        parts = _quarters(acc, BLOCK_M, QUARTER_N)
-        for q in tl.static_range(4):
+        parts = _parts(acc, BLOCK_M, PART_N, PARTS)
+        for p in tl.static_range(PARTS):
             _finish_fwd(
-                parts[q], b_ptr, pre_ptr, act_ptr, i, j + q * QUARTER_N, M, N,
-                TANH, WRITE_PRE, TMA, BLOCK_M, QUARTER_N,
+                parts[p], b_ptr, pre_ptr, act_ptr, i, j + p * PART_N, M, N,
+                TANH, WRITE_PRE, TMA and TMA_STORE, BLOCK_M, PART_N,
             )  # fmt: skip
 
 
 @triton.jit
 def _finish_bwd(
-    dact, pre_ptr, dpre_ptr, act_ptr, db_partial_ptr, i, j, tile_m, M, N,
+    dact, stored, dpre_ptr, act_ptr, db_partial_ptr, i, j, tile_m, M, N,
     TANH: tl.constexpr, BIAS_GRAD: tl.constexpr, WRITE_ACT: tl.constexpr, TMA: tl.constexpr,
     I: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
-    stored = _load(pre_ptr, i, j, M, N, I, J, TMA)
     pre = stored.to(tl.float32)
-    dpre = (dact * gelu_derivative(pre, TANH)).to(stored.dtype)
+    dpre = (dact * gelu_derivative(pre, TANH, True)).to(stored.dtype)
     _store(dpre_ptr, dpre, i, j, M, N, I, J, TMA)
     if BIAS_GRAD:
         n, inside = j + tl.arange(0, J), i + tl.arange(0, I) < M  # outside, an infinite weight times 0 is NaN
         db = tl.sum(tl.where(inside[:, None], dpre.to(tl.float32), 0.0), axis=0)
         tl.store(db_partial_ptr + tile_m.to(tl.int64) * N + n, db, mask=n < N)
     if WRITE_ACT:
-        _store(act_ptr, gelu(pre, TANH).to(stored.dtype), i, j, M, N, I, J, TMA)
+        _store(act_ptr, gelu(pre, TANH, True).to(stored.dtype), i, j, M, N, I, J, TMA)
 
 
 @triton.jit
 def _gemm_gelu_bwd_kernel(
-    ddelta_ptr,  # [M, K]; it and all others but db_partial are descriptors where TMA
+    ddelta_ptr,  # [M, K]; it and w are descriptors where TMA, results where TMA_STORE too
     w_ptr,  # [K, N]
-    pre_ptr,  # [M, N]
+    pre_ptr,  # [M, N]; a pointer without FLATTEN
     dpre_ptr,  # [M, N]
     act_ptr,  # [M, N], or None
     db_partial_ptr,  # [tiles_m, N] float32, or None
@@ -152,23 +167,31 @@ def _gemm_gelu_bwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    PARTS: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    TMA_STORE: tl.constexpr,
 ):
-    QUARTER_N: tl.constexpr = BLOCK_N // 4
+    PART_N: tl.constexpr = BLOCK_N // PARTS
     tiles_m, tiles_n, steps = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
     tl.assume(steps > 0)  # or the compiler adds a second loop, for K = 0
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         tile_m, tile_n = _tile_at(tile, tiles_m, tiles_n, GROUP_M)
         i, j = tile_m * BLOCK_M, tile_n * BLOCK_N
+        pres = ()
+        if not FLATTEN:
+            for p in tl.static_range(PARTS):
+                pres += (_load(pre_ptr, i, j + p * PART_N, M, N, BLOCK_M, PART_N, False),)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for step in range(steps):
             ddelta = _load(ddelta_ptr, i, step * BLOCK_K, M, K, BLOCK_M, BLOCK_K, TMA)
             w = _load(w_ptr, step * BLOCK_K, j, K, N, BLOCK_K, BLOCK_N, TMA)
             acc = tl.dot(ddelta, w, acc)
-        parts = _quarters(acc, BLOCK_M, QUARTER_N)
-        for q in tl.static_range(4):
+        parts = _parts(acc, BLOCK_M, PART_N, PARTS)
+        for p in tl.static_range(PARTS):
+            pre = _load(pre_ptr, i, j + p * PART_N, M, N, BLOCK_M, PART_N, TMA) if FLATTEN else pres[p]
             _finish_bwd(
-                parts[q], pre_ptr, dpre_ptr, act_ptr, db_partial_ptr, i, j + q * QUARTER_N, tile_m, M, N,
-                TANH, BIAS_GRAD, WRITE_ACT, TMA, BLOCK_M, QUARTER_N,
+                parts[p], pre, dpre_ptr, act_ptr, db_partial_ptr, i, j + p * PART_N, tile_m, M, N,
+                TANH, BIAS_GRAD, WRITE_ACT, TMA and TMA_STORE, BLOCK_M, PART_N,
             )  # fmt: skip
 
 
@@ -179,12 +202,19 @@ def describable(t: Tensor) -> bool:
     return t.is_contiguous() and t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
 
 
-def _operands(tensors_and_tiles: list[tuple[Tensor | None, list[int]]]) -> tuple[bool, list[Any]]:
-    """Whether all of them can be described, and they as descriptors of such tiles if so."""
+def _operands(tensors_and_tiles: list[tuple[Tensor | None, list[int] | None]]) -> tuple[bool, list[Any]]:
+    """Whether all of them can be described, and they as descriptors of such tiles if so; as they are without a tile."""
     given = [t for t, _ in tensors_and_tiles if t is not None]
     if architecture(given[0].device) < 90 or not all(describable(t) for t in given):
         return False, [t for t, _ in tensors_and_tiles]
-    return True, [None if t is None else TensorDescriptor.from_tensor(t, tile) for t, tile in tensors_and_tiles]
+    return True, [
+        t if t is None or tile is None else TensorDescriptor.from_tensor(t, tile) for t, tile in tensors_and_tiles
+    ]
+
+
+def _part(row: Row) -> list[int]:
+    """The tile of an epilogue's part."""
+    return [row.blocks["BLOCK_M"], row.blocks["BLOCK_N"] // row.blocks["PARTS"]]
 
 
 def _persistent_grid(row: Row, M: int, N: int, device: torch.device) -> tuple[Any]:
@@ -201,9 +231,9 @@ def gemm_gelu_fwd(
     act = torch.empty(M, N, dtype=y.dtype, device=y.device)
     pre = torch.empty_like(act) if keep_pre else None
     block_m, block_n, block_k = (row.blocks[f"BLOCK_{letter}"] for letter in "MNK")
-    quarter = [block_m, block_n // 4]
+    result = _part(row) if row.blocks["TMA_STORE"] else None
     tma, (y_, w_, pre_, act_) = _operands(
-        [(y, [block_m, block_k]), (w, [block_n, block_k]), (pre, quarter), (act, quarter)]
+        [(y, [block_m, block_k]), (w, [block_n, block_k]), (pre, result), (act, result)]
     )
     launch(
         "mlp_fwd", _gemm_gelu_fwd_kernel, _persistent_grid(row, M, N, y.device),
@@ -218,15 +248,18 @@ def gemm_gelu_bwd(
     """(dpre [M, N], partial sums of db [P, N] float32, act [M, N] or None) of ddelta [M, K], w [K, N] and pre [M, N].
 
     P is 0 unless bias_grad."""
+    if rebuild_act:
+        row = replace(row, blocks=row.blocks | dict(PARTS=4, FLATTEN=True))  # else registers spill
     ddelta, w = ddelta.contiguous(), w.contiguous()
     (M, K), N = ddelta.shape, w.size(1)
     dpre, act = torch.empty_like(pre), torch.empty_like(pre) if rebuild_act else None
     block_m, block_n, block_k = (row.blocks[f"BLOCK_{letter}"] for letter in "MNK")
     tiles_m = cdiv(M, block_m)
     partials = torch.empty(tiles_m if bias_grad else 0, N, dtype=torch.float32, device=pre.device)
-    quarter = [block_m, block_n // 4]
+    read = _part(row) if row.blocks["FLATTEN"] else None
+    result = _part(row) if row.blocks["TMA_STORE"] else None
     tma, (ddelta_, w_, pre_, dpre_, act_) = _operands(
-        [(ddelta, [block_m, block_k]), (w, [block_k, block_n]), (pre, quarter), (dpre, quarter), (act, quarter)]
+        [(ddelta, [block_m, block_k]), (w, [block_k, block_n]), (pre, read), (dpre, result), (act, result)]
     )
     launch(
         "mlp_bwd", _gemm_gelu_bwd_kernel, _persistent_grid(row, M, N, pre.device),

@@ -44,7 +44,8 @@ def _bias_gelu_fwd_kernel(
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if b_ptr is not None:
         x += tl.load(b_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptr + at, gelu(x, TANH).to(y_ptr.dtype.element_ty), mask=mask)
+    SHORT: tl.constexpr = y_ptr.dtype.element_ty.primitive_bitwidth == 16
+    tl.store(y_ptr + at, gelu(x, TANH, SHORT).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -61,22 +62,23 @@ def _bias_gelu_bwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    SHORT: tl.constexpr = dx_ptr.dtype.element_ty.primitive_bitwidth == 16
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    b = tl.zeros([BLOCK_N], tl.float32)
-    if b_ptr is not None:
-        b = tl.load(b_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    b = tl.load(b_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :] if b_ptr is not None else None
     db = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(program * BLOCK_M, M, programs * BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
         at = m[:, None] * N + n[None, :]
         mask = (m < M)[:, None] & (n < N)[None, :]
         dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32) + b[None, :]
-        dx = (dy * gelu_derivative(x, TANH)).to(dx_ptr.dtype.element_ty)
+        x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        if b_ptr is not None:
+            x += b
+        dx = (dy * gelu_derivative(x, TANH, SHORT)).to(dx_ptr.dtype.element_ty)
         tl.store(dx_ptr + at, dx, mask=mask)
         if y_ptr is not None:
-            tl.store(y_ptr + at, gelu(x, TANH).to(y_ptr.dtype.element_ty), mask=mask)
+            tl.store(y_ptr + at, gelu(x, TANH, SHORT).to(y_ptr.dtype.element_ty), mask=mask)
         if db_partial_ptr is not None:
             db += tl.where(mask, dx.to(tl.float32), 0.0)  # outside the mask an infinite bias gives NaN
     if db_partial_ptr is not None:
@@ -124,7 +126,7 @@ def _gelu_bwd(
     require(whole, "mlp", "in place, a tile must have an element a thread", row=row)
     strips = cdiv(N, row.blocks["BLOCK_N"])
     tiles = cdiv(M, row.blocks["BLOCK_M"])
-    per_sm = row.choices["programs_per_sm" if y is None else "rebuilding_per_sm"]
+    per_sm = row.choices["summing_per_sm" if bias_grad else "programs_per_sm"]
     programs = persistent(tiles, per_sm, x.device, grid_columns=strips)
     partials = torch.empty(programs if bias_grad else 0, N, dtype=torch.float32, device=x.device)
     launch(
