@@ -37,7 +37,7 @@ from op_inputs import Setting
 from nanogpt_fast.errors import ConfigError, did_you_mean, run_command
 
 # Axes wider than the neighbours of the present value, for launch ops where a far value may win: {op: {axis: values}}.
-# An axis is a block's name, a choice's name, num_warps or num_stages.
+# An axis is a block's name, a choice's name, num_warps, num_stages or max_registers.
 GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "adamw": {"BLOCK": (512, 1024, 2048, 4096, 8192), "num_warps": (4, 8, 16)},
     "grad_norm": {"BLOCK": (1024, 2048, 4096, 8192), "programs_per_sm": (1, 2, 4, 8)},
@@ -45,7 +45,12 @@ GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "norm_bwd": {"ROWS": (1, 2, 4, 8), "num_warps": (2, 4, 8, 16), "programs_per_sm": (1, 2, 3, 4, 6)},
     "cross_entropy": {"chunk_rows": (2048, 4096, 8192, 16384), "num_warps": (4, 8, 16, 32)},
     "embedding_bwd": {"RUN": (16, 32, 64, 128, 256)},
+    # 128 and 168: two and three sets of 4 or 8 warps an SM
+    "attention_fwd": {"max_registers": (None, 128, 168)},
+    "attention_bwd_dq": {"max_registers": (None, 128, 168)},
+    "attention_bwd_dkdv": {"max_registers": (None, 128, 168)},
 }
+SHAPE = ("num_warps", "num_stages", "max_registers")  # a row's fields that are axes, beside its blocks and choices
 CHANGES = 2  # axes that a candidate may change at once
 GAIN = 0.995  # a move needs this ratio: less is noise
 
@@ -64,8 +69,7 @@ class Target:
 
     def overrides(self, row: Any) -> dict[str, dict[str, Any]]:
         """What makes a row of it the present one."""
-        names = ("blocks", "choices", "num_warps", "num_stages")
-        return {**self.others, self.launch_op: {name: getattr(row, name) for name in names}}
+        return {**self.others, self.launch_op: {name: getattr(row, name) for name in ("blocks", "choices", *SHAPE)}}
 
 
 def find(launch_op: str, at_size: str, dtype: torch.dtype, arch: int, p: float) -> Target:
@@ -110,6 +114,7 @@ def axes(launch_op: str, row: Any) -> dict[str, tuple[Any, ...]]:
     found: dict[str, tuple[Any, ...]] = {name: _near(value) for name, value in (row.blocks | row.choices).items()}
     found["num_warps"] = tuple(w for w in _near(row.num_warps) if w <= 32)
     found["num_stages"] = tuple(s for s in range(row.num_stages - 1, row.num_stages + 2) if s >= 1)
+    found["max_registers"] = (row.max_registers,)
     wide = GRIDS.get(launch_op, {})
     return {name: tuple(dict.fromkeys((*wide.get(name, ()), *values))) for name, values in found.items()}
 
@@ -122,14 +127,14 @@ def _near(value: Any) -> tuple[Any, ...]:
 
 def point(row: Any) -> dict[str, Any]:
     """A row as {axis: value}."""
-    return row.blocks | row.choices | {"num_warps": row.num_warps, "num_stages": row.num_stages}
+    return row.blocks | row.choices | {name: getattr(row, name) for name in SHAPE}
 
 
 def moved(row: Any, changes: dict[str, Any]) -> Any:
     """The row with some axes changed."""
     blocks = row.blocks | {k: v for k, v in changes.items() if k in row.blocks}
     choices = row.choices | {k: v for k, v in changes.items() if k in row.choices}
-    rest = {k: v for k, v in changes.items() if k in ("num_warps", "num_stages")}
+    rest = {k: v for k, v in changes.items() if k in SHAPE}
     return replace(row, blocks=blocks, choices=choices, **rest)
 
 
@@ -239,6 +244,7 @@ def pasted(row: Any, target: Target, outcome: str) -> str:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"sm_{target.arch}"
     parts = [str(target.arch), _dict(row.blocks), f"num_warps={row.num_warps}", f"num_stages={row.num_stages}",
              f"itemsize={at.dtype.itemsize}"]  # fmt: skip
+    parts += [f"max_registers={row.max_registers}"] * (row.max_registers is not None)
     parts += [f"up_to={row.up_to}"] * (row.up_to < 2**62) + [f"choices={_dict(row.choices)}"] * bool(row.choices)
     warning = (
         "# gives up reproducible sums\n" if row.choices.get("atomic") and not target.present.choices["atomic"] else ""

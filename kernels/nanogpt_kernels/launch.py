@@ -119,6 +119,8 @@ def launch(op: str, kernel: Any, grid: tuple[Any, ...], *args: Any, row: Row | N
     options = dict(constexprs)
     if row is not None:
         options = {**row.blocks, **constexprs, "num_warps": row.num_warps, "num_stages": row.num_stages}
+        if row.max_registers is not None:
+            options["maxnreg"] = row.max_registers
     options["enable_fp_fusion"] = True
     if x.device.type == "meta" or isinstance(x, FakeTensor):
         if _recorded is not None and _recorded.keep:

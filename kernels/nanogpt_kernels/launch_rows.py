@@ -48,6 +48,7 @@ class Row:
     blocks: dict[str, int]
     num_warps: int
     num_stages: int = 1
+    max_registers: int | None = None  # a thread (PTX .maxnreg); None leaves it to the assembler
     itemsize: int = 4
     up_to: int = 2**62
     choices: dict[str, Any] = field(default_factory=dict)  # of the host: which path, how many programs an SM
