@@ -45,7 +45,7 @@ GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "norm_bwd": {"ROWS": (1, 2, 4, 8), "num_warps": (2, 4, 8, 16), "programs_per_sm": (1, 2, 3, 4, 6)},
     "cross_entropy": {"chunk_rows": (2048, 4096, 8192, 16384), "num_warps": (4, 8, 16, 32)},
     "embedding_bwd": {"RUN": (16, 32, 64, 128, 256)},
-    # 128 and 168: two and three sets of 4 or 8 warps an SM
+    # of 128 registers an SM holds two sets of 8 warps, of 168 three of 4
     "attention_fwd": {"max_registers": (None, 128, 168)},
     "attention_bwd_dq": {"max_registers": (None, 128, 168)},
     "attention_bwd_dkdv": {"max_registers": (None, 128, 168)},

@@ -111,6 +111,13 @@ def persistent(tiles: int, per_sm: int, device: torch.device, grid_columns: int 
     return torch.sym_min(tiles, at_once)  # type: ignore[return-value]  # typed for floats too
 
 
+def describable(t: Tensor) -> bool:
+    """Whether TMA and 16-byte loads can address t [rows, columns]: contiguous, base and rows aligned to 16 bytes."""
+    if isinstance(t, FakeTensor) or t.numel() == 0:
+        return False
+    return t.is_contiguous() and t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
+
+
 def launch(op: str, kernel: Any, grid: tuple[Any, ...], *args: Any, row: Row | None = None, **constexprs: Any) -> None:
     """kernel[grid](*args, **row.blocks, **constexprs), on the device of the first tensor or descriptor of one in args.
 
