@@ -12,7 +12,7 @@ import torch
 from nanogpt_fast.errors import ConfigError
 
 # Axes wider than the neighbours of the present value, for launch ops where a far value may win: {op: {axis: values}}.
-# An axis is a block's name, a choice's name, num_warps or num_stages.
+# An axis is a block's name, a choice's name, num_warps, num_stages or max_registers.
 GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "adamw": {"BLOCK": (512, 1024, 2048, 4096, 8192), "num_warps": (4, 8, 16)},
     "grad_norm": {"BLOCK": (1024, 2048, 4096, 8192), "programs_per_sm": (1, 2, 4, 8)},
@@ -32,7 +32,12 @@ GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
         "programs_per_sm": (4, 6, 8, 12, 16, 1024),  # the last: one tile a program
     },
     "embedding_bwd": {"RUN": (16, 32, 64, 128, 256)},
+    # of 128 registers an SM holds two sets of 8 warps, of 168 three of 4
+    "attention_fwd": {"max_registers": (None, 128, 168)},
+    "attention_bwd_dq": {"max_registers": (None, 128, 168)},
+    "attention_bwd_dkdv": {"max_registers": (None, 128, 168)},
 }
+SHAPE = ("num_warps", "num_stages", "max_registers")  # a row's fields that are axes, beside its blocks and choices
 CHANGES = 2  # axes that a candidate may change at once
 
 
@@ -41,6 +46,7 @@ def axes(launch_op: str, row: Any) -> dict[str, tuple[Any, ...]]:
     found: dict[str, tuple[Any, ...]] = {name: _near(value) for name, value in (row.blocks | row.choices).items()}
     found["num_warps"] = tuple(w for w in _near(row.num_warps) if w <= 32)
     found["num_stages"] = tuple(s for s in range(row.num_stages - 1, row.num_stages + 2) if s >= 1)
+    found["max_registers"] = (row.max_registers,)
     wide = GRIDS.get(launch_op, {})
     return {name: tuple(dict.fromkeys((*wide.get(name, ()), *values))) for name, values in found.items()}
 
@@ -53,7 +59,7 @@ def _near(value: Any) -> tuple[Any, ...]:
 
 def point(row: Any) -> dict[str, Any]:
     """A row as {axis: value}."""
-    return row.blocks | row.choices | {"num_warps": row.num_warps, "num_stages": row.num_stages}
+    return row.blocks | row.choices | {name: getattr(row, name) for name in SHAPE}
 
 
 def moved(row: Any, changes: dict[str, Any]) -> Any:
@@ -62,7 +68,7 @@ def moved(row: Any, changes: dict[str, Any]) -> Any:
         raise ConfigError(f"this launch row has no {name!r}", expected=", ".join(point(row)))
     blocks = row.blocks | {k: v for k, v in changes.items() if k in row.blocks}
     choices = row.choices | {k: v for k, v in changes.items() if k in row.choices}
-    rest = {k: v for k, v in changes.items() if k in ("num_warps", "num_stages")}
+    rest = {k: v for k, v in changes.items() if k in SHAPE}
     return replace(row, blocks=blocks, choices=choices, **rest)
 
 
@@ -87,6 +93,7 @@ def pasted(row: Any, target: Any, outcome: str) -> str:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"sm_{target.arch}"
     parts = [str(target.arch), _dict(row.blocks), f"num_warps={row.num_warps}", f"num_stages={row.num_stages}",
              f"itemsize={at.dtype.itemsize}"]  # fmt: skip
+    parts += [f"max_registers={row.max_registers}"] * (row.max_registers is not None)
     parts += [f"up_to={row.up_to}"] * (row.up_to < 2**62) + [f"choices={_dict(row.choices)}"] * bool(row.choices)
     warning = (
         "# gives up reproducible sums\n" if row.choices.get("atomic") and not target.present.choices["atomic"] else ""

@@ -32,7 +32,7 @@ import ops
 import torch
 from cases import CASES, SHAPES
 from compiled import Compilers, Resources, Task
-from launch_points import candidates, moved, pasted, point, shown
+from launch_points import SHAPE, candidates, moved, pasted, point, shown
 from op_inputs import Setting
 
 from nanogpt_fast.errors import ConfigError, did_you_mean, run_command
@@ -54,8 +54,7 @@ class Target:
 
     def overrides(self, row: Any) -> dict[str, dict[str, Any]]:
         """What makes a row of it the present one."""
-        names = ("blocks", "choices", "num_warps", "num_stages")
-        return {**self.others, self.launch_op: {name: getattr(row, name) for name in names}}
+        return {**self.others, self.launch_op: {name: getattr(row, name) for name in ("blocks", "choices", *SHAPE)}}
 
 
 def find(

@@ -111,6 +111,13 @@ def persistent(tiles: int, per_sm: int, device: torch.device, grid_columns: int 
     return torch.sym_min(tiles, at_once)  # type: ignore[return-value]  # typed for floats too
 
 
+def describable(t: Tensor) -> bool:
+    """Whether TMA and 16-byte loads can address t [rows, columns]: contiguous, base and rows aligned to 16 bytes."""
+    if isinstance(t, FakeTensor) or t.numel() == 0:
+        return False
+    return t.is_contiguous() and t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
+
+
 def launch(op: str, kernel: Any, grid: tuple[Any, ...], *args: Any, row: Row | None = None, **constexprs: Any) -> None:
     """kernel[grid](*args, **row.blocks, **constexprs), on the device of the first tensor or descriptor of one in args.
 
@@ -119,6 +126,8 @@ def launch(op: str, kernel: Any, grid: tuple[Any, ...], *args: Any, row: Row | N
     options = dict(constexprs)
     if row is not None:
         options = {**row.blocks, **constexprs, "num_warps": row.num_warps, "num_stages": row.num_stages}
+        if row.max_registers is not None:
+            options["maxnreg"] = row.max_registers
     options["enable_fp_fusion"] = True
     if x.device.type == "meta" or isinstance(x, FakeTensor):
         if _recorded is not None and _recorded.keep:

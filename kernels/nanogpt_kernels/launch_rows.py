@@ -48,6 +48,7 @@ class Row:
     blocks: dict[str, int]
     num_warps: int
     num_stages: int = 1
+    max_registers: int | None = None  # a thread (PTX .maxnreg); None leaves it to the assembler
     itemsize: int = 4
     up_to: int = 2**62
     choices: dict[str, Any] = field(default_factory=dict)  # of the host: which path, how many programs an SM
@@ -63,6 +64,7 @@ _CUBLAS = dict(fused=False, programs_per_sm=1, least_rows=2048)
 _WIDE_NORM_BWD = dict(programs_per_sm=1, float32_dres_late_above=4096)
 _ROWS = dict(chunk_rows=8192, programs_per_sm=2, backwards=True, evict_first=True)
 _SPLIT = dict(keys_a_split=128)  # one token of GPT-2 124M at position 1023 has 12 heads: 96 programs
+_POINTERS = dict(tma=False)  # or keys and values by TMA, where T is whole tiles
 
 TABLE: dict[str, tuple[Row, ...]] = {
     # the optimizer: up_to is the number of parameters; BLOCK elements a tile
@@ -146,8 +148,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(86, dict(BLOCK_M=64, BLOCK_N=64), num_warps=4, num_stages=3, itemsize=2, up_to=64),
         Row(86, dict(BLOCK_M=128, BLOCK_N=32), num_warps=8, num_stages=2, itemsize=2, up_to=128),
         # 8 warps within 128 registers: two programs an SM, so that exponentials of one run under products of the other
-        Row(90, dict(BLOCK_M=128, BLOCK_N=64), num_warps=8, num_stages=3, itemsize=2, up_to=64),
-        Row(90, dict(BLOCK_M=128, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
+        Row(90, dict(BLOCK_M=128, BLOCK_N=64), num_warps=8, num_stages=3, itemsize=2, up_to=64, choices=_POINTERS),
+        Row(90, dict(BLOCK_M=128, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128, choices=_POINTERS),
         Row(100, dict(BLOCK_M=128, BLOCK_N=64), num_warps=4, num_stages=3, itemsize=2, up_to=64),
         Row(100, dict(BLOCK_M=128, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
         Row(120, dict(BLOCK_M=64, BLOCK_N=64), num_warps=4, num_stages=3, itemsize=2, up_to=64),
@@ -216,7 +218,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(80, dict(BLOCK_M=16, BLOCK_N=32), num_warps=8, up_to=128),
         Row(80, dict(BLOCK_M=32, BLOCK_N=128), num_warps=8, num_stages=2, itemsize=2, up_to=64),
         Row(80, dict(BLOCK_M=32, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
-        Row(90, dict(BLOCK_M=32, BLOCK_N=128), num_warps=8, num_stages=3, itemsize=2, up_to=64),
+        # 64, not 32: wgmma for dQ too, and 429 instructions for 64 queries, not twice 298
+        Row(90, dict(BLOCK_M=64, BLOCK_N=128), num_warps=8, num_stages=3, itemsize=2, up_to=64),
         Row(90, dict(BLOCK_M=32, BLOCK_N=128), num_warps=8, num_stages=2, itemsize=2, up_to=128),
         Row(120, dict(BLOCK_M=32, BLOCK_N=128), num_warps=8, num_stages=2, itemsize=2, up_to=64),
         Row(120, dict(BLOCK_M=32, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),

@@ -69,11 +69,11 @@ def test_candidates_are_near_first_and_all_different():
 def test_a_row_is_printed_as_it_is_pasted():
     at = cases.setting("norm", "124m")
     target = tune.Target("norm_fwd", "norm", "forward", at, 90, ROW, {})
-    text = launch_points.pasted(
-        launch_points.moved(ROW, {"ROWS": 8, "fused": False, "num_warps": 2}), target, "0.900 of the row before"
-    )
+    moved = launch_points.moved(ROW, {"ROWS": 8, "fused": False, "num_warps": 2, "max_registers": 128})
+    text = launch_points.pasted(moved, target, "0.900 of the row before")
     row = eval(text.rstrip(","), {"Row": Row})
     assert (row.arch, row.blocks, row.num_warps, row.num_stages) == (90, dict(ROWS=8, BLOCK=8), 2, 2)
+    assert row.max_registers == 128
     assert (row.itemsize, row.up_to, row.choices) == (2, 1024, dict(fused=False, programs_per_sm=2))
     assert row.source.startswith("measured on ") and "norm forward, B=64 T=1024 C=768 bfloat16: 0.900" in row.source
 

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from kernel_case import DEVICE, DTYPES, assert_op, between_margins, guarded, randn
 from nanogpt_kernels import launch, reference
 from nanogpt_kernels.contract import ContractError
-from nanogpt_kernels.ops.attention import attention, op, qkv_attention
+from nanogpt_kernels.ops.attention import attention, forward, op, qkv_attention
 from nanogpt_kernels.ops.attention.forward import attention_fwd
 from nanogpt_kernels.ops.attention.tile_access import query_tile
 from parity import assert_parity
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 # B, T, H, D, BLOCK_M, BLOCK_N
 SHAPES = [
@@ -216,3 +217,38 @@ def test_guards_see_what_lies_beyond():
     qkv = between_margins(randn(1, 17, 3, 1, 16).detach())
     with tiles(32, 32), kernel_case.guarded():
         assert attention_fwd(qkv, 0.0, None, 0, None)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pointers_and_descriptors_give_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    seen, stock = [], forward.launch
+
+    def watching(op, kernel, grid, *args, **options):
+        seen.append((options["TMA"], isinstance(args[1], TensorDescriptor)))
+        stock(op, kernel, grid, *args, **options)
+
+    monkeypatch.setattr(forward, "launch", watching)
+    odd = lambda t: torch.empty(t.numel() + 1, dtype=t.dtype, device=DEVICE)[1:].view(t.shape).copy_(t)
+    for T, D, BLOCK_M, BLOCK_N in [(64, 16, 32, 16), (64, 64, 16, 32)]:
+        qkv = randn(2, T, 3, 3, D, dtype=dtype).detach()
+        with tiles(BLOCK_M, BLOCK_N):
+            expected = attention_fwd(qkv, 0.0, None, 0, None)
+            with launch.override("attention_fwd", choices=dict(tma=True)):
+                for x in (qkv, odd(qkv)):  # the second's address suits no descriptor
+                    assert all(map(torch.equal, attention_fwd(x, 0.0, None, 0, None), expected))
+    described = launch.architecture(DEVICE) >= 90
+    assert seen == [(False, False), (described, described), (False, False)] * 2
+
+
+@pytest.mark.parametrize(
+    "arch, T, D, described",
+    [(90, 128, 64, True), (100, 128, 128, True), (89, 128, 64, False), (90, 130, 64, False), (90, 128, 80, False)],
+)
+def test_where_descriptors_are_made(arch: int, T: int, D: int, described: bool):
+    """From sm_90 on, of whole tiles."""
+    with launch.recording(arch) as calls, launch.override("attention_fwd", choices=dict(tma=True)):
+        attention_fwd(torch.empty(2, T, 3, 2, D, dtype=torch.bfloat16, device="meta"), 0.0, None, 0, None)
+    (call,) = calls
+    found = [a for a in call.args if isinstance(a, TensorDescriptor)]
+    assert [a.block_shape for a in found] == [[call.options["BLOCK_N"], D]] * described
+    assert call.options["TMA"] is described and all(list(a.shape) == [2 * T, 6 * D] for a in found)

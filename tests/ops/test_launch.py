@@ -88,9 +88,17 @@ def test_recording_collects_instead_of_launching(table: None):
         launch.launch("fill", _fill_kernel, (13,), y, 100, row=row)
     (call,) = calls
     assert (call.op, call.grid, call.options["BLOCK"], call.options["num_warps"]) == ("fill", (13,), 8, 4)
-    assert call.options["enable_fp_fusion"] is True
+    assert call.options["enable_fp_fusion"] is True and "maxnreg" not in call.options
     launch.launch("fill", _fill_kernel, (13,), y, 100, row=row)  # outside: nothing happens, nothing is kept
     assert len(calls) == 1
+
+
+def test_a_row_bounds_the_registers(table: None):
+    y = torch.full((100,), -1.0, device=DEVICE)
+    with launch.recording(80) as calls, launch.override("fill", max_registers=64):
+        for x in (y, torch.empty(100, device="meta")):  # launched, then recorded
+            launch.launch("fill", _fill_kernel, (13,), x, 100, row=launch.pick("fill", x, 100))
+    assert torch.equal(y, torch.arange(100.0, device=DEVICE)) and calls[0].options["maxnreg"] == 64
 
 
 def test_launching(table: None):

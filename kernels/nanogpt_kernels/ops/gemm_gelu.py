@@ -20,10 +20,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nanogpt_kernels.launch import Row, architecture, cdiv, launch, persistent
+from nanogpt_kernels.launch import Row, architecture, cdiv, describable, launch, persistent
 from nanogpt_kernels.primitives import gelu, gelu_derivative
 
 
@@ -193,13 +192,6 @@ def _gemm_gelu_bwd_kernel(
                 parts[p], pre, dpre_ptr, act_ptr, db_partial_ptr, i, j + p * PART_N, tile_m, M, N,
                 TANH, BIAS_GRAD, WRITE_ACT, TMA and TMA_STORE, BLOCK_M, PART_N,
             )  # fmt: skip
-
-
-def describable(t: Tensor) -> bool:
-    """Whether TMA and 16-byte loads can address t [rows, columns]: contiguous, base and rows aligned to 16 bytes."""
-    if isinstance(t, FakeTensor) or t.numel() == 0:
-        return False
-    return t.is_contiguous() and t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
 
 
 def _operands(tensors_and_tiles: list[tuple[Tensor | None, list[int] | None]]) -> tuple[bool, list[Any]]:

@@ -17,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from nanogpt_kernels.contract import main_grad_of, require, require_float, require_same_device
-from nanogpt_kernels.launch import Row, cdiv, launch, persistent, pick
+from nanogpt_kernels.launch import Row, cdiv, describable, launch, persistent, pick
 from nanogpt_kernels.ops.column_sums import column_sums_, vector_grad_of, vector_grads
-from nanogpt_kernels.ops.gemm_gelu import describable, gemm_gelu_bwd, gemm_gelu_fwd
+from nanogpt_kernels.ops.gemm_gelu import gemm_gelu_bwd, gemm_gelu_fwd
 from nanogpt_kernels.ops.linear import weight_grad
 from nanogpt_kernels.primitives import gelu, gelu_derivative
 from nanogpt_kernels.registry import differentiating, once, register

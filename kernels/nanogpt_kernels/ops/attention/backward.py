@@ -17,44 +17,18 @@ from nanogpt_kernels.contract import require, require_same_device
 from nanogpt_kernels.launch import cdiv, launch, pick
 from nanogpt_kernels.ops.attention.backward_atomic import delta_and_zeros, write_dq
 from nanogpt_kernels.ops.attention.documents import document_spans
-from nanogpt_kernels.ops.attention.forward import block_d, check_attention, dot_precision, launch_op, log2_scale
-from nanogpt_kernels.ops.attention.tile_access import head_offsets, load_tile, query_tile, store_tile, tile_at
+from nanogpt_kernels.ops.attention.forward import block_d, check_attention, dot_precision, launch_op, log2_scale, ragged
+from nanogpt_kernels.ops.attention.tile_access import (
+    causal,
+    head_offsets,
+    load_row,
+    load_tile,
+    query_tile,
+    store_tile,
+    tile_at,
+)
 from nanogpt_kernels.primitives import dropout_args, keep_mask
 from nanogpt_kernels.registry import register
-
-
-@triton.jit
-def _dq_over_keys(
-    dq, q, do, lse, delta, m, lo, hi,
-    k_ptr,  # [T, D] of this head, as v_ptr
-    v_ptr,
-    doc_ids_ptr,  # [T] of this sequence, or None
-    seed, site, threshold, keep_scale, first_row, log2_scale, stride, T,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, RAGGED: tl.constexpr,
-    DROPOUT: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr, DIAGONAL: tl.constexpr,
-):  # fmt: skip
-    """dq [BLOCK_M, BLOCK_D] of queries m... plus keys lo...hi - 1, all below the diagonal unless DIAGONAL."""
-    i = m + tl.arange(0, BLOCK_M)
-    if DOCUMENTS:
-        doc_i = tl.load(doc_ids_ptr + i, mask=i < T, other=0)
-    for n in range(lo, hi, BLOCK_N):
-        j = n + tl.arange(0, BLOCK_N)
-        k = load_tile(k_ptr, n, stride, T, BLOCK_N, D, BLOCK_D, DIAGONAL and RAGGED)
-        v = load_tile(v_ptr, n, stride, T, BLOCK_N, D, BLOCK_D, DIAGONAL and RAGGED)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        p = tl.math.exp2(s * log2_scale - lse[:, None])
-        if DIAGONAL:
-            p = tl.where(i[:, None] >= j[None, :], p, 0.0)
-        if DOCUMENTS:
-            doc_j = tl.load(doc_ids_ptr + j, mask=j < T, other=0)
-            p = tl.where(doc_i[:, None] == doc_j[None, :], p, 0.0)
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        if DROPOUT:
-            keep = keep_mask(seed, site, threshold, first_row + i, n, tl.cdiv(T, 4), BLOCK_M, BLOCK_N)
-            dp = tl.where(keep, dp * keep_scale, 0.0)
-        ds = (p * (dp - delta[:, None])).to(k.dtype)
-        dq = tl.dot(ds, k, dq, input_precision=PRECISION)
-    return dq
 
 
 @triton.jit(do_not_specialize=["site", "threshold"])
@@ -106,73 +80,31 @@ def _attention_bwd_dq_kernel(
         start = tl.load(first_ptr + (head // H).to(tl.int64) * tl.cdiv(T, BLOCK_M) + tile) // BLOCK_N * BLOCK_N
         doc_ids_ptr += doc_at
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    below = m // BLOCK_N * BLOCK_N
-    dq = _dq_over_keys(
-        dq, q, do, lse, delta, m, start, below, k_ptr, v_ptr, doc_ids_ptr, seed, site, threshold, keep_scale, row_at,
-        log2_scale, stride, T, BLOCK_M, BLOCK_N, D, BLOCK_D, RAGGED, DROPOUT, DOCUMENTS, PRECISION, DIAGONAL=False,
-    )  # fmt: skip
-    dq = _dq_over_keys(
-        dq, q, do, lse, delta, m, below, tl.minimum(m + BLOCK_M, T), k_ptr, v_ptr, doc_ids_ptr, seed, site, threshold,
-        keep_scale, row_at, log2_scale, stride, T,
-        BLOCK_M, BLOCK_N, D, BLOCK_D, RAGGED, DROPOUT, DOCUMENTS, PRECISION, DIAGONAL=True,
-    )  # fmt: skip
+    if DOCUMENTS:
+        doc_i = tl.load(doc_ids_ptr + i, mask=i < T, other=0)
+    end = tl.minimum(m + BLOCK_M, T) if RAGGED else m + BLOCK_M
+    LOOPS: tl.constexpr = 2 if DROPOUT else 1  # as forward
+    diagonal = m // BLOCK_N * BLOCK_N
+    for loop in tl.static_range(LOOPS):
+        for n in range(start if loop == 0 else diagonal, diagonal if loop < LOOPS - 1 else end, BLOCK_N):
+            j = n + tl.arange(0, BLOCK_N)
+            k = load_tile(k_ptr, n, stride, T, BLOCK_N, D, BLOCK_D, RAGGED)
+            v = load_tile(v_ptr, n, stride, T, BLOCK_N, D, BLOCK_D, RAGGED)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            p = tl.math.exp2(s * log2_scale - lse[:, None])
+            if loop == LOOPS - 1:
+                p = causal(p, n, m, 0.0, BLOCK_M, BLOCK_N, False, BRANCH=not (DROPOUT or DOCUMENTS))
+            if DOCUMENTS:
+                doc_j = tl.load(doc_ids_ptr + j, mask=j < T, other=0)
+                p = tl.where(doc_i[:, None] == doc_j[None, :], p, 0.0)
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            if DROPOUT:
+                keep = keep_mask(seed, site, threshold, row_at + i, n, tl.cdiv(T, 4), BLOCK_M, BLOCK_N)
+                dp = tl.where(keep, dp * keep_scale, 0.0)
+            ds = (p * (dp - delta[:, None])).to(k.dtype)
+            dq = tl.dot(ds, k, dq, input_precision=PRECISION)
     sums_ptr += (((head // H).to(tl.int64) * tl.cdiv(T, BLOCK_M) + tile) * H + head % H) * D
     store_tile(dqkv_ptr + qkv_at, sums_ptr, dq * scale, m, stride, T, BLOCK_M, D, BLOCK_D, SUMS)
-
-
-@triton.jit
-def _dkdv_over_queries(
-    dk, dv, k, v, n, lo, hi,
-    q_ptr,  # [T, D] of this head
-    do_ptr,  # [T, D]
-    lse_ptr,  # [T] float32, as delta_ptr
-    delta_ptr,
-    dq_ptr,  # [T, D] float32, or None
-    doc_ids_ptr,  # [T] of this sequence, or None
-    seed, site, threshold, keep_scale, first_row, log2_scale, stride, do_stride, T,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, RAGGED: tl.constexpr,
-    ATOMIC: tl.constexpr, DROPOUT: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-):  # fmt: skip
-    """dk, dv [BLOCK_N, BLOCK_D] of keys n... plus queries lo...hi - 1, all below the diagonal unless DIAGONAL.
-
-    Tiles are transposed, [BLOCK_N, BLOCK_M], so that P and dS enter the products for dv and dk from registers: on sm_90
-    BLOCK_M=64, BLOCK_N=128, D=64 takes 246 registers so, and spills the other way round.
-    """
-    j = n + tl.arange(0, BLOCK_N)
-    if DOCUMENTS:
-        doc_j = tl.load(doc_ids_ptr + j, mask=j < T, other=0)
-    for m in range(lo, hi, BLOCK_M):
-        i = m + tl.arange(0, BLOCK_M)
-        q = load_tile(q_ptr, m, stride, T, BLOCK_M, D, BLOCK_D, RAGGED)
-        do = load_tile(do_ptr, m, do_stride, T, BLOCK_M, D, BLOCK_D, RAGGED)
-        if RAGGED:
-            lse = tl.load(lse_ptr + i, mask=i < T, other=float("inf"))  # P = 0 beyond T
-            delta = tl.load(delta_ptr + i, mask=i < T, other=0.0)
-        else:
-            lse, delta = tl.load(lse_ptr + i), tl.load(delta_ptr + i)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        p = tl.math.exp2(s * log2_scale - lse[None, :])
-        if DIAGONAL:
-            p = tl.where(i[None, :] >= j[:, None], p, 0.0)
-        if DOCUMENTS:
-            doc_i = tl.load(doc_ids_ptr + i, mask=i < T, other=0)
-            p = tl.where(doc_i[None, :] == doc_j[:, None], p, 0.0)
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        if DROPOUT:
-            keep = tl.trans(keep_mask(seed, site, threshold, first_row + i, n, tl.cdiv(T, 4), BLOCK_M, BLOCK_N))
-            dp = tl.where(keep, dp * keep_scale, 0.0)
-            kept = tl.where(keep, p, 0.0)
-        else:
-            kept = p
-        ds = (p * (dp - delta[None, :])).to(q.dtype)
-        dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION)
-        dk = tl.dot(ds, q, dk, input_precision=PRECISION)
-        if ATOMIC:
-            dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
-            at, inside = tile_at(dq_ptr, m, D, T, BLOCK_M, D, BLOCK_D)
-            tl.atomic_add(at, dq, mask=inside, sem="relaxed")
-    return dk, dv
 
 
 @triton.jit(do_not_specialize=["site", "threshold"])
@@ -223,17 +155,47 @@ def _attention_bwd_dkdv_kernel(
         dq_ptr += row_at * D
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    # Tiles are transposed, [BLOCK_N, BLOCK_M], so that P and dS enter the products for dv and dk from registers. lse
+    # and delta are loaded where they are used: earlier, they would hold registers through the products. Not so with
+    # dropout, beside which ptxas then serialises every wgmma.
+    if DOCUMENTS:
+        j = n + tl.arange(0, BLOCK_N)
+        doc_j = tl.load(doc_ids_ptr + j, mask=j < T, other=0)
+    LOOPS: tl.constexpr = 2 if DROPOUT or ATOMIC else 1  # as forward
     first, below = n // BLOCK_M * BLOCK_M, tl.cdiv(n + BLOCK_N, BLOCK_M) * BLOCK_M
-    dk, dv = _dkdv_over_queries(
-        dk, dv, k, v, n, first, tl.minimum(below, T), q_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, doc_ids_ptr,
-        seed, site, threshold, keep_scale, row_at, log2_scale, stride, H * D, T,
-        BLOCK_M, BLOCK_N, D, BLOCK_D, RAGGED, ATOMIC, DROPOUT, DOCUMENTS, PRECISION, DIAGONAL=True,
-    )  # fmt: skip
-    dk, dv = _dkdv_over_queries(
-        dk, dv, k, v, n, below, end, q_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, doc_ids_ptr,
-        seed, site, threshold, keep_scale, row_at, log2_scale, stride, H * D, T,
-        BLOCK_M, BLOCK_N, D, BLOCK_D, RAGGED, ATOMIC, DROPOUT, DOCUMENTS, PRECISION, DIAGONAL=False,
-    )  # fmt: skip
+    for loop in tl.static_range(LOOPS):
+        for m in range(first if loop == 0 else below, tl.minimum(below, T) if loop < LOOPS - 1 else end, BLOCK_M):
+            i = m + tl.arange(0, BLOCK_M)
+            q = load_tile(q_ptr, m, stride, T, BLOCK_M, D, BLOCK_D, RAGGED)
+            do = load_tile(do_ptr, m, H * D, T, BLOCK_M, D, BLOCK_D, RAGGED)
+            if DROPOUT:
+                lse = load_row(lse_ptr, i, T, float("inf"), RAGGED)
+                delta = load_row(delta_ptr, i, T, 0.0, RAGGED)
+            s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            if not DROPOUT:
+                lse = load_row(lse_ptr, i, T, float("inf"), RAGGED)  # P = 0 beyond T
+            p = tl.math.exp2(s * log2_scale - lse[None, :])
+            if loop == 0:
+                p = causal(p, n, m, 0.0, BLOCK_M, BLOCK_N, True, BRANCH=LOOPS == 1 and not DOCUMENTS)
+            if DOCUMENTS:
+                doc_i = tl.load(doc_ids_ptr + i, mask=i < T, other=0)
+                p = tl.where(doc_i[None, :] == doc_j[:, None], p, 0.0)
+            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+            if DROPOUT:
+                keep = tl.trans(keep_mask(seed, site, threshold, row_at + i, n, tl.cdiv(T, 4), BLOCK_M, BLOCK_N))
+                dp = tl.where(keep, dp * keep_scale, 0.0)
+                kept = tl.where(keep, p, 0.0)
+            else:
+                kept = p
+            if not DROPOUT:
+                delta = load_row(delta_ptr, i, T, 0.0, RAGGED)
+            ds = (p * (dp - delta[None, :])).to(q.dtype)
+            dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION)
+            dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+            if ATOMIC:
+                dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
+                at, inside = tile_at(dq_ptr, m, D, T, BLOCK_M, D, BLOCK_D)
+                tl.atomic_add(at, dq, mask=inside, sem="relaxed")
     sums_ptr += (((head // H).to(tl.int64) * tl.cdiv(T, BLOCK_N) + tile) * 2 * H + head % H) * D
     dk_ptr = dqkv_ptr + qkv_at + H * D
     store_tile(dk_ptr, sums_ptr, dk * scale, n, stride, T, BLOCK_N, D, BLOCK_D, SUMS)
@@ -281,10 +243,6 @@ def attention_bwd(
     def sums(tiles: int, parts: int) -> Tensor:
         return torch.empty((B * tiles, parts * H * D) if bias_grad else (0, 0), dtype=torch.float32, device=qkv.device)
 
-    def ragged(blocks: dict[str, int]) -> bool:
-        # not of a symbolic T (a fake run, which launches nothing): torch.compile would compile again for each answer
-        return isinstance(T, torch.SymInt) or T % blocks["BLOCK_M"] != 0 or T % blocks["BLOCK_N"] != 0
-
     dqkv = torch.empty_like(qkv)
     atomic = pick(op, qkv, D).choices["atomic"]
     if atomic:
@@ -299,7 +257,7 @@ def attention_bwd(
         launch(
             name, _attention_bwd_dq_kernel, (tiles * B * H,),
             qkv, o, do, lse, doc_ids, first, seed, dqkv, delta, dq_sums, *numbers,
-            row=row, RAGGED=ragged(row.blocks), **shape,
+            row=row, RAGGED=ragged(T, row), **shape,
         )  # fmt: skip
     name = launch_op("attention_bwd_atomic" if atomic else "attention_bwd_dkdv", p, doc_ids)
     row = pick(name, qkv, D)
@@ -309,7 +267,7 @@ def attention_bwd(
     launch(
         name, _attention_bwd_dkdv_kernel, (tiles * B * H,),
         qkv, do, lse, delta, doc_ids, end, seed, dqkv, dq, dkdv_sums, *numbers,
-        row=row, RAGGED=ragged(row.blocks), ATOMIC=atomic, **shape,
+        row=row, RAGGED=ragged(T, row), ATOMIC=atomic, **shape,
     )  # fmt: skip
     if dq is not None:
         dq_sums = write_dq(dq, dqkv, BLOCK_D, bias_grad)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nanogpt_kernels.contract import require, require_float, require_position, require_same_device
 from nanogpt_kernels.launch import cdiv, launch, pick
-from nanogpt_kernels.ops.attention.forward import MAX_D, attend, block_d, dot_precision, log2_scale
+from nanogpt_kernels.ops.attention.forward import MAX_D, attend, block_d, dot_precision, load_keys, log2_scale
 from nanogpt_kernels.primitives import position_at
 from nanogpt_kernels.registry import register
 
@@ -67,10 +67,10 @@ def _cached_attention_kernel(
     at = keys.to(tl.int64)[:, None] * to_token + d[None, :] * to_d
     end = tl.minimum(split * KEYS + KEYS, start)
     for j in range(split * KEYS, end, BLOCK_N):
+        k, v = load_keys(k_ptr, k_ptr + to_values, at, end - j, D, BLOCK_D, BLOCK_N, RAGGED=True)
         acc, l, m = attend(
-            acc, l, m, q, k_ptr, k_ptr + to_values, at, first, j, end, log2_scale, rows, qkv_ptr,
-            seed=0, site=0, threshold=0, first_row=0, T=T, D=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
-            DROPOUT=False, DOCUMENTS=False, PRECISION=PRECISION, DIAGONAL=False, RAGGED=True,
+            acc, l, m, q, k, v, first, j, end, log2_scale, rows, qkv_ptr, seed=0, site=0, threshold=0, first_row=0, T=T,
+            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, DROPOUT=False, DOCUMENTS=False, PRECISION=PRECISION, CAUSAL=False,
         )  # fmt: skip
         k_ptr += tl.cast(BLOCK_N, tl.int64) * to_token
 
@@ -78,10 +78,10 @@ def _cached_attention_kernel(
         new_k_ptr = qkv_ptr + H * D
         new_at = keys[:, None] * (3 * H * D) + d[None, :]
         for j in range(0, tl.minimum(first + BLOCK_M, T), BLOCK_N):
+            k, v = load_keys(new_k_ptr, new_k_ptr + H * D, new_at, T - j, D, BLOCK_D, BLOCK_N, RAGGED=True)
             acc, l, m = attend(
-                acc, l, m, q, new_k_ptr, new_k_ptr + H * D, new_at, first, j, T, log2_scale, rows, qkv_ptr,
-                seed=0, site=0, threshold=0, first_row=0, T=T, D=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
-                DROPOUT=False, DOCUMENTS=False, PRECISION=PRECISION, DIAGONAL=True, RAGGED=True,
+                acc, l, m, q, k, v, first, j, T, log2_scale, rows, qkv_ptr, seed=0, site=0, threshold=0, first_row=0,
+                T=T, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, DROPOUT=False, DOCUMENTS=False, PRECISION=PRECISION, CAUSAL=True,
             )  # fmt: skip
             new_k_ptr += BLOCK_N * (3 * H * D)
         into = cache_ptr + (start + first + rows).to(tl.int64)[:, None] * to_token + d[None, :] * to_d

@@ -1,7 +1,8 @@
 """Causal attention, forward: o = softmax(q k^T / sqrt(D)) v on packed qkv [B, T, 3, H, D], no transposes, no copies.
 
-One program computes BLOCK_M queries of one head, with their q tile loaded once and a loop over BLOCK_N keys at a time:
-first the tiles below the diagonal, without a mask, then those on it. Online softmax (Milakov and Gimelshein, arXiv
+One program computes BLOCK_M queries of one head, with their q tile loaded once and a loop over BLOCK_N keys at a time.
+A branch masks the tiles on the diagonal: a second loop for them would drain the first one's loads and wait for its own.
+From sm_90 on keys and values may come by TMA (the row's choice `tma`). Online softmax (Milakov and Gimelshein, arXiv
 1805.02867; Dao, arXiv 2307.08691): maximum m and sum l are float32, in powers of two (log2(e) is folded into the
 scale), and lse = m + log2(l) is kept for backward. Probabilities are rounded to v's dtype for the second product;
 dropout acts on them after the row sum. Each query's result depends on its own row of qkv alone: the same bits at any B.
@@ -13,11 +14,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanogpt_kernels.contract import require, require_dropout, require_float, require_same_device
-from nanogpt_kernels.launch import cdiv, launch, pick
+from nanogpt_kernels.launch import Row, architecture, cdiv, describable, launch, pick
 from nanogpt_kernels.ops.attention.documents import document_spans
-from nanogpt_kernels.ops.attention.tile_access import load_where, query_tile
+from nanogpt_kernels.ops.attention.tile_access import causal, load_where, query_tile
 from nanogpt_kernels.primitives import dropout_args, keep_mask
 from nanogpt_kernels.registry import register
 
@@ -26,26 +28,34 @@ MAX_D = 128  # the widest head that launch_rows.py has rows for
 
 
 @triton.jit
-def attend(
-    acc, l, m, q, k_ptr, v_ptr, at, first, j, end, log2_scale, doc_i, doc_ids_ptr, seed, site, threshold, first_row, T,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
-    DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr, DIAGONAL: tl.constexpr, RAGGED: tl.constexpr,
+def load_keys(
+    k_ptr, v_ptr, at, left, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr
 ):  # fmt: skip
-    """Running (acc, l, m) of queries `first`... after keys j..., which lie at k_ptr + at, their values at v_ptr + at.
-
-    DIAGONAL: some of these keys come after some of these queries. RAGGED: some lie at `end` or beyond. first_row is the
-    first query's row of the probabilities seen as [B*H*T, T].
-    """
-    rows, keys, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    left = end - j
+    """k, v [BLOCK_N, BLOCK_D] at k_ptr + at and v_ptr + at. RAGGED: only `left` of them may exist; zeros elsewhere."""
+    keys, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     inside = (d < D)[None, :]
     if RAGGED:
         inside = (keys < left)[:, None] & (d < D)[None, :] if D < BLOCK_D else (keys < left)[:, None]
     k = load_where(k_ptr + at, inside, RAGGED or D < BLOCK_D)
+    return k, load_where(v_ptr + at, inside, RAGGED or D < BLOCK_D)
+
+
+@triton.jit
+def attend(
+    acc, l, m, q, k, v, first, j, end, log2_scale, doc_i, doc_ids_ptr, seed, site, threshold, first_row, T,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, DOCUMENTS: tl.constexpr,
+    PRECISION: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """Running (acc, l, m) of queries `first`... after keys j..., k and v [BLOCK_N, BLOCK_D].
+
+    CAUSAL: keys may come after queries; else they may lie at `end` or beyond. Such keys weigh nothing. first_row is the
+    first query's row of the probabilities seen as [B*H*T, T].
+    """
+    rows, keys, left = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), end - j
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if DIAGONAL:
-        s = tl.where(rows[:, None] >= (keys + (j - first))[None, :], s, float("-inf"))
-    elif RAGGED:
+    if CAUSAL:
+        s = causal(s, j, first, float("-inf"), BLOCK_M, BLOCK_N, False, BRANCH=not (DROPOUT or DOCUMENTS))
+    else:
         s = tl.where((keys < left)[None, :], s, float("-inf"))
     if DOCUMENTS:
         doc_j = tl.load(doc_ids_ptr + j + keys, mask=keys < left, other=0)
@@ -58,7 +68,6 @@ def attend(
     if DROPOUT:
         keep = keep_mask(seed, site, threshold, first_row + rows, j, tl.cdiv(T, 4), BLOCK_M, BLOCK_N)
         p = tl.where(keep, p, 0.0)
-    v = load_where(v_ptr + at, inside, RAGGED or D < BLOCK_D)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
     return acc, l, m_next
 
@@ -66,6 +75,7 @@ def attend(
 @triton.jit(do_not_specialize=["site", "threshold"])
 def _attention_fwd_kernel(
     qkv_ptr,  # [B, T, 3, H, D]
+    tiles,  # TMA: a descriptor of qkv as [B*T, 3*H*D], in tiles [BLOCK_N, D]; else None
     doc_ids_ptr,  # [B, T] int32 or int64, or None
     first_ptr,  # [B, tiles] int32, the first key of each query tile's documents, or None
     seed_ptr,  # [1] int64, or None
@@ -83,6 +93,8 @@ def _attention_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ITEMSIZE: tl.constexpr,
+    RAGGED: tl.constexpr,
+    TMA: tl.constexpr,
     DROPOUT: tl.constexpr,
     DOCUMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -98,6 +110,7 @@ def _attention_fwd_kernel(
     k_ptr = qkv_ptr + H * D
     v_ptr = k_ptr + H * D
     at = tl.arange(0, BLOCK_N)[:, None] * (3 * H * D) + d[None, :]
+    token, column = head // H * T, h * D  # of tiles, whose coordinates are 32-bit
     doc_i, start = rows, 0
     if DOCUMENTS:
         start = tl.load(first_ptr + b * tl.cdiv(T, BLOCK_M) + tile) // BLOCK_N * BLOCK_N
@@ -109,22 +122,23 @@ def _attention_fwd_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     m = tl.full([BLOCK_M], -3.4028234663852886e38, tl.float32)  # lowest: below every score but -inf
-    diagonal = first // BLOCK_N * BLOCK_N
     # not pointers carried from tile to tile: with three stages those made ptxas serialise every wgmma (its C7515)
-    for j in range(start, diagonal, BLOCK_N):
-        to = tl.cast(j, tl.int64) * (3 * H * D)
-        acc, l, m = attend(
-            acc, l, m, q, k_ptr + to, v_ptr + to, at, first, j, T, log2_scale, doc_i, doc_ids_ptr, seed, site,
-            threshold, first_row, T, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, DOCUMENTS, PRECISION,
-            DIAGONAL=False, RAGGED=False,
-        )  # fmt: skip
-    for j in range(diagonal, tl.minimum(first + BLOCK_M, T), BLOCK_N):
-        to = tl.cast(j, tl.int64) * (3 * H * D)
-        acc, l, m = attend(
-            acc, l, m, q, k_ptr + to, v_ptr + to, at, first, j, T, log2_scale, doc_i, doc_ids_ptr, seed, site,
-            threshold, first_row, T, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, DOCUMENTS, PRECISION,
-            DIAGONAL=True, RAGGED=True,
-        )  # fmt: skip
+    end = tl.minimum(first + BLOCK_M, T) if RAGGED else first + BLOCK_M
+    # beside dropout ptxas serialises every wgmma of a single loop
+    LOOPS: tl.constexpr = 2 if DROPOUT else 1
+    diagonal = first // BLOCK_N * BLOCK_N
+    for loop in tl.static_range(LOOPS):
+        for j in range(start if loop == 0 else diagonal, diagonal if loop < LOOPS - 1 else end, BLOCK_N):
+            if TMA:
+                k = tiles.load([token + j, H * D + column])
+                v = tiles.load([token + j, 2 * H * D + column])
+            else:
+                to = tl.cast(j, tl.int64) * (3 * H * D)
+                k, v = load_keys(k_ptr + to, v_ptr + to, at, T - j, D, BLOCK_D, BLOCK_N, RAGGED)
+            acc, l, m = attend(
+                acc, l, m, q, k, v, first, j, T, log2_scale, doc_i, doc_ids_ptr, seed, site, threshold, first_row, T,
+                BLOCK_M, BLOCK_N, DROPOUT, DOCUMENTS, PRECISION, CAUSAL=True,
+            )  # fmt: skip
 
     o = acc * (keep_scale / l)[:, None]
     o_ptr += (b * T + first) * (H * D) + h * D
@@ -151,6 +165,23 @@ def log2_scale(D: int) -> float:
 def launch_op(name: str, p: float, doc_ids: Tensor | None) -> str:
     """Dropout and documents take registers, so with either of them a kernel has launch rows of its own."""
     return name if p == 0.0 and doc_ids is None else f"{name}_dropout_or_docs"
+
+
+def ragged(T: int, row: Row) -> bool:
+    """Whether some tile of queries or keys is not full."""
+    # not of a symbolic T (a fake run, which launches nothing): torch.compile would compile again for each answer
+    return isinstance(T, torch.SymInt) or T % row.blocks["BLOCK_M"] != 0 or T % row.blocks["BLOCK_N"] != 0
+
+
+def key_tiles(qkv: Tensor, row: Row) -> TensorDescriptor | None:
+    """A descriptor for the row's tiles of keys and values, where the row asks for TMA and it can address them.
+
+    No tile may go past T: the next sequence follows, not zeros."""
+    B, T, _, H, D = qkv.shape
+    tokens = qkv.view(B * T, 3 * H * D)
+    if not row.choices.get("tma") or block_d(D) > D or architecture(qkv.device) < 90 or not describable(tokens):
+        return None
+    return TensorDescriptor.from_tensor(tokens, [row.blocks["BLOCK_N"], D])
 
 
 def check_attention(
@@ -183,10 +214,12 @@ def attention_fwd(
     seed, threshold, keep_scale = dropout_args(p, seed)
     doc_ids = None if doc_ids is None else doc_ids.contiguous()
     first, _ = document_spans(doc_ids, row.blocks["BLOCK_M"])
+    uneven = ragged(T, row)
+    tiles = None if uneven else key_tiles(qkv, row)
     launch(
         op, _attention_fwd_kernel, (cdiv(T, row.blocks["BLOCK_M"]) * B * H,),
-        qkv, doc_ids, first, seed, o, lse, B * H, T, H, log2_scale(D), site, threshold, keep_scale,
-        row=row, D=D, BLOCK_D=block_d(D), ITEMSIZE=qkv.element_size(),
+        qkv, tiles, doc_ids, first, seed, o, lse, B * H, T, H, log2_scale(D), site, threshold, keep_scale,
+        row=row, D=D, BLOCK_D=block_d(D), ITEMSIZE=qkv.element_size(), RAGGED=uneven, TMA=tiles is not None,
         DROPOUT=p > 0.0, DOCUMENTS=doc_ids is not None, PRECISION=dot_precision(qkv),
     )  # fmt: skip
     return o, lse

@@ -38,12 +38,52 @@ def tile_at(x_ptr, start, stride, T, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_
 
 
 @triton.jit
+def _causal(x, ahead, other, QUERIES: tl.constexpr, KEYS: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    queries, keys = tl.arange(0, QUERIES), tl.arange(0, KEYS) + ahead
+    if KEYS_FIRST:
+        x = tl.where(queries[None, :] >= keys[:, None], x, other)
+    else:
+        x = tl.where(queries[:, None] >= keys[None, :], x, other)
+    return x
+
+
+@triton.jit
+def causal(
+    x,  # [QUERIES, KEYS], or [KEYS, QUERIES] if KEYS_FIRST
+    n,  # the first key
+    m,  # the first query
+    other,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
+    BRANCH: tl.constexpr,
+):
+    """x with `other` where a key comes after a query. BRANCH: below the diagonal nothing is compared; beside dropout or
+    documents such a branch makes ptxas serialise every wgmma."""
+    if BRANCH:
+        if n + KEYS > m:
+            x = _causal(x, n - m, other, QUERIES, KEYS, KEYS_FIRST)
+    else:
+        x = _causal(x, n - m, other, QUERIES, KEYS, KEYS_FIRST)
+    return x
+
+
+@triton.jit
 def load_where(at, inside, MASKED: tl.constexpr):
     """A load at pointers, with zeros where not `inside` if there may be such: a mask costs registers."""
     if MASKED:
         return tl.load(at, mask=inside, other=0.0)
     else:
         return tl.load(at)
+
+
+@triton.jit
+def load_row(x_ptr, i, T, other, RAGGED: tl.constexpr):
+    """x [T] at i, `other` beyond T where RAGGED says that there may be such."""
+    if RAGGED:
+        return tl.load(x_ptr + i, mask=i < T, other=other)
+    else:
+        return tl.load(x_ptr + i)
 
 
 @triton.jit
