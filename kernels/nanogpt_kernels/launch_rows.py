@@ -57,22 +57,31 @@ class Row:
 
 _GEMM_128 = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, PARTS=4, FLATTEN=True, TMA_STORE=True)
 _GEMM_256 = _GEMM_128 | dict(BLOCK_N=256)
-_GEMM_PAIR = _GEMM_128 | dict(PARTS=2, FLATTEN=False)  # of programs that share an SM
+_GEMM_PAIR = _GEMM_128 | dict(FLATTEN=False)  # of programs that share an SM
 _STRIP = dict(BLOCK_M=4, BLOCK_N=256)
 _CUBLAS = dict(fused=False, programs_per_sm=1, least_rows=2048)
+_FUSED = dict(fused=True, programs_per_sm=2, least_rows=2048)
 # with dy in float32 and C above this, dres is loaded late: loaded with dy, it spilled 40 bytes a thread at C = 8192
 _WIDE_NORM_BWD = dict(programs_per_sm=1, float32_dres_late_above=4096)
 _ROWS = dict(chunk_rows=8192, programs_per_sm=2, backwards=True, evict_first=True)
 _SPLIT = dict(keys_a_split=128)  # one token of GPT-2 124M at position 1023 has 12 heads: 96 programs
 _POINTERS = dict(tma=False)  # or keys and values by TMA, where T is whole tiles
 
+# What a clock chose, in bfloat16 at C = 768, 65,536 rows, V = 50304, D = 64, T = 1024, by bench/tune.py (rows tried are
+# in bench/results/h100): the source says by how much.
+_H100 = "measured on NVIDIA H100 80GB HBM3, 2026-11-27, by ptxas 13.5: "
+
+# fmt: off
 TABLE: dict[str, tuple[Row, ...]] = {
     # the optimizer: up_to is the number of parameters; BLOCK elements a tile
     "grad_norm": (Row(80, dict(BLOCK=4096), num_warps=8, choices=dict(programs_per_sm=4)),),
     "adamw": (Row(80, dict(BLOCK=2048), num_warps=8),),
     # embedding: up_to is C; SEQUENCES of the batch, RUN sorted rows or PIECES of them a tile
     "embedding_fwd": (Row(80, dict(SEQUENCES=8, BLOCK_C=256), num_warps=4),),
-    "embedding_bwd": (Row(80, dict(RUN=64, BLOCK_C=64), num_warps=8),),
+    "embedding_bwd": (
+        Row(80, dict(RUN=64, BLOCK_C=64), num_warps=8),
+        Row(90, dict(RUN=32, BLOCK_C=32), num_warps=2, itemsize=2, source=_H100 + "embedding 0.737 of 64x64, 8 warps"),
+    ),
     "embedding_bwd_pieces": (Row(80, dict(PIECES=16, BLOCK_C=128), num_warps=4),),
     "embedding_bwd_positions": (Row(80, dict(SEQUENCES=8, BLOCK_C=256), num_warps=4),),
     # norm and add_norm: up_to is C; a row in pieces of BLOCK_C columns, ROWS rows a tile (more where C < BLOCK_C).
@@ -80,6 +89,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
     # backward 484 (960); with dropout 887 (1604) and 1008 (1696). At 3.35 TB/s an H100 has time for about 1,700.
     "norm_fwd": (
         Row(80, dict(ROWS=1, BLOCK_C=256), num_warps=1, itemsize=2, up_to=768, choices=dict(programs_per_sm=12)),
+        Row(90, dict(ROWS=1, BLOCK_C=256), num_warps=1, itemsize=2, up_to=768, choices=dict(programs_per_sm=32),
+            source=_H100 + "add_norm forward 0.980 of 12 programs an SM"),
         Row(80, dict(ROWS=1, BLOCK_C=256), num_warps=1, up_to=768, choices=dict(programs_per_sm=12)),
         Row(80, dict(ROWS=1, BLOCK_C=512), num_warps=2, itemsize=2, up_to=1024, choices=dict(programs_per_sm=10)),
         Row(80, dict(ROWS=1, BLOCK_C=256), num_warps=2, up_to=1280, choices=dict(programs_per_sm=8)),
@@ -112,19 +123,21 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     # mlp: up_to is C. fused: the GEMM with GELU in its epilogue, from least_rows rows on, not cuBLAS and an elementwise
     # pass, of which it saves one over [M, F] forward and two backward. 128x256 tiles by 8 warps are alone on an SM, so
-    # nothing covers their epilogue; of 128x128 by 4 warps two programs share one, at most 80% of the peak, as shared
-    # memory feeds them. In two PARTS, not flattened, a step of their K loop has 93 instructions on sm_90 (160), an
-    # epilogue 2,050 forward and 2,700 backward (4,900 and 6,000 by erf), and backward waits for no pre. On an H100 the
-    # former form took 0.85 ms for cuBLAS's 0.45 and GELU's 0.31. So cuBLAS, until this one is timed.
+    # nothing covers their epilogue (forward 1.08 of cuBLAS and GELU, measured); of 128x128 by 4 warps two share an SM,
+    # at most 80% of the peak, as shared memory feeds them. Not flattened, a step of their K loop has 93
+    # instructions on sm_90 (160), an epilogue 2,050 forward and 2,700 backward, and backward waits for no pre. Where no
+    # GPU has been timed, cuBLAS.
     "mlp_fwd": (
         Row(80, _GEMM_128, num_warps=8, num_stages=3, itemsize=2, choices=_CUBLAS),
-        Row(90, _GEMM_PAIR, num_warps=4, num_stages=3, itemsize=2, choices=_CUBLAS | dict(programs_per_sm=2)),
+        Row(90, _GEMM_128, num_warps=4, num_stages=3, itemsize=2, choices=_FUSED,
+            source=_H100 + "mlp forward 0.943 of cuBLAS and GELU; 1.019 unflattened in two parts"),
         Row(100, _GEMM_256, num_warps=8, num_stages=3, itemsize=2, choices=_CUBLAS),
         Row(120, _GEMM_128, num_warps=8, num_stages=2, itemsize=2, choices=_CUBLAS),
     ),
     "mlp_bwd": (
         Row(80, _GEMM_128, num_warps=8, num_stages=3, itemsize=2, choices=_CUBLAS),
-        Row(90, _GEMM_PAIR, num_warps=4, num_stages=3, itemsize=2, choices=_CUBLAS | dict(programs_per_sm=2)),
+        Row(90, _GEMM_PAIR, num_warps=4, num_stages=3, itemsize=2, choices=_FUSED,
+            source=_H100 + "mlp both ways 0.962 of cuBLAS and GELU; 0.967 in two parts, 0.984 flattened"),
         Row(100, _GEMM_256, num_warps=8, num_stages=3, itemsize=2, choices=_CUBLAS),
         Row(120, _GEMM_128, num_warps=8, num_stages=2, itemsize=2, choices=_CUBLAS),
     ),
@@ -135,6 +148,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "cross_entropy": (
         Row(80, dict(BLOCK_V=1024), num_warps=4, itemsize=2, up_to=4096, choices=_ROWS | dict(programs_per_sm=12)),
         Row(80, dict(BLOCK_V=8192), num_warps=16, itemsize=2, choices=_ROWS),
+        Row(90, dict(BLOCK_V=8192), num_warps=16, itemsize=2, choices=_ROWS | dict(chunk_rows=16384),
+            source=_H100 + "linear_cross_entropy 0.980 of chunks of 8192; in order, or evicting nothing first, 1.020"),
         Row(80, dict(BLOCK_V=1024), num_warps=4, up_to=4096, choices=_ROWS | dict(programs_per_sm=12)),
         Row(80, dict(BLOCK_V=4096), num_warps=16, choices=_ROWS),
     ),
@@ -147,8 +162,9 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(80, dict(BLOCK_M=128, BLOCK_N=32), num_warps=8, num_stages=2, itemsize=2, up_to=128),
         Row(86, dict(BLOCK_M=64, BLOCK_N=64), num_warps=4, num_stages=3, itemsize=2, up_to=64),
         Row(86, dict(BLOCK_M=128, BLOCK_N=32), num_warps=8, num_stages=2, itemsize=2, up_to=128),
-        # 8 warps within 128 registers: two programs an SM, so that exponentials of one run under products of the other
-        Row(90, dict(BLOCK_M=128, BLOCK_N=64), num_warps=8, num_stages=3, itemsize=2, up_to=64, choices=_POINTERS),
+        # four programs an SM, so that exponentials of one run under products of the others
+        Row(90, dict(BLOCK_M=64, BLOCK_N=64), num_warps=4, num_stages=3, itemsize=2, up_to=64, choices=_POINTERS,
+            source=_H100 + "forward 0.933 of 128x64 by 8 warps; by TMA 0.961"),
         Row(90, dict(BLOCK_M=128, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128, choices=_POINTERS),
         Row(100, dict(BLOCK_M=128, BLOCK_N=64), num_warps=4, num_stages=3, itemsize=2, up_to=64),
         Row(100, dict(BLOCK_M=128, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
@@ -166,7 +182,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(100, dict(BLOCK_M=64, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
     ),
     # attention_bwd: up_to is D. Its form is a choice of the first row: atomic has 5 products, not 7, but clears, adds
-    # to and reads a float32 dQ [B, H, T, D]. Deterministic until a GPU has timed both.
+    # to and reads a float32 dQ [B, H, T, D]. On an H100 both ways take 1.26 of the deterministic form's time.
     "attention_bwd": (Row(80, {}, num_warps=4, choices=dict(atomic=False)),),
     "attention_bwd_rows": (Row(80, dict(ROWS=64), num_warps=4),),
     "attention_bwd_dq": (
@@ -174,7 +190,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(80, dict(BLOCK_M=16, BLOCK_N=16), num_warps=8, up_to=128),
         Row(80, dict(BLOCK_M=128, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=64),
         Row(80, dict(BLOCK_M=64, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
-        Row(90, dict(BLOCK_M=64, BLOCK_N=64), num_warps=4, num_stages=3, itemsize=2, up_to=64),  # three an SM, not one
+        Row(90, dict(BLOCK_M=64, BLOCK_N=32), num_warps=4, num_stages=3, itemsize=2, up_to=64,
+            source=_H100 + "both ways 0.985 of 64x64; 128x64 by 8 warps in 128 registers 1.008"),
         Row(90, dict(BLOCK_M=64, BLOCK_N=64), num_warps=4, num_stages=2, itemsize=2, up_to=128),
         Row(100, dict(BLOCK_M=128, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=64),
         Row(100, dict(BLOCK_M=64, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
@@ -194,7 +211,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(80, dict(BLOCK_M=16, BLOCK_N=32), num_warps=8, up_to=128),
         Row(80, dict(BLOCK_M=32, BLOCK_N=128), num_warps=8, num_stages=2, itemsize=2, up_to=64),
         Row(80, dict(BLOCK_M=32, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
-        Row(90, dict(BLOCK_M=64, BLOCK_N=128), num_warps=8, num_stages=3, itemsize=2, up_to=64),
+        Row(90, dict(BLOCK_M=64, BLOCK_N=64), num_warps=4, num_stages=3, itemsize=2, up_to=64,
+            source=_H100 + "both ways 0.890 of 64x128 by 8 warps; 32x64 0.897, 32x128 in 128 registers 0.916"),
         # 32x128 reads shared memory less, but by Triton 3.6 spills 16 bytes where T is ragged: to be timed
         Row(90, dict(BLOCK_M=16, BLOCK_N=128), num_warps=8, num_stages=2, itemsize=2, up_to=128),
         Row(120, dict(BLOCK_M=32, BLOCK_N=128), num_warps=8, num_stages=2, itemsize=2, up_to=64),
@@ -241,3 +259,4 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(80, dict(BLOCK_M=64, BLOCK_N=32), num_warps=4, num_stages=2, itemsize=2, choices=_SPLIT),
     ),
 }
+# fmt: on
