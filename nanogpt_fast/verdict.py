@@ -41,6 +41,7 @@ class Verdict:
 
     facts: dict[str, Any]
     wrong: dict[str, str] = field(default_factory=dict)
+    spent: dict[str, float] = field(default_factory=dict)  # {op, or "compiling": seconds}
     made: str = ""
     seconds: float = 0.0
 
@@ -104,10 +105,10 @@ def remembered(facts: dict[str, Any]) -> Verdict | None:
     """The verdict on exactly this; None for one that cannot be read as well."""
     try:
         found = json.loads(_path(facts).read_text())
-        verdict = Verdict(found["facts"], dict(found["wrong"]), str(found["made"]), float(found["seconds"]))
+        verdict = Verdict(**found)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return verdict if verdict.facts == facts and verdict.wrong.keys() <= set(OP_NAMES) else None
+    return verdict if verdict.facts == facts and set(verdict.wrong) <= set(OP_NAMES) else None
 
 
 def remember(verdict: Verdict) -> Path | None:
@@ -149,13 +150,14 @@ def judge(
     command: Callable[[Setup, torch.device, Sequence[str]], list[str]] = child_command,
 ) -> Verdict:
     """Try every op in processes of their own."""
-    began, wrong = time.monotonic(), {}
+    began, wrong, spent = time.monotonic(), {}, {}
     while len(wrong) < len(OP_NAMES):
         lines, how = _run(command(setup, device, tuple(wrong)), limit_s)
         running = ""
         for line in lines:
             running = line.get("began", running)
             wrong |= line.get("wrong", {})
+            spent |= line.get("spent", {})
         if any("wrong" in line for line in lines):
             break
         if not running:  # not one op began: what is wrong is wrong with all
@@ -163,7 +165,7 @@ def judge(
             break
         wrong[running] = DIED.format(how=how)
     made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return Verdict(facts_of(setup, device), wrong, made, round(time.monotonic() - began, 1))
+    return Verdict(facts_of(setup, device), wrong, spent, made, round(time.monotonic() - began, 1))
 
 
 def _run(command: list[str], limit_s: float) -> tuple[list[dict[str, Any]], str]:

@@ -7,6 +7,7 @@ is wrong.
 
 import json
 import sys
+import time
 from functools import partial
 from typing import Any
 
@@ -41,9 +42,10 @@ def main(argv: list[str]) -> int:
         print(f"{name:<14}{value}")
     print()
     for name in OP_NAMES:
-        print(f"{name:<22}{verdict.wrong.get(name) or 'right'}")
+        print(f"{name:<22}{verdict.spent.get(name, 0.0):>6.1f} s  {verdict.wrong.get(name) or 'right'}")
     report = remember(verdict)
-    print(f"\n{len(OP_NAMES) - len(verdict.wrong)} of {len(OP_NAMES)} ops are right, {verdict.seconds:.0f} s")
+    print(f"\n{len(OP_NAMES) - len(verdict.wrong)} of {len(OP_NAMES)} ops are right, {verdict.seconds:.0f} s, "
+          f"{verdict.spent.get('compiling', 0.0):.0f} of them compiling")  # fmt: skip
     if verdict.wrong:
         raise DeviceError(
             "some kernels differ from plain PyTorch here",
@@ -70,15 +72,17 @@ def child(given: dict[str, Any]) -> int:
     setup = Setup(**{**given["setup"], "shape": GPTConfig(**given["setup"]["shape"])})
     device = torch.device(given["device"])
     ours = select_ops("triton", device.type)
+    began = time.perf_counter()
     if given["capability"]:
         compile_ahead(partial(rehearse, setup, ours), given["capability"])
+    spent = {"compiling": time.perf_counter() - began}
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
     torch.set_float32_matmul_precision(given["tf32"])
     witness = Witness(ours, device, skip=frozenset(given["skip"]), began=lambda op: say(json.dumps({"began": op})))
     exercise(setup, device, witness)
-    checks = {name: vars(check) for name, check in witness.checks.items()}
-    say(json.dumps({"wrong": {name: c["wrong"] for name, c in checks.items() if c["wrong"]}, "checks": checks}))
+    spent |= {name: check.seconds for name, check in witness.checks.items()}
+    say(json.dumps({"wrong": {n: check.wrong for n, check in witness.checks.items() if check.wrong}, "spent": spent}))
     return 0
 
 

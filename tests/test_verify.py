@@ -183,7 +183,7 @@ def test_the_real_child_says_what_it_tries(capsys: pytest.CaptureFixture, monkey
 
 def a_verdict(**changes: Any) -> Verdict:
     return Verdict(
-        verdict.facts_of(dataclasses.replace(SETUP, **changes), CPU), {"mlp": "NaN"}, "2026-11-27T00:00:00", 1.0
+        verdict.facts_of(dataclasses.replace(SETUP, **changes), CPU), {"mlp": "NaN"}, {}, "2026-11-27T00:00:00", 1.0
     )
 
 
@@ -229,7 +229,7 @@ WORLD = World(device=torch.device("cuda"))
 def test_auto_takes_ours_where_they_are_right(a_gpu: list[str], monkeypatch: pytest.MonkeyPatch):
     tried = []
     monkeypatch.setattr(
-        verdict, "judge", lambda *_: tried.append(1) or Verdict(verdict.facts_of(SETUP, CPU), {}, "2026-11-27", 3.0)
+        verdict, "judge", lambda *_: tried.append(1) or Verdict(verdict.facts_of(SETUP, CPU), {}, {}, "2026-11-27", 3.0)
     )
     assert ops_of_run("auto", SETUP, WORLD, a_gpu.append, check=False) == REFERENCE and not tried
     for _ in range(2):
@@ -243,7 +243,9 @@ def test_a_wrong_op_is_replaced_and_reported(
     a_gpu: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     wrong = {"mlp": "NaN"}
-    monkeypatch.setattr(verdict, "judge", lambda *_: Verdict(verdict.facts_of(SETUP, CPU), wrong, "2026-11-27", 3.0))
+    monkeypatch.setattr(
+        verdict, "judge", lambda *_: Verdict(verdict.facts_of(SETUP, CPU), wrong, {}, "2026-11-27", 3.0)
+    )
     with caplog.at_level(logging.WARNING, "nanogpt_fast"):
         chosen = ops_of_run("auto", SETUP, WORLD, a_gpu.append)
     assert chosen == dataclasses.replace(ops.TRITON, mlp=REFERENCE.mlp)
