@@ -83,7 +83,8 @@ def _attention_bwd_dq_kernel(
     if DOCUMENTS:
         doc_i = tl.load(doc_ids_ptr + i, mask=i < T, other=0)
     end = tl.minimum(m + BLOCK_M, T) if RAGGED else m + BLOCK_M
-    LOOPS: tl.constexpr = 2 if DROPOUT else 1  # as forward
+    # beside either ptxas serialises every wgmma of a single loop
+    LOOPS: tl.constexpr = 2 if DROPOUT or DOCUMENTS else 1
     diagonal = m // BLOCK_N * BLOCK_N
     for loop in tl.static_range(LOOPS):
         for n in range(start if loop == 0 else diagonal, diagonal if loop < LOOPS - 1 else end, BLOCK_N):
@@ -93,7 +94,7 @@ def _attention_bwd_dq_kernel(
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             p = tl.math.exp2(s * log2_scale - lse[:, None])
             if loop == LOOPS - 1:
-                p = causal(p, n, m, 0.0, BLOCK_M, BLOCK_N, False, BRANCH=not (DROPOUT or DOCUMENTS))
+                p = causal(p, n, m, 0.0, BLOCK_M, BLOCK_N, False, BRANCH=LOOPS == 1)
             if DOCUMENTS:
                 doc_j = tl.load(doc_ids_ptr + j, mask=j < T, other=0)
                 p = tl.where(doc_i[:, None] == doc_j[None, :], p, 0.0)
@@ -161,7 +162,7 @@ def _attention_bwd_dkdv_kernel(
     if DOCUMENTS:
         j = n + tl.arange(0, BLOCK_N)
         doc_j = tl.load(doc_ids_ptr + j, mask=j < T, other=0)
-    LOOPS: tl.constexpr = 2 if DROPOUT or ATOMIC else 1  # as forward
+    LOOPS: tl.constexpr = 2 if DROPOUT or DOCUMENTS or ATOMIC else 1  # as for dQ
     first, below = n // BLOCK_M * BLOCK_M, tl.cdiv(n + BLOCK_N, BLOCK_M) * BLOCK_M
     for loop in tl.static_range(LOOPS):
         for m in range(first if loop == 0 else below, tl.minimum(below, T) if loop < LOOPS - 1 else end, BLOCK_M):
@@ -176,7 +177,7 @@ def _attention_bwd_dkdv_kernel(
                 lse = load_row(lse_ptr, i, T, float("inf"), RAGGED)  # P = 0 beyond T
             p = tl.math.exp2(s * log2_scale - lse[None, :])
             if loop == 0:
-                p = causal(p, n, m, 0.0, BLOCK_M, BLOCK_N, True, BRANCH=LOOPS == 1 and not DOCUMENTS)
+                p = causal(p, n, m, 0.0, BLOCK_M, BLOCK_N, True, BRANCH=LOOPS == 1)
             if DOCUMENTS:
                 doc_i = tl.load(doc_ids_ptr + i, mask=i < T, other=0)
                 p = tl.where(doc_i[None, :] == doc_j[:, None], p, 0.0)
