@@ -112,12 +112,14 @@ class Witness:
                 check.wrong = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
             check.calls += 1
             check.seconds += time.perf_counter() - start
-        return getattr(REFERENCE, name)(*args, **kwargs)
+        return getattr(self.ours if self.device.type == "meta" else REFERENCE, name)(*args, **kwargs)
 
     def _compare(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         mine, plain = getattr(self.ours, name), getattr(REFERENCE, name)
         names = [what if what not in SCRATCH.get(name, ()) else "" for what in inspect.signature(plain).parameters]
         call = partial(_results, args=args, kwargs=kwargs, differentiate=self.differentiate, names=names)
+        if self.device.type == "meta":
+            return "" if call(mine) else "it gave nothing"
         _poison(self.device)
         first = call(mine)
         same_dtype, exact = call(plain), call(plain, exact=True)
@@ -147,73 +149,50 @@ class Witness:
 
 def exercise(setup: Setup, device: torch.device, witness: Witness, rows: int = ROWS) -> None:
     """One block at the setup's widths, through all that calls an op: a step of at least so many rows, its update, an
-    evaluation, a token."""
-    generator = torch.Generator().manual_seed(1)
+    evaluation, a token. On "meta" the witness's ops are called on tensors without data."""
+    generator = None if device.type == "meta" else torch.Generator().manual_seed(1)
     model, optimizer = _built(setup, witness.ops, device, generator)
-    B, T, V = math.ceil(rows / setup.shape.block_size), setup.shape.block_size, setup.shape.vocab_size
-    flat = optimizer.flat
-    flat.grad.copy_(torch.randn(flat.grad.shape, generator=generator) * (B * T) ** 0.5)  # as large as what is added
-    tokens = torch.randint(V, (B, T + 1), generator=generator)
+    T, V, dtype = setup.shape.block_size, setup.shape.vocab_size, getattr(torch, setup.dtype)
+    B, flat = math.ceil(rows / T), optimizer.flat
+    tokens = torch.zeros(B, T + 1, dtype=torch.int64)
+    if generator is not None:
+        flat.grad.copy_(torch.randn(flat.grad.shape, generator=generator) * (B * T) ** 0.5)  # as large as what is added
+        tokens = torch.randint(V, (B, T + 1), generator=generator)
     tokens[:, ::EOT_EVERY] = 0
-
-    def step(*args: Any) -> None:
-        with torch.no_grad():
-            model(*args)
-
-    def update() -> None:
+    tokens = tokens.to(device)
+    idx, targets = tokens[:, :-1], tokens[:, 1:]
+    doc_ids = document_ids(idx, 0) if setup.documents else None
+    scale, seed = torch.full((), 1.0 / (B * T), device=device), torch.full((1,), 7, device=device)
+    with torch.no_grad():
+        model.train()(idx, targets, scale, seed, doc_ids)
         witness.differentiate = False
         optimizer.set_lr(1e-3)
         optimizer.step()
+        model.eval()(idx, targets, scale, None, doc_ids)
+        size = (1, 2, B, setup.shape.n_head, T, setup.shape.n_embd // setup.shape.n_head)
+        for new, start in ((1, T - 1), (1, torch.full((1,), T // 2, device=device)), (T // 2 + 1, 0)):
+            if isinstance(start, Tensor) and device.type == "cpu":
+                continue  # it is a graph that reads it
+            cache = torch.zeros(size, dtype=dtype, device=device)
+            if generator is not None:
+                cache.copy_(torch.randn(size, generator=generator))
+            model._next_logits(idx[:, :new], cache, start)
 
-    _run(setup, model, tokens.to(device), step, update, generator)
 
-
-def rehearse(setup: Setup, ops: Ops, rows: int = ROWS) -> None:
+def rehearse(setup: Setup, ours: Ops, rows: int = ROWS) -> None:
     """What exercise has these ops launch, on tensors without data."""
     meta = torch.device("meta")
-    with meta:
-        model, optimizer = _built(setup, ops, meta)
-    B, T = math.ceil(rows / setup.shape.block_size), setup.shape.block_size
-    tokens = torch.zeros(B, T + 1, dtype=torch.int64, device=meta)
-    _run(setup, model, tokens, lambda *args: model(*args)[0].backward(), optimizer.step, None)
+    exercise(setup, meta, Witness(ours, meta), rows)
 
 
 def _built(setup: Setup, ops: Ops, device: torch.device, generator: torch.Generator | None = None) -> tuple[GPT, AdamW]:
     dtype = getattr(torch, setup.dtype)
     wide = torch.float32 if setup.wide_residual else None
-    model = GPT(replace(setup.shape, n_layer=1), ops, wide, setup.recompute)
+    with torch.device("meta" if device.type == "meta" else "cpu"):
+        model = GPT(replace(setup.shape, n_layer=1), ops, wide, setup.recompute)
     if generator is not None:
         _randomise(model, generator)
     return model, AdamW(FlatParameters(model, dtype, device), OptimConfig(), ops, scale_loss=dtype == torch.float16)
-
-
-def _run(
-    setup: Setup,
-    model: GPT,
-    tokens: Tensor,
-    step: Callable[..., None],
-    update: Callable[[], Any],
-    generator: torch.Generator | None,
-) -> None:
-    device, dtype, (B, T) = tokens.device, getattr(torch, setup.dtype), (tokens.size(0), tokens.size(1) - 1)
-    idx, targets = tokens[:, :-1], tokens[:, 1:]
-    doc_ids = document_ids(idx, 0) if setup.documents else None
-    scale = torch.full((), 1.0 / (B * T), device=device)
-    seed = torch.full((1,), 7, device=device)
-    model.train()
-    step(idx, targets, scale, seed, doc_ids)
-    update()
-    model.eval()
-    with torch.no_grad():
-        model(idx, targets, scale, None, doc_ids)
-        size = (1, 2, B, setup.shape.n_head, T, setup.shape.n_embd // setup.shape.n_head)
-        for new, start in ((1, T - 1), (1, torch.full((1,), T // 2, device=device)), (T // 2 + 1, 0)):
-            if isinstance(start, Tensor) and device.type == "cpu":
-                continue  # as a graph reads it
-            cache = torch.zeros(size, dtype=dtype, device=device)
-            if generator is not None:
-                cache.copy_(torch.randn(size, generator=generator))
-            model._next_logits(idx[:, :new], cache, start)
 
 
 def _randomise(model: GPT, generator: torch.Generator) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from nanogpt_fast import assembler, ops, verdict, verify
 from nanogpt_fast.distributed import World
 from nanogpt_fast.ops import OP_NAMES, REFERENCE, Ops
-from nanogpt_fast.proof import Setup, Witness, exercise
+from nanogpt_fast.proof import Setup, Witness, exercise, rehearse
 from nanogpt_fast.settings.config import GPTConfig
 from nanogpt_fast.verdict import Verdict, judge, ops_of_run, remember, remembered
 
@@ -44,6 +44,19 @@ def test_the_interpreted_kernels_are_right():
     witness = Witness(ops.TRITON, CPU, repeats=1)
     exercise(SETUP, CPU, witness, rows=16)
     assert {name: check.wrong for name, check in witness.checks.items() if check.wrong} == {}
+
+
+def test_a_rehearsal_launches_what_a_run_needs():
+    """On tensors without data: so its kernels can be compiled ahead, on all cores."""
+    from nanogpt_kernels.launch import recording
+
+    with recording(90) as calls:
+        rehearse(SETUP, ops.TRITON, rows=16)
+    launched = {call.op for call in calls}
+    wanted = {"embedding_fwd", "embedding_bwd", "norm_fwd", "norm_bwd", "attention_fwd_dropout_or_docs",
+              "attention_bwd_dq_dropout_or_docs", "attention_bwd_dkdv_dropout_or_docs", "cached_attention", "bias_gelu_fwd",
+              "bias_gelu_bwd", "cross_entropy", "grad_norm", "adamw", "column_sums"}  # fmt: skip
+    assert wanted <= launched, wanted - launched
 
 
 # ---- planted faults ----
