@@ -7,9 +7,9 @@ from nanogpt_fast.data.dataset import read_meta
 from nanogpt_fast.data.splits import dataset_folder
 from nanogpt_fast.errors import ConfigError, did_you_mean
 from nanogpt_fast.gpus import CHOICES, GPU, GPUS
-from nanogpt_fast.hardware import flops_per_token, free_memory, peak_flops, resolve_peak
+from nanogpt_fast.hardware import capability_of, flops_per_token, free_memory, peak_flops, resolve_peak
 from nanogpt_fast.memory import RESERVE, Plan, batch_flags, largest_batch, peak, plan_of, readable, relief
-from nanogpt_fast.ops import select_ops
+from nanogpt_fast.ops import expected, select_ops
 from nanogpt_fast.restore import restore, shape_of
 from nanogpt_fast.schedule import BatchSchedule
 from nanogpt_fast.settings.cli import to_toml
@@ -31,14 +31,14 @@ def describe(config: Config) -> str:
         name = _gpu_named(config.system.on)
         device = GPUS[name]
         there, capacity = name, device.gib * 2**30
-        ops = select_ops(config.system.kernels, "cuda")
+        ops = select_ops(config.system.kernels, "cuda", expected(device.capability))
         dtype = _dtype_on(device, config.system.dtype)
         rated = peak_flops(name, _plain(dtype))
         flops_there, source = rated or (None, f"unknown: {name} has no {_plain(dtype)} peak in gpus.py")
     else:
         device = distributed.resolve_device(config.system.device)
         there, capacity = str(device), free_memory(device)
-        ops = select_ops(config.system.kernels, device.type)
+        ops = select_ops(config.system.kernels, device.type, expected(capability_of(device)))
         dtype = distributed.resolve_dtype(config.system.dtype, device)
         flops_there, source = resolve_peak(device, dtype)
     plan = plan_of(config, shape, ops, dtype, device)

@@ -62,6 +62,7 @@ class Ops:
     adamw_: Op
 
 
+OLDEST = 80  # compute capability that our kernels are written for
 OP_NAMES = tuple(f.name for f in dataclasses.fields(Ops))
 OP_FILES = {  # {file of nanogpt_kernels/ops: its ops}; --kernels takes the names of both
     "embedding": ("embedding",),
@@ -168,6 +169,17 @@ def select_ops(spec: str, device_type: str, auto: Ops = REFERENCE) -> Ops:
         ops = sets[source]()
         chosen = dataclasses.replace(chosen, **{op: getattr(ops, op) for op in OP_FILES.get(name, (name,))})
     return chosen
+
+
+def expected(capability: int | None) -> Ops:
+    """What `auto` will be at this CUDA compute capability (as in sm_90: 90; None: no CUDA device), as far as can be
+    told without trying: ours from OLDEST on, where Triton can be imported."""
+    if (capability or 0) < OLDEST:
+        return REFERENCE
+    try:
+        return _triton("auto", "cuda")
+    except DeviceError:
+        return REFERENCE
 
 
 def _known(name: str, known: Iterable[str], spec: str) -> None:

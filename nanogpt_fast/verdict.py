@@ -26,7 +26,8 @@ from nanogpt_fast import assembler
 from nanogpt_fast.distributed import World
 from nanogpt_fast.errors import NanogptError
 from nanogpt_fast.files import write_atomic, write_json
-from nanogpt_fast.ops import OP_NAMES, REFERENCE, Ops, assembler_path, kernel_sources, select_ops
+from nanogpt_fast.hardware import capability_of
+from nanogpt_fast.ops import OLDEST, OP_NAMES, REFERENCE, Ops, assembler_path, kernel_sources, select_ops
 from nanogpt_fast.proof import Setup
 from nanogpt_fast.settings.config import Config, GPTConfig
 
@@ -137,8 +138,7 @@ def _report(verdict: Verdict) -> str:
 
 def child_command(setup: Setup, device: torch.device, skip: Sequence[str]) -> list[str]:
     """What verify.py's main takes apart again."""
-    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    given = {"setup": dataclasses.asdict(setup), "device": str(device), "capability": 10 * major + minor,
+    given = {"setup": dataclasses.asdict(setup), "device": str(device), "capability": capability_of(device),
              "skip": list(skip), "tf32": torch.get_float32_matmul_precision()}  # fmt: skip
     return [sys.executable, "-m", "nanogpt_fast.verify", "--child", json.dumps(given)]
 
@@ -191,7 +191,7 @@ def _run(command: list[str], limit_s: float) -> tuple[list[dict[str, Any]], str]
 def ops_of_run(spec: str, setup: Setup, world: World, say: Callable[[str], None], check: bool = True) -> Ops:
     """The ops that --kernels names for this run. `auto` on CUDA is our kernels where they were found right, here and
     now if that is not known yet (check=False: then it is plain PyTorch); all ranks take rank 0's word."""
-    if spec.split(",")[0].strip() != "auto" or world.device.type != "cuda":
+    if spec.split(",")[0].strip() != "auto" or (capability_of(world.device) or 0) < OLDEST:
         return select_ops(spec, world.device.type)
     verdict = None
     if world.is_main:

@@ -54,8 +54,8 @@ def test_a_rehearsal_launches_what_a_run_needs():
         rehearse(SETUP, ops.TRITON, rows=16)
     launched = {call.op for call in calls}
     wanted = {"embedding_fwd", "embedding_bwd", "norm_fwd", "norm_bwd", "attention_fwd_dropout_or_docs",
-              "attention_bwd_dq_dropout_or_docs", "attention_bwd_dkdv_dropout_or_docs", "cached_attention", "bias_gelu_fwd",
-              "bias_gelu_bwd", "cross_entropy", "grad_norm", "adamw", "column_sums"}  # fmt: skip
+              "attention_bwd_dq_dropout_or_docs", "attention_bwd_dkdv_dropout_or_docs", "cached_attention",
+              "bias_gelu_fwd", "bias_gelu_bwd", "cross_entropy", "grad_norm", "adamw", "column_sums"}  # fmt: skip
     assert wanted <= launched, wanted - launched
 
 
@@ -230,6 +230,7 @@ def test_a_damaged_verdict_is_none(text: str):
 @pytest.fixture
 def a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A world on CUDA, as far as choosing ops goes; what was said."""
+    monkeypatch.setattr(verdict, "capability_of", lambda device: 90 if device.type == "cuda" else None)
     monkeypatch.setattr(
         verdict, "facts_of", lambda setup, device: {"gpu": "a GPU", "ptxas": "13.5", **vars(setup.shape)}
     )
@@ -273,7 +274,9 @@ def test_other_specs_and_devices_ask_nobody(a_gpu: list[str], monkeypatch: pytes
     monkeypatch.setattr(verdict, "judge", raises)
     assert ops_of_run("triton", SETUP, WORLD, a_gpu.append) == ops.TRITON
     assert ops_of_run("reference", SETUP, WORLD, a_gpu.append) == REFERENCE
-    assert ops_of_run("auto", SETUP, World(), a_gpu.append) == REFERENCE and a_gpu == []
+    assert ops_of_run("auto", SETUP, World(), a_gpu.append) == REFERENCE
+    monkeypatch.setattr(verdict, "capability_of", lambda _: 70)
+    assert ops_of_run("auto", SETUP, WORLD, a_gpu.append) == REFERENCE and a_gpu == []
 
 
 # ---- the assembler ----

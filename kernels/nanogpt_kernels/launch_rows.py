@@ -80,7 +80,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "embedding_fwd": (Row(80, dict(SEQUENCES=8, BLOCK_C=256), num_warps=4),),
     "embedding_bwd": (
         Row(80, dict(RUN=64, BLOCK_C=64), num_warps=8),
-        Row(90, dict(RUN=32, BLOCK_C=32), num_warps=2, itemsize=2, source=_H100 + "embedding 0.737 of 64x64, 8 warps"),
+        # of 32x32 by 2 warps 0.737, but with float16 those spill
+        Row(90, dict(RUN=16, BLOCK_C=64), num_warps=8, itemsize=2, source=_H100 + "embedding 0.761 of 64x64"),
     ),
     "embedding_bwd_pieces": (Row(80, dict(PIECES=16, BLOCK_C=128), num_warps=4),),
     "embedding_bwd_positions": (Row(80, dict(SEQUENCES=8, BLOCK_C=256), num_warps=4),),
@@ -244,7 +245,6 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(120, dict(BLOCK_M=32, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=128),
     ),
     "attention_bwd_atomic_dropout_or_docs": (
-        Row(80, dict(BLOCK_M=32, BLOCK_N=32), num_warps=8, up_to=64),
         Row(80, dict(BLOCK_M=16, BLOCK_N=32), num_warps=8, up_to=128),
         Row(80, dict(BLOCK_M=32, BLOCK_N=64), num_warps=8, num_stages=2, itemsize=2, up_to=64),
         Row(80, dict(BLOCK_M=32, BLOCK_N=32), num_warps=8, num_stages=2, itemsize=2, up_to=128),

@@ -222,7 +222,7 @@ class SystemConfig:
     recompute: Literal["none", "mlp", "block"] = "none"  # rebuilt in backward: GELU's output, a whole block
     micro_batch: Literal["", "auto"] = ""  # auto: the largest batch_size that fits, with as many tokens an iteration
     compile: bool = True  # torch.compile the reference ops on CUDA (takes a minute); no effect elsewhere
-    kernels: str = "auto"  # auto | triton | reference, and single ops: triton,attention=reference
+    kernels: str = "auto"  # auto (ours on CUDA, where right) | triton | reference, and triton,attention=reference
     backend: str = "nccl"  # torch.distributed backend for CUDA ranks (CPU ranks use gloo)
     dry_run: bool = False  # print the resolved configuration, tokens, memory; train nothing
     on: str = ""  # with --dry_run: a GPU to foretell memory and time for, as h100, a100-40gb or its driver's name
