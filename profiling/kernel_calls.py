@@ -114,7 +114,7 @@ def _plain_and_loaded() -> Iterator[Case]:
         plain = at(x, dtype, bias=False)
         loaded = at(x, dtype, p=0.1, main_grad=True, activation="gelu_tanh")
         for s, on in ((plain, False), (loaded, True)):
-            yield case(embedding, s, core=main)
+            yield case(embedding, s, core=main or single)
             yield case(norm, s)
             yield case(add_norm, s, core=main or (not on and x in WIDTHS) or (single and on))
             yield case(dropout_add, s, core=main)
