@@ -96,7 +96,9 @@ def all_stages(out: Path, arch: int = 90, ptxas: Path | None = None, sanitizer: 
     race = ("race.py", "--device=cpu", "--dtype=float32", "--size=tiny", "--repeats=2", "--ballast_mb=0")
     checked = ("ops.py", "norm", "--check", "--sizes=tiny", *on_cpu)
     ops = ("ops.py", "--resume", "--sizes")
-    ours = dict.fromkeys(assembled_by(Path()))  # Triton's own assembler
+    triton = importlib.util.find_spec("triton")
+    own = Path(triton.origin if triton and triton.origin else "").parent / "backends/nvidia/bin"  # Triton's assemblers
+    ours = {"TRITON_PTXAS_PATH": f"{own}/ptxas", "TRITON_PTXAS_BLACKWELL_PATH": f"{own}/ptxas-blackwell"}
     tests = [
         Stage(f"tests-{name}", pytest(*on_gpu, *files), 150, rehearsal=pytest("--collect-only", *files))
         for name, files in gpu_test_slices().items()

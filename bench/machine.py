@@ -31,6 +31,8 @@ from nanogpt_fast.errors import DeviceError  # noqa: E402
 from nanogpt_fast.gpus import GPUS  # noqa: E402
 from nanogpt_fast.hardware import peak_flops  # noqa: E402
 
+assembler.prefer_extra()  # as the trainer does; --ptxas and Triton's variables go before it
+
 # Instruction sets beside the baseline whose presence changes a product's rate.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16")
 

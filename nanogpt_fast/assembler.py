@@ -26,14 +26,20 @@ def extra() -> tuple[str, str] | None:
     return (paths[0], wheel.version) if paths else None
 
 
-def prefer_extra(driver_cuda: int) -> None:
-    """Name the extra's ptxas to Triton, before it compiles anything. driver_cuda: CUDA's version by the driver, as in
-    13000; 0 without one."""
+def prefer_extra() -> None:
+    """Name the extra's ptxas to Triton, before it compiles anything."""
     found = extra()
-    if found is None or not is_new(found[1]) or 0 < driver_cuda < 13000:
+    if found is None or not is_new(found[1]) or 0 < driver_cuda() < 13000:
         return
     for variable in VARIABLES:
         os.environ.setdefault(variable, found[0])
+
+
+def driver_cuda() -> int:
+    """CUDA's version by the driver, as in 13000; 0 where there is none."""
+    import torch
+
+    return getattr(torch._C, "_cuda_getDriverVersion", int)() if torch.cuda.is_available() else 0
 
 
 def version_of(path: str | Path) -> str:

@@ -99,7 +99,9 @@ def main(argv: list[str]) -> None:
     dtype = resolve_dtype(config.dtype, device, comparable=True)
     restored = restore(config.init_from, config.out_dir, config.data_dir)
     config = resolve(config, restored)
-    model = build_model(restored, device, dtype, ops_known(config.kernels, restored.config, device, dtype))
+    model = build_model(
+        restored, device, dtype, ops_known(config.kernels, restored.config, device, dtype, config.document_mask)
+    )
     generator = torch.Generator().manual_seed(config.seed)
     with ExitStack() as stack:
         sources, tokenizer_json = open_sources(config, restored, stack)

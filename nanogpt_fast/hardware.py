@@ -157,7 +157,7 @@ def training_peak(device: torch.device, dtype: torch.dtype) -> Peak:
 
 def capability_of(device: torch.device) -> int | None:
     """A CUDA device's compute capability, as in sm_90: 90; None for others."""
-    if device.type != "cuda":
+    if device.type != "cuda" or torch.version.hip:  # AMD's numbers mean something else
         return None
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor

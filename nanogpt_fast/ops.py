@@ -30,6 +30,7 @@ __all__ = [
     "LOSS_SCALE",
     "LR",
     "MAX_NORM",
+    "OLDEST",
     "OP_FILES",
     "OP_NAMES",
     "REFERENCE",
@@ -37,8 +38,13 @@ __all__ = [
     "TRITON",
     "Op",
     "Ops",
+    "assembler_path",
+    "compile_ahead",
     "exact_device",
+    "expected",
     "inside_of",
+    "kernel_sources",
+    "reproducible",
     "select_ops",
     "without_data",
 ]
@@ -80,19 +86,14 @@ def __getattr__(name: str) -> Any:
     """TRITON, made on first use."""
     if name != "TRITON":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    assembler.prefer_extra(_driver_cuda())
+    assembler.prefer_extra()
     globals()["TRITON"] = triton_ops = Ops(**{op: getattr(nanogpt_kernels, op) for op in OP_NAMES})
     return triton_ops
 
 
-def _driver_cuda() -> int:
-    """CUDA's version by the driver, as in 13000; 0 where there is none."""
-    return getattr(torch._C, "_cuda_getDriverVersion", int)() if torch.cuda.is_available() else 0
-
-
 def assembler_path(device: torch.device) -> str:
     """The ptxas that Triton takes for this device. ImportError without Triton, RuntimeError where it has none."""
-    assembler.prefer_extra(_driver_cuda())
+    assembler.prefer_extra()
     from triton import knobs
 
     blackwell = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10

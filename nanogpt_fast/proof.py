@@ -35,21 +35,24 @@ EOT_EVERY = 97  # a document ends there, where documents are masked
 @dataclass(frozen=True)
 class Setup:
     """What is checked: a model's widths and how a run calls its ops. dtype: of parameters and activations, as in
-    "bfloat16"; wide_residual: the residual stream is float32; recompute: as --recompute; documents: they are masked."""
+    "bfloat16"; wide_residual: the residual stream is float32; recompute: as --recompute; documents: they are masked;
+    rows: tokens of a micro-batch, of which as many are checked, ROWS at most."""
 
     shape: GPTConfig
     dtype: str = "bfloat16"
     wide_residual: bool = False
     recompute: str = "none"
     documents: bool = False
+    rows: int = ROWS
 
 
 @dataclass
 class Check:
-    """What was found of one op. wrong: its first fault, "" for none."""
+    """What was found of one op. wrong: its first fault, "" for none; untried: what kept it from being tried."""
 
     calls: int = 0
     wrong: str = ""
+    untried: str = ""
     seconds: float = 0.0
 
 
@@ -81,8 +84,9 @@ class Ballast:
 
 
 class Witness:
-    """Ops that compute by the reference and hold `ours` to it; `checks` is what they found. began(op) is called before
-    an op of ours runs: whoever watches knows what a crash or a hang was in."""
+    """Ops that compute by the reference and hold `ours` to it; `checks` is what they found. tell(event, op, text) is
+    called as an op's check has "began" and "ended", and when it was "wrong" or "untried": whoever watches knows what a
+    crash or a hang was in, and loses nothing by it."""
 
     def __init__(
         self,
@@ -90,9 +94,9 @@ class Witness:
         device: torch.device,
         repeats: int = REPEATS,
         skip: frozenset[str] = frozenset(),
-        began: Callable[[str], None] = lambda op: None,
+        tell: Callable[[str, str, str], None] = lambda event, op, text: None,
     ):
-        self.ours, self.device, self.repeats, self.skip, self.began = ours, device, repeats, skip, began
+        self.ours, self.device, self.repeats, self.tell = ours, device, repeats, tell
         self.checks = {name: Check() for name in OP_NAMES if name not in skip}
         self.differentiate = True
         self.ballast = Ballast(device)
@@ -103,13 +107,19 @@ class Witness:
 
     def _called(self, name: str, *args: Any, **kwargs: Any) -> Any:
         check = self.checks.get(name)
-        if check is not None and not check.wrong:
+        if check is not None and not check.wrong and not check.untried:
             start = time.perf_counter()
-            self.began(name)
+            self.tell("began", name, "")
             try:
                 check.wrong = self._compare(name, args, kwargs)
+            except torch.OutOfMemoryError:  # float64 takes four times what a run does: nothing is said of the op
+                check.untried = "out of memory"
             except Exception as error:  # the next op has its own kernels
                 check.wrong = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            for event in ("wrong", "untried"):
+                if text := getattr(check, event):
+                    self.tell(event, name, text)
+            self.tell("ended", name, "")
             check.calls += 1
             check.seconds += time.perf_counter() - start
         return getattr(self.ours if self.device.type == "meta" else REFERENCE, name)(*args, **kwargs)
@@ -147,13 +157,13 @@ class Witness:
         return f"other bits, of {self.repeats} times: {', '.join(differing)}" if differing else ""
 
 
-def exercise(setup: Setup, device: torch.device, witness: Witness, rows: int = ROWS) -> None:
-    """One block at the setup's widths, through all that calls an op: a step of at least so many rows, its update, an
-    evaluation, a token. On "meta" the witness's ops are called on tensors without data."""
+def exercise(setup: Setup, device: torch.device, witness: Witness) -> None:
+    """One block at the setup's widths, through all that calls an op: a step, its update, an evaluation, a token. On
+    "meta" the witness's ops are called on tensors without data."""
     generator = None if device.type == "meta" else torch.Generator().manual_seed(1)
     model, optimizer = _built(setup, witness.ops, device, generator)
     T, V, dtype = setup.shape.block_size, setup.shape.vocab_size, getattr(torch, setup.dtype)
-    B, flat = math.ceil(rows / T), optimizer.flat
+    B, flat = math.ceil(min(setup.rows, ROWS) / T), optimizer.flat
     tokens = torch.zeros(B, T + 1, dtype=torch.int64)
     if generator is not None:
         flat.grad.copy_(torch.randn(flat.grad.shape, generator=generator) * (B * T) ** 0.5)  # as large as what is added
@@ -179,10 +189,10 @@ def exercise(setup: Setup, device: torch.device, witness: Witness, rows: int = R
             model._next_logits(idx[:, :new], cache, start)
 
 
-def rehearse(setup: Setup, ours: Ops, rows: int = ROWS) -> None:
+def rehearse(setup: Setup, ours: Ops) -> None:
     """What exercise has these ops launch, on tensors without data."""
     meta = torch.device("meta")
-    exercise(setup, meta, Witness(ours, meta), rows)
+    exercise(setup, meta, Witness(ours, meta))
 
 
 def _built(setup: Setup, ops: Ops, device: torch.device, generator: torch.Generator | None = None) -> tuple[GPT, AdamW]:

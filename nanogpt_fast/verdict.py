@@ -16,38 +16,43 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nanogpt_fast import assembler
+from nanogpt_fast import assembler, proof
 from nanogpt_fast.distributed import World
 from nanogpt_fast.errors import NanogptError
-from nanogpt_fast.files import write_atomic, write_json
+from nanogpt_fast.files import sha256_of, write_atomic, write_json
 from nanogpt_fast.hardware import capability_of
 from nanogpt_fast.ops import OLDEST, OP_NAMES, REFERENCE, Ops, assembler_path, kernel_sources, select_ops
 from nanogpt_fast.proof import Setup
 from nanogpt_fast.settings.config import Config, GPTConfig
 
 log = logging.getLogger(__name__)
-LIMIT_S = 300.0  # for a child, whose time is compiling
+LIMIT_S = 480.0  # in all, most of it compiling; less than the ten minutes that other ranks wait in a collective
+TRANSIENT = ("no end", "signal 9")  # too slow a machine, too little memory: of no op in particular
 DIED = "the process ended with {how} while it ran"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """wrong: {op: its fault}, of those that plain PyTorch must do."""
+    """wrong: {op: its fault}; untried: {op: what kept it from being tried}. Plain PyTorch does both."""
 
     facts: dict[str, Any]
     wrong: dict[str, str] = field(default_factory=dict)
+    untried: dict[str, str] = field(default_factory=dict)
     spent: dict[str, float] = field(default_factory=dict)  # {op, or "compiling": seconds}
     made: str = ""
     seconds: float = 0.0
 
-    def ops(self, ours: Ops) -> Ops:
-        return dataclasses.replace(ours, **{name: getattr(REFERENCE, name) for name in self.wrong})
+    @property
+    def refused(self) -> list[str]:
+        return [*self.wrong, *self.untried]
 
 
 def setup_of(config: Config, shape: GPTConfig, dtype: torch.dtype) -> Setup:
@@ -58,6 +63,7 @@ def setup_of(config: Config, shape: GPTConfig, dtype: torch.dtype) -> Setup:
         config.system.residual_dtype == "float32",
         config.system.recompute,
         config.data.document_mask,
+        config.data.batch_size * shape.block_size,
     )
 
 
@@ -73,8 +79,10 @@ def facts_of(setup: Setup, device: torch.device) -> dict[str, Any]:
         "triton": triton.__version__,
         "ptxas": assembler.version_of(assembler_path(device)),
         "kernels": kernel_sources(),
+        "proof": sha256_of(Path(proof.__file__))[:16],
         **{name: shape[name] for name in ("n_head", "n_embd", "block_size", "vocab_size", "bias", "activation")},
         "dropout": shape["dropout"],
+        "rows": min(setup.rows, proof.ROWS),
         **{name: getattr(setup, name) for name in ("dtype", "wide_residual", "recompute", "documents")},
         "float32_products": torch.get_float32_matmul_precision() if setup.dtype == "float32" else "",
     }
@@ -86,7 +94,7 @@ def _driver() -> str:
     try:
         words = Path("/proc/driver/nvidia/version").read_text().split()
     except OSError:
-        return str(getattr(torch._C, "_cuda_getDriverVersion", int)()) if torch.cuda.is_available() else ""
+        return str(assembler.driver_cuda() or "")
     return next((word for word in words if word.count(".") >= 1 and word[0].isdigit()), "")
 
 
@@ -107,22 +115,24 @@ def remembered(facts: dict[str, Any]) -> Verdict | None:
     try:
         found = json.loads(_path(facts).read_text())
         verdict = Verdict(**found)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError):  # RuntimeError: there is no home
         return None
     return verdict if verdict.facts == facts and set(verdict.wrong) <= set(OP_NAMES) else None
 
 
 def remember(verdict: Verdict) -> Path | None:
-    """Write it, and a report where something is wrong, whose path is returned. A cache that cannot be written costs
-    the next run its time."""
-    path, report = _path(verdict.facts), None
+    """Write it, and a report where something is wrong, whose path is returned. What could not be tried this time is
+    tried the next. A cache that cannot be written costs the next run its time."""
+    report = None
     try:
+        path = _path(verdict.facts)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, dataclasses.asdict(verdict))
+        if not verdict.untried:
+            write_json(path, dataclasses.asdict(verdict))
         if verdict.wrong:
             report = path.with_suffix(".txt")
             write_atomic(report, _report(verdict).encode())
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         log.warning("the verdict on the kernels cannot be kept: %s", error)
     return report
 
@@ -149,39 +159,52 @@ def judge(
     limit_s: float = LIMIT_S,
     command: Callable[[Setup, torch.device, Sequence[str]], list[str]] = child_command,
 ) -> Verdict:
-    """Try every op in processes of their own."""
-    began, wrong, spent = time.monotonic(), {}, {}
-    while len(wrong) < len(OP_NAMES):
-        lines, how = _run(command(setup, device, tuple(wrong)), limit_s)
-        running = ""
+    """Try every op, in processes of their own: one more after each that an op has ended."""
+    began, facts = time.monotonic(), facts_of(setup, device)
+    wrong: dict[str, str] = {}
+    untried: dict[str, str] = {}
+    spent: dict[str, float] = {}
+    done = False
+    while not done and len(wrong) < len(OP_NAMES):
+        left = limit_s - (time.monotonic() - began)
+        lines, how = _run(command(setup, device, tuple(wrong)), max(1.0, left))
+        running, ended = "", set()
         for line in lines:
-            running = line.get("began", running)
+            running = line.get("began", running if line.get("ended") != running else "")
+            ended |= {line["ended"]} if "ended" in line else set()
             wrong |= line.get("wrong", {})
+            untried |= line.get("untried", {})
             spent |= line.get("spent", {})
-        if any("wrong" in line for line in lines):
+            done = done or "spent" in line
+        if not done and (not running or how.startswith(TRANSIENT)):  # no op's fault
+            untried |= {name: how for name in OP_NAMES if name not in ended - {running} and name not in wrong}
             break
-        if not running:  # not one op began: what is wrong is wrong with all
-            wrong = dict.fromkeys(OP_NAMES, f"they could not be tried: {how}")
-            break
-        wrong[running] = DIED.format(how=how)
+        if not done:
+            wrong[running] = DIED.format(how=how)
     made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return Verdict(facts_of(setup, device), wrong, spent, made, round(time.monotonic() - began, 1))
+    return Verdict(facts, wrong, untried, spent, made, round(time.monotonic() - began, 1))
 
 
 def _run(command: list[str], limit_s: float) -> tuple[list[dict[str, Any]], str]:
-    """(the JSON lines that it printed, how it ended)."""
+    """(the JSON objects that it printed, a line each; how it ended)."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)
-        said, errors = done.stdout, done.stderr.strip().splitlines()
+        done = subprocess.run(command, capture_output=True, timeout=limit_s)
+        said, errors = done.stdout, done.stderr.decode(errors="replace").strip().splitlines()
         how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
         how += f" ({errors[-1][:200]})" if errors and done.returncode else ""
     except subprocess.TimeoutExpired as late:
-        said = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
-        how = f"nothing after {limit_s:.0f} s"
+        said, how = late.stdout or b"", f"no end within {limit_s:.0f} s"
     found = []
-    for line in said.splitlines():
-        if line.startswith("{") and line.endswith("}"):
-            found.append(json.loads(line))
+    for line in said.decode(errors="replace").splitlines():
+        with suppress(ValueError):
+            if isinstance(value := json.loads(line), dict) and value.keys() <= {
+                "began",
+                "ended",
+                "wrong",
+                "untried",
+                "spent",
+            }:
+                found.append(value)
     return found, how
 
 
@@ -191,35 +214,50 @@ def _run(command: list[str], limit_s: float) -> tuple[list[dict[str, Any]], str]
 def ops_of_run(spec: str, setup: Setup, world: World, say: Callable[[str], None], check: bool = True) -> Ops:
     """The ops that --kernels names for this run. `auto` on CUDA is our kernels where they were found right, here and
     now if that is not known yet (check=False: then it is plain PyTorch); all ranks take rank 0's word."""
-    if spec.split(",")[0].strip() != "auto" or (capability_of(world.device) or 0) < OLDEST:
+    if spec.split(",")[0].strip() != "auto" or world.device.type != "cuda":
         return select_ops(spec, world.device.type)
-    verdict = None
-    if world.is_main:
+    refused = list(OP_NAMES)
+    able = (capability_of(world.device) or 0) >= OLDEST and os.environ.get("TRITON_INTERPRET") != "1"
+    if world.is_main and able:
         try:
-            select_ops("triton", "cuda")
-            facts = facts_of(setup, world.device)
-            verdict = remembered(facts)
-            if verdict is None and check:
-                say("kernels: trying the Triton ops on this GPU, once for this shape, dtype and software ...")
-                verdict = judge(setup, world.device)
-                _tell(verdict, remember(verdict))
-                say(f"kernels: {_summary(verdict)}, tried in {verdict.seconds:.0f} s")
-            elif verdict is None:
-                say("kernels: reference; `python -m nanogpt_fast.verify` or a training run tries the Triton ops")
-            else:
-                say(f"kernels: {_summary(verdict)}, as tried {verdict.made[:10]}")
-        except NanogptError as error:  # no Triton
-            say(f"kernels: reference ({error.what})")
-    refused = _agreed(world, list(OP_NAMES) if verdict is None else list(verdict.wrong))
-    if len(refused) == len(OP_NAMES):
+            refused = _refused(setup, world.device, say, check)
+        except (NanogptError, ImportError, RuntimeError, OSError) as error:  # no Triton, no ptxas
+            say(f"kernels: reference ({str(error).splitlines()[0]})")
+    refused = _agreed(world, refused)
+    if world.any(not able) or len(refused) == len(OP_NAMES):
         return select_ops(spec, "cuda")
-    return select_ops(spec, "cuda", Verdict({}, dict.fromkeys(refused, "")).ops(select_ops("triton", "cuda")))
+    ours = dataclasses.replace(select_ops("triton", "cuda"), **{name: getattr(REFERENCE, name) for name in refused})
+    return select_ops(spec, "cuda", ours)
 
 
-def ops_known(spec: str, shape: GPTConfig, device: torch.device, dtype: torch.dtype) -> Ops:
+def _refused(setup: Setup, device: torch.device, say: Callable[[str], None], check: bool) -> list[str]:
+    """The ops that plain PyTorch must do."""
+    select_ops("triton", "cuda")
+    verdict = remembered(facts_of(setup, device))
+    if verdict is not None:
+        say(f"kernels: {_summary(verdict)}, as tried {verdict.made[:10]}")
+    elif check:
+        say("kernels: trying the Triton ops on this GPU, once for this shape, dtype and software ...")
+        verdict = judge(setup, device)
+        report = remember(verdict)
+        for name, wrong in verdict.wrong.items():
+            log.warning("%s differs from plain PyTorch, which takes its place: %s", name, wrong)
+        for name, why in verdict.untried.items():
+            log.warning("%s could not be tried, and plain PyTorch takes its place this time: %s", name, why)
+        if report is not None:
+            log.warning("please send %s to the project's issues", report)
+        say(f"kernels: {_summary(verdict)}, tried in {verdict.seconds:.0f} s")
+    else:
+        say("kernels: reference; `python -m nanogpt_fast.verify` or a training run tries the Triton ops")
+    return list(OP_NAMES) if verdict is None else verdict.refused
+
+
+def ops_known(
+    spec: str, shape: GPTConfig, device: torch.device, dtype: torch.dtype, documents: bool | None = False
+) -> Ops:
     """Those of a model that is sampled from or scored: nothing is tried, what is known counts."""
-    setup = Setup(shape, str(dtype).removeprefix("torch."))
-    return ops_of_run(spec, setup, World(device=device), log.info, check=False)
+    setup = Setup(shape, str(dtype).removeprefix("torch."), documents=bool(documents))
+    return ops_of_run(spec, setup, World(device=device), partial(print, file=sys.stderr), check=False)
 
 
 def _agreed(world: World, refused: list[str]) -> list[str]:
@@ -232,15 +270,8 @@ def _agreed(world: World, refused: list[str]) -> list[str]:
 
 
 def _summary(verdict: Verdict) -> str:
-    if len(verdict.wrong) == len(OP_NAMES):
+    if len(verdict.refused) == len(OP_NAMES):
         return "reference"
     return (
-        ",".join(["triton", *(f"{name}=reference" for name in verdict.wrong)]) + f" by ptxas {verdict.facts['ptxas']}"
+        f"{','.join(['triton', *(f'{name}=reference' for name in verdict.refused)])} by ptxas {verdict.facts['ptxas']}"
     )
-
-
-def _tell(verdict: Verdict, report: Path | None) -> None:
-    for name, wrong in verdict.wrong.items():
-        log.warning("%s differs from plain PyTorch, which takes its place: %s", name, wrong)
-    if report is not None:
-        log.warning("please send %s to the project's issues", report)

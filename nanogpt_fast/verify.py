@@ -6,7 +6,6 @@ is wrong.
 """
 
 import json
-import sys
 import time
 from functools import partial
 from typing import Any
@@ -17,7 +16,8 @@ from nanogpt_fast.data.dataset import read_meta
 from nanogpt_fast.data.splits import dataset_folder
 from nanogpt_fast.distributed import resolve_device, resolve_dtype
 from nanogpt_fast.errors import DeviceError, run_command
-from nanogpt_fast.ops import OP_NAMES, compile_ahead, select_ops
+from nanogpt_fast.hardware import capability_of
+from nanogpt_fast.ops import OLDEST, OP_NAMES, compile_ahead, select_ops
 from nanogpt_fast.proof import Setup, Witness, exercise, rehearse
 from nanogpt_fast.restore import restore, shape_of
 from nanogpt_fast.settings.cli import load_config
@@ -35,24 +35,34 @@ def main(argv: list[str]) -> int:
     config = load_config(argv, prog=PROG)
     device = resolve_device(config.system.device)
     select_ops("triton", device.type)  # a DeviceError where they cannot run
+    if device.type == "cuda" and (capability_of(device) or 0) < OLDEST:
+        raise DeviceError(
+            "the Triton ops are not for this GPU",
+            where=str(device),
+            expected=f"compute capability {OLDEST / 10} or later",
+            found=str((capability_of(device) or 0) / 10),
+            hint="--kernels=reference, which --kernels=auto takes here",
+        )
     setup = setup_of(config, shape_of_run(config), resolve_dtype(config.system.dtype, device))
     torch.set_float32_matmul_precision("high" if config.system.tf32 else "highest")
     verdict = judge(setup, device)
     for name, value in verdict.facts.items():
         print(f"{name:<14}{value}")
     print()
+    said = verdict.wrong | {name: f"not tried: {why}" for name, why in verdict.untried.items()}
     for name in OP_NAMES:
-        print(f"{name:<22}{verdict.spent.get(name, 0.0):>6.1f} s  {verdict.wrong.get(name) or 'right'}")
+        print(f"{name:<22}{verdict.spent.get(name, 0.0):>6.1f} s  {said.get(name, 'right')}")
     report = remember(verdict)
-    print(f"\n{len(OP_NAMES) - len(verdict.wrong)} of {len(OP_NAMES)} ops are right, {verdict.seconds:.0f} s, "
+    print(f"\n{len(OP_NAMES) - len(verdict.refused)} of {len(OP_NAMES)} ops are right, {verdict.seconds:.0f} s, "
           f"{verdict.spent.get('compiling', 0.0):.0f} of them compiling")  # fmt: skip
     if verdict.wrong:
         raise DeviceError(
             "some kernels differ from plain PyTorch here",
             where=", ".join(verdict.wrong),
-            hint=f"--kernels=auto trains without them; please send {report} to the project's issues",
+            hint="--kernels=auto trains without them"
+            + f"; please send {report} to the project's issues" * bool(report),
         )
-    return 0
+    return 1 if verdict.untried else 0
 
 
 def shape_of_run(config: Config) -> GPTConfig:
@@ -67,22 +77,23 @@ def shape_of_run(config: Config) -> GPTConfig:
 
 
 def child(given: dict[str, Any]) -> int:
-    """Try the ops, for verdict.judge: a JSON line before each, and one with all faults at the end."""
-    say = partial(print, file=sys.stdout, flush=True)
+    """Try the ops, for verdict.judge: a JSON line as each begins and ends and for each fault, and one at the end."""
     setup = Setup(**{**given["setup"], "shape": GPTConfig(**given["setup"]["shape"])})
-    device = torch.device(given["device"])
+    device, began = torch.device(given["device"]), time.perf_counter()
+    torch.set_float32_matmul_precision(given["tf32"])  # by which attention's products are compiled
     ours = select_ops("triton", device.type)
-    began = time.perf_counter()
     if given["capability"]:
         compile_ahead(partial(rehearse, setup, ours), given["capability"])
     spent = {"compiling": time.perf_counter() - began}
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
-    torch.set_float32_matmul_precision(given["tf32"])
-    witness = Witness(ours, device, skip=frozenset(given["skip"]), began=lambda op: say(json.dumps({"began": op})))
+
+    def tell(event: str, op: str, text: str) -> None:
+        print(json.dumps({event: {op: text} if text else op}), flush=True)
+
+    witness = Witness(ours, device, skip=frozenset(given["skip"]), tell=tell)
     exercise(setup, device, witness)
-    spent |= {name: check.seconds for name, check in witness.checks.items()}
-    say(json.dumps({"wrong": {n: check.wrong for n, check in witness.checks.items() if check.wrong}, "spent": spent}))
+    print(json.dumps({"spent": spent | {name: check.seconds for name, check in witness.checks.items()}}), flush=True)
     return 0
 
 

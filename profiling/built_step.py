@@ -12,8 +12,9 @@ from nanogpt_fast.data.dataset import read_meta
 from nanogpt_fast.data.splits import dataset_folder
 from nanogpt_fast.distributed import World, resolve_device, resolve_dtype
 from nanogpt_fast.errors import DataError
+from nanogpt_fast.hardware import capability_of
 from nanogpt_fast.model import GPT
-from nanogpt_fast.ops import REFERENCE, Ops, select_ops
+from nanogpt_fast.ops import REFERENCE, Ops, expected, select_ops
 from nanogpt_fast.optim import AdamW, FlatParameters
 from nanogpt_fast.run import ranges, tracing
 from nanogpt_fast.run.step_parts import Summary
@@ -58,7 +59,7 @@ def build(config: Config, learning_rate: float = 1e-4) -> BuiltStep:
     """On the device that the configuration names, compiled where train would compile."""
     vocab, device = vocab_size_of(config), resolve_device(config.system.device)
     dtype, shape = resolve_dtype(config.system.dtype, device), config.shape(vocab)
-    ops = select_ops(config.system.kernels, device.type)
+    ops = select_ops(config.system.kernels, device.type, expected(capability_of(device)))
     generator = torch.Generator().manual_seed(config.run.seed)
     step = assembled(config, shape, ops, dtype, device, generator)
     step.optimizer.set_lr(learning_rate)

@@ -8,7 +8,9 @@ What is compiled lies in Triton's cache on the disk, where a launch finds it. A 
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from triton import knobs
@@ -74,11 +76,13 @@ def compile_ahead(work: Callable[[], Any], arch: int, limit_s: float = 120.0) ->
     lead.start()
     lead.join(limit_s)
     if lead.is_alive():
-        lead.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(lead.pid or 0, signal.SIGKILL)  # its workers too
         lead.join()
 
 
 def _compile_all(work: Callable[[], Any], arch: int) -> None:
+    os.setsid()
     with recording(arch) as calls:
         work()
     groups = distinct(calls, arch)

@@ -96,7 +96,9 @@ def sm_count(device: torch.device) -> int:
     """Multiprocessors of the device: the number of programs that run at once is a multiple of it."""
     if device.type == "cuda":
         return _cuda_properties(device.index or 0)[1]
-    return ARCHITECTURES[_recorded_arch].sms if _recorded is not None else INTERPRETER_SMS
+    if _recorded is None:
+        return INTERPRETER_SMS
+    return ARCHITECTURES[max(arch for arch in ARCHITECTURES if arch <= _recorded_arch)].sms
 
 
 def cdiv(a: int, b: int) -> int:

@@ -92,6 +92,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(80, dict(ROWS=1, BLOCK_C=256), num_warps=1, itemsize=2, up_to=768, choices=dict(programs_per_sm=12)),
         Row(90, dict(ROWS=1, BLOCK_C=256), num_warps=1, itemsize=2, up_to=768, choices=dict(programs_per_sm=32),
             source=_H100 + "add_norm forward 0.980 of 12 programs an SM"),
+        Row(100, dict(ROWS=1, BLOCK_C=256), num_warps=1, itemsize=2, up_to=768, choices=dict(programs_per_sm=12)),
         Row(80, dict(ROWS=1, BLOCK_C=256), num_warps=1, up_to=768, choices=dict(programs_per_sm=12)),
         Row(80, dict(ROWS=1, BLOCK_C=512), num_warps=2, itemsize=2, up_to=1024, choices=dict(programs_per_sm=10)),
         Row(80, dict(ROWS=1, BLOCK_C=256), num_warps=2, up_to=1280, choices=dict(programs_per_sm=8)),
@@ -132,14 +133,16 @@ TABLE: dict[str, tuple[Row, ...]] = {
     # GPU has been timed, cuBLAS.
     "mlp_fwd": (
         Row(80, _GEMM_128, num_warps=8, num_stages=3, itemsize=2, choices=_CUBLAS),
-        Row(90, _GEMM_128, num_warps=4, num_stages=3, itemsize=2, choices=_FUSED,
+        Row(90, _GEMM_128, num_warps=4, num_stages=3, itemsize=2, choices=_CUBLAS | dict(programs_per_sm=2)),
+        Row(90, _GEMM_128, num_warps=4, num_stages=3, itemsize=2, up_to=768, choices=_FUSED,
             source=_H100 + "mlp forward 0.943 of cuBLAS and GELU; 1.019 unflattened in two parts"),
         Row(100, _GEMM_256, num_warps=8, num_stages=3, itemsize=2, choices=_CUBLAS),
         Row(120, _GEMM_128, num_warps=8, num_stages=2, itemsize=2, choices=_CUBLAS),
     ),
     "mlp_bwd": (
         Row(80, _GEMM_128, num_warps=8, num_stages=3, itemsize=2, choices=_CUBLAS),
-        Row(90, _GEMM_PAIR, num_warps=4, num_stages=3, itemsize=2, choices=_FUSED,
+        Row(90, _GEMM_PAIR, num_warps=4, num_stages=3, itemsize=2, choices=_CUBLAS | dict(programs_per_sm=2)),
+        Row(90, _GEMM_PAIR, num_warps=4, num_stages=3, itemsize=2, up_to=768, choices=_FUSED,
             source=_H100 + "mlp both ways 0.962 of cuBLAS and GELU; 0.967 in two parts, 0.984 flattened"),
         Row(100, _GEMM_256, num_warps=8, num_stages=3, itemsize=2, choices=_CUBLAS),
         Row(120, _GEMM_128, num_warps=8, num_stages=2, itemsize=2, choices=_CUBLAS),
@@ -151,8 +154,11 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "cross_entropy": (
         Row(80, dict(BLOCK_V=1024), num_warps=4, itemsize=2, up_to=4096, choices=_ROWS | dict(programs_per_sm=12)),
         Row(80, dict(BLOCK_V=8192), num_warps=16, itemsize=2, choices=_ROWS),
+        Row(90, dict(BLOCK_V=1024), num_warps=4, itemsize=2, up_to=4096, choices=_ROWS | dict(programs_per_sm=12)),
         Row(90, dict(BLOCK_V=8192), num_warps=16, itemsize=2, choices=_ROWS | dict(chunk_rows=16384),
             source=_H100 + "linear_cross_entropy 0.980 of chunks of 8192; in order, or evicting nothing first, 1.020"),
+        Row(100, dict(BLOCK_V=1024), num_warps=4, itemsize=2, up_to=4096, choices=_ROWS | dict(programs_per_sm=12)),
+        Row(100, dict(BLOCK_V=8192), num_warps=16, itemsize=2, choices=_ROWS),
         Row(80, dict(BLOCK_V=1024), num_warps=4, up_to=4096, choices=_ROWS | dict(programs_per_sm=12)),
         Row(80, dict(BLOCK_V=4096), num_warps=16, choices=_ROWS),
     ),

@@ -109,8 +109,8 @@ def _sigmoid_of_twice(x, square, SHORT: tl.constexpr):
 def gelu(x, TANH: tl.constexpr, SHORT: tl.constexpr):
     """x Phi(x), by erf, or by GPT-2's tanh: 0.5 x (1 + tanh u) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3).
 
-    x: float32. SHORT: for results of 16 bits, Phi to about 1e-5, in a third of the instructions; limits at +-inf, where
-    else -inf gives NaN."""
+    x: float32. SHORT: for results of 16 bits, Phi to about 1e-5, in a third of the instructions; by erf then with its
+    limits at +-inf, where else -inf gives NaN."""
     if TANH:
         return x * _sigmoid_of_twice(x, x * x, SHORT)
     elif SHORT:

@@ -189,6 +189,12 @@ def test_repeats_bitwise_and_rows_do_not_depend_on_each_other():
     assert torch.equal(alone[1], first[1][3:4]) and torch.equal(alone[2], first[2][3:4])
 
 
+def test_targets_that_are_not_contiguous():
+    logits, targets = randn(6, 50), draw_targets(12, 50)[::2]
+    for ours, theirs in zip(with_gradient(logits, targets), with_gradient(logits, targets.contiguous())):
+        assert torch.equal(ours, theirs)
+
+
 def test_no_rows():
     loss, nll, dlogits = with_gradient(randn(0, 50), torch.empty(0, dtype=torch.int64, device=DEVICE))
     assert loss == 0 and nll.shape == (0,) and dlogits.shape == (0, 50)

@@ -46,6 +46,14 @@ def results(op, x: Tensor, w: Tensor, *rest) -> list[Tensor]:
     return [loss.detach(), nll, *torch.autograd.grad(loss, [x, w])]
 
 
+def test_targets_that_are_not_contiguous():
+    x, w, targets = randn(6, C), randn(65, C, seed=1), draw_targets(3, 4, V=65)[:, ::2]
+    inputs = x, w.requires_grad_(), targets, 1 / 6
+    found = results(linear_cross_entropy, *inputs)
+    for ours, theirs in zip(found, results(linear_cross_entropy, x, w, targets.contiguous(), 1 / 6)):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("M", "V", "valid"),

@@ -250,7 +250,7 @@ def cross_entropy_fwd(logits: Tensor, targets: Tensor, grad_scale: Tensor, ignor
     require_same_device("cross_entropy", logits=logits, targets=targets, grad_scale=grad_scale)
     M, V = logits.shape
     check("cross_entropy", targets, M, grad_scale, ignore_index, V, valid_vocab)
-    logits, targets = _with_rows(logits), targets.flatten()
+    logits, targets = _with_rows(logits), targets.flatten().contiguous()
     nll, peak, total = (torch.empty(M, dtype=torch.float32, device=logits.device) for _ in range(3))
     _launch(_cross_entropy_fwd_kernel, logits, V, valid_vocab, ignore_index, targets, None, nll, peak, total)
     return nll.sum() * grad_scale.reshape(()), nll, peak, total
@@ -270,7 +270,7 @@ def cross_entropy_bwd(
     valid_vocab: int,
 ) -> Tensor:
     """dlogits [M, V] of loss, from the saved statistics; grad_scale is the loss's own times its incoming gradient."""
-    logits, targets = _with_rows(logits), targets.flatten()
+    logits, targets = _with_rows(logits), targets.flatten().contiguous()
     M, V = logits.shape
     dlogits = torch.empty(M, V, dtype=logits.dtype, device=logits.device)
     pointers = targets, grad_scale, peak, total, dlogits

@@ -45,7 +45,7 @@ def linear_cross_entropy_fwd(
     """loss [], nll [M], dx, dw: empty where not wanted; dw is empty too where main_grad received it."""
     _check(x, w, targets, grad_scale, main_grad, ignore_index, valid_vocab)
     V, C = w.shape
-    x_rows, targets = x.flatten(0, -2), targets.flatten()
+    x_rows, targets = x.flatten(0, -2), targets.flatten().contiguous()
     M = x_rows.size(0)
     nll = torch.empty(M, dtype=torch.float32, device=x.device)
     dx = torch.empty(x.shape if wants_dx else (0,), dtype=x.dtype, device=x.device)

@@ -162,7 +162,7 @@ def _attention_bwd_dkdv_kernel(
     if DOCUMENTS:
         j = n + tl.arange(0, BLOCK_N)
         doc_j = tl.load(doc_ids_ptr + j, mask=j < T, other=0)
-    LOOPS: tl.constexpr = 2 if DROPOUT or DOCUMENTS or ATOMIC else 1  # as for dQ
+    LOOPS: tl.constexpr = 2 if DROPOUT or DOCUMENTS or ATOMIC else 1  # as for dQ; beside atomics too
     first, below = n // BLOCK_M * BLOCK_M, tl.cdiv(n + BLOCK_N, BLOCK_M) * BLOCK_M
     for loop in tl.static_range(LOOPS):
         for m in range(first if loop == 0 else below, tl.minimum(below, T) if loop < LOOPS - 1 else end, BLOCK_M):

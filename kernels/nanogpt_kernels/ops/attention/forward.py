@@ -1,11 +1,12 @@
 """Causal attention, forward: o = softmax(q k^T / sqrt(D)) v on packed qkv [B, T, 3, H, D], no transposes, no copies.
 
 One program computes BLOCK_M queries of one head, with their q tile loaded once and a loop over BLOCK_N keys at a time.
-A branch masks the tiles on the diagonal: a second loop for them would drain the first one's loads and wait for its own.
-From sm_90 on keys and values may come by TMA (the row's choice `tma`). Online softmax (Milakov and Gimelshein, arXiv
-1805.02867; Dao, arXiv 2307.08691): maximum m and sum l are float32, in powers of two (log2(e) is folded into the
-scale), and lse = m + log2(l) is kept for backward. Probabilities are rounded to v's dtype for the second product;
-dropout acts on them after the row sum. Each query's result depends on its own row of qkv alone: the same bits at any B.
+A branch masks the tiles on the diagonal: a second loop for them would drain the first one's loads and wait for its own
+(beside dropout there are two loops, beside dropout or documents no branch: ptxas would serialise wgmma). From sm_90 on
+keys and values may come by TMA (the row's choice `tma`). Online softmax (Milakov and Gimelshein, arXiv 1805.02867; Dao,
+arXiv 2307.08691): maximum m and sum l are float32, in powers of two (log2(e) is folded into the scale), and
+lse = m + log2(l) is kept for backward. Probabilities are rounded to v's dtype for the second product; dropout acts on
+them after the row sum. Each query's result depends on its own row of qkv alone: the same bits at any B.
 """
 
 import math
@@ -122,7 +123,6 @@ def _attention_fwd_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     m = tl.full([BLOCK_M], -3.4028234663852886e38, tl.float32)  # lowest: below every score but -inf
-    # not pointers carried from tile to tile: with three stages those made ptxas serialise every wgmma (its C7515)
     end = tl.minimum(first + BLOCK_M, T) if RAGGED else first + BLOCK_M
     # beside dropout ptxas serialises every wgmma of a single loop
     LOOPS: tl.constexpr = 2 if DROPOUT else 1
@@ -133,6 +133,7 @@ def _attention_fwd_kernel(
                 k = tiles.load([token + j, H * D + column])
                 v = tiles.load([token + j, 2 * H * D + column])
             else:
+                # not pointers carried from tile to tile: with three stages ptxas serialised every wgmma (its C7515)
                 to = tl.cast(j, tl.int64) * (3 * H * D)
                 k, v = load_keys(k_ptr + to, v_ptr + to, at, T - j, D, BLOCK_D, BLOCK_N, RAGGED)
             acc, l, m = attend(
