@@ -35,6 +35,7 @@ def moved(op: str, device: torch.device) -> float:
     with ExitStack() as stack:
         for name in ("norm_fwd", "norm_bwd"):  # so many rows a program that its vectors do not count
             stack.enter_context(launch.override(name, blocks=dict(ROWS=64), choices=dict(programs_per_sm=1)))
+        stack.enter_context(launch.override("bias_gelu_fwd", blocks=dict(BLOCK_M=64)))
         calls, counted = stack.enter_context(launch.recording(90)), stack.enter_context(counting_bytes())
         out = OPS[op](*getattr(op_inputs, op)(at))
         outs = [o for o in (out if isinstance(out, tuple) else (out,)) if o is not None and o.requires_grad]
@@ -56,7 +57,7 @@ def test_bytes_of_operands_are_those_that_the_interpreter_counts(op: str, monkey
 def small(*flags: str, fused: bool = False) -> tuple[step_launches.Launches, Counter[Launch], roofline.GPTConfig]:
     config = load_config([*SMALL, *flags])
     shape = config.shape(512)
-    found = recorded(config, shape, torch.bfloat16, 90, fused)
+    found = recorded(config, shape, torch.bfloat16, 80, fused)  # whose rows leave GELU outside the products
     return found, found.step(config.data.gradient_accumulation_steps), shape
 
 
@@ -146,7 +147,9 @@ def test_gpus_side_by_side(capsys: pytest.CaptureFixture):
     text = shown(capsys, "--config", "gpt2_124m", *SMALL, "--gpu", "h100", "h200", "a100", "rtx4090")
     rows = {line.split("  ")[0]: line.split()[-4:] for line in text.splitlines() if line.count("  ") > 2}
     assert rows["GPU"] == ["h100", "h200", "a100", "rtx4090"] and rows["rows"] == ["sm_90", "sm_90", "sm_80", "sm_89"]
-    assert len(set(rows["launches"])) == len(set(rows["TFLOP"])) == 1
+    assert len(set(rows["TFLOP"])) == 1
+    inside, _, outside, _ = launches = [int(cell) for cell in rows["launches"]]  # GELU, of the products
+    assert inside < outside and launches == [inside, inside, outside, outside]
     floors = [float(cell) for cell in rows["floor ms"]]
     assert floors[1] < floors[0] < floors[2] < floors[3]  # H200: more bandwidth than H100
     assert "3 x 8 x 256 = 6,144 tokens" in text

@@ -104,13 +104,15 @@ def record_launches(work: Callable[[], Any], arch: int = 90) -> list[Line]:
         work()
     lines = []
     for call in calls:
-        told = [_without_name(a) if isinstance(a, Tensor) else ledger.describe(a) for a in call.args]
+        told = [_without_name(a) if isinstance(a, Tensor | TensorDescriptor) else ledger.describe(a) for a in call.args]
         lines.append((call.op, call.kernel.__name__, call.grid, *told, repr(sorted(call.options.items()))))
     return lines
 
 
-def _without_name(t: Tensor) -> Line:
+def _without_name(t: Tensor | TensorDescriptor) -> Line:
     """Its place in memory is the dispatcher's ledger's to hold: here it may be a temporary of the op."""
+    if isinstance(t, TensorDescriptor):
+        return (*_without_name(t.base), tuple(t.shape), tuple(t.strides), tuple(t.block_shape))
     return (t.storage_offset(), tuple(t.shape), tuple(t.stride()), t.dtype)
 
 
