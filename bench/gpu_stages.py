@@ -98,7 +98,10 @@ def all_stages(out: Path, arch: int = 90, ptxas: Path | None = None, sanitizer: 
     ops = ("ops.py", "--resume", "--sizes")
     triton = importlib.util.find_spec("triton")
     own = Path(triton.origin if triton and triton.origin else "").parent / "backends/nvidia/bin"  # Triton's assemblers
-    ours = {"TRITON_PTXAS_PATH": f"{own}/ptxas", "TRITON_PTXAS_BLACKWELL_PATH": f"{own}/ptxas-blackwell"}
+    ours: dict[str, str | None] = {
+        "TRITON_PTXAS_PATH": f"{own}/ptxas",
+        "TRITON_PTXAS_BLACKWELL_PATH": f"{own}/ptxas-blackwell",
+    }
     tests = [
         Stage(f"tests-{name}", pytest(*on_gpu, *files), 150, rehearsal=pytest("--collect-only", *files))
         for name, files in gpu_test_slices().items()
