@@ -8,7 +8,6 @@ blocks are scheduled differently each time; nothing waits for the device until t
 """
 
 import argparse
-import random
 import sys
 from functools import partial
 from pathlib import Path
@@ -24,40 +23,7 @@ from op_inputs import Setting
 from torch import Tensor
 
 from nanogpt_fast.errors import ConfigError, did_you_mean, run_command
-
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def bits(x: Tensor) -> Tensor:
-    """The same memory as integers: NaN equals NaN, 0 differs from -0."""
-    return x.contiguous().view(BITS[x.element_size()])
-
-
-class Ballast:
-    """Other work for the GPU: products and copies of changing size on a stream of their own."""
-
-    def __init__(self, device: torch.device, megabytes: int):
-        self.on = device.type == "cuda" and megabytes > 0
-        if not self.on:
-            return
-        self.random, self.stream = random.Random(0), torch.cuda.Stream(device)
-        self.source = torch.randn(megabytes << 17, device=device)  # half of it in each
-        self.sink = torch.empty_like(self.source)
-        self.square = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16)
-        self.product = torch.empty_like(self.square)
-
-    def add(self) -> None:
-        """Enqueue a random piece of it, or none."""
-        if not self.on:
-            return
-        with torch.cuda.stream(self.stream):
-            kind = self.random.randrange(3)
-            if kind == 1:
-                n = self.random.randrange(1, self.source.numel())
-                self.sink[:n].copy_(self.source[:n])
-            elif kind == 2:
-                n = self.random.choice((256, 512, 1024, 2048))
-                torch.mm(self.square[:n], self.square, out=self.product[:n])
+from nanogpt_fast.proof import Ballast, bits
 
 
 def deterministic(op: str, at: Setting) -> dict[str, dict[str, Any]]:

@@ -9,6 +9,7 @@ same bits: what differs is a race. The model goes on with plain PyTorch's result
 import functools
 import inspect
 import math
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -57,29 +58,30 @@ class Check:
 
 
 class Ballast:
-    """Other work on a stream of its own, products and copies in turn, so that blocks are scheduled differently each
-    time. Nothing off CUDA."""
+    """Other work for a GPU, so that blocks are scheduled differently each time: products and copies of changing size on
+    a stream of their own."""
 
     def __init__(self, device: torch.device, megabytes: int = 256):
-        self.on, self.turn = device.type == "cuda", 0
-        if self.on:
-            self.stream = torch.cuda.Stream(device)
-            self.source = torch.randn(megabytes << 17, device=device)  # half of it in each
-            self.sink = torch.empty_like(self.source)
-            self.square = torch.randn(2048, 2048, device=device, dtype=torch.float16)
-            self.product = torch.empty_like(self.square)
-
-    def add(self) -> None:
-        """Enqueue the next piece."""
+        self.on = device.type == "cuda" and megabytes > 0
         if not self.on:
             return
-        self.turn += 1
+        self.random, self.stream = random.Random(0), torch.cuda.Stream(device)
+        self.source = torch.randn(megabytes << 17, device=device)  # half of it in each
+        self.sink = torch.empty_like(self.source)
+        self.square = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16)
+        self.product = torch.empty_like(self.square)
+
+    def add(self) -> None:
+        """Enqueue a random piece of it, or none."""
+        if not self.on:
+            return
         with torch.cuda.stream(self.stream):
-            if self.turn % 2:
-                n = self.source.numel() * (self.turn % 7 + 1) // 8
+            kind = self.random.randrange(3)
+            if kind == 1:
+                n = self.random.randrange(1, self.source.numel())
                 self.sink[:n].copy_(self.source[:n])
-            else:
-                n = 256 << self.turn // 2 % 4
+            elif kind == 2:
+                n = self.random.choice((256, 512, 1024, 2048))
                 torch.mm(self.square[:n], self.square, out=self.product[:n])
 
 
@@ -147,12 +149,12 @@ class Witness:
             return self._repeated(partial(call, mine))
 
     def _repeated(self, call: Callable[[], dict[str, Tensor]]) -> str:
-        first = {what: _bits(x).clone() for what, x in call().items()}
+        first = {what: bits(x).clone() for what, x in call().items()}
         counts = {what: torch.zeros((), dtype=torch.int64, device=self.device) for what in first}
         for _ in range(self.repeats):
             self.ballast.add()
             for what, x in call().items():
-                counts[what] += (_bits(x) != first[what]).any()
+                counts[what] += (bits(x) != first[what]).any()
         differing = [f"{what} in {int(count)}" for what, count in counts.items() if int(count)]
         return f"other bits, of {self.repeats} times: {', '.join(differing)}" if differing else ""
 
@@ -278,7 +280,7 @@ def _incoming(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Te
     return (torch.randint(-64, 65, shape, generator=generator) / 32).to(device, dtype)
 
 
-def _bits(x: Tensor) -> Tensor:
+def bits(x: Tensor) -> Tensor:
     """The same memory as integers: NaN equals NaN, 0 differs from -0."""
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return x.detach().contiguous().view(kinds[x.element_size()])
