@@ -1,6 +1,6 @@
 PYTHON ?= python
 
-.PHONY: test test-all lint bench bench-compare quickstart
+.PHONY: test test-all lint bench bench-compare kernels-hub quickstart
 test:            ## the default suite (lint, types, layout included), parallel
 	$(PYTHON) -m pytest -n auto -m "not slow"
 test-all:        ## everything, heavy cases too
@@ -12,5 +12,7 @@ bench:           ## ops and a step by pytest-benchmark, saved and compared with 
 BASE ?= HEAD
 bench-compare:   ## this working copy's step beside that of BASE=revision, in turn
 	$(PYTHON) bench/against_revision.py $(BASE)
+kernels-hub:     ## build/hub/nanogpt-kernels, the folder that Hugging Face's kernel hub carries
+	$(PYTHON) kernels/build_hub.py
 quickstart:      ## the embedded default: offline, CPU, about two minutes
 	$(PYTHON) -m nanogpt_fast.train --config quickstart

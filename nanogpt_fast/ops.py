@@ -143,12 +143,9 @@ def compile_ahead(work: Callable[[], Any], capability: int) -> None:
 
 
 def inside_of(name: str) -> Callable[..., Any] | None:
-    """The Python function that a registered op, `nanogpt_kernels::NAME`, consists of; None for ops of others."""
-    if not name.startswith("nanogpt_kernels::"):
-        return None
-    from nanogpt_kernels.registry import FUNCTIONS
-
-    return FUNCTIONS[name]
+    """The Python function that a registered op, `NAMESPACE::NAME`, consists of; None for ops of others."""
+    registry = sys.modules.get("nanogpt_kernels.registry")
+    return registry.FUNCTIONS.get(name) if registry else None
 
 
 def select_ops(spec: str, device_type: str, auto: Ops = REFERENCE) -> Ops:

@@ -43,18 +43,26 @@ def python_files(*folders: str) -> list[Path]:
     return [p for folder in folders for p in sorted((ROOT / folder).rglob("*.py"))]
 
 
-TRAINER_FILES = python_files("nanogpt_fast")
+TRAINER_FILES, KERNEL_FILES = python_files("nanogpt_fast"), python_files("kernels/nanogpt_kernels")
 
 
 def imports(path: Path) -> set[str]:
-    """Dotted names imported anywhere in a file, `from a import b` as a and a.b."""
+    """Dotted names imported anywhere in a file, `from a import b` as a and a.b; those of nanogpt_kernels, which imports
+    relatively, in full."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = ".".join(filter(None, [*_package_of(path, node.level), node.module]))
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
     return found
+
+
+def _package_of(path: Path, level: int) -> tuple[str, ...]:
+    """What `level` dots stand for in a file of nanogpt_kernels."""
+    parts = path.relative_to(KERNELS.parent).parts if level else ()
+    return parts[: len(parts) - level]
 
 
 def test_architecture_lists_every_room():
@@ -87,9 +95,7 @@ def test_basenames_are_unique():
 def test_every_folder_of_the_packages_is_a_package_and_setup_finds_it():
     """A folder without __init__.py would be missing in a wheel, and only there."""
     packages = {module_of(p.parent / "x").removesuffix(".x") for p in TRAINER_FILES}
-    packages |= {
-        "nanogpt_kernels" + ".".join(["", *p.parent.relative_to(KERNELS).parts]) for p in python_files("kernels")
-    }
+    packages |= {".".join(p.parent.relative_to(KERNELS.parent).parts) for p in KERNEL_FILES}
     found = {
         *find_packages(str(ROOT), include=["nanogpt_fast", "nanogpt_fast.*"]),
         *find_packages(str(ROOT / "kernels")),
@@ -102,10 +108,15 @@ def test_only_ops_imports_the_kernels():
     assert users == {"ops.py"}
 
 
-def test_kernels_import_torch_and_triton_only():
-    allowed = {"torch", "triton", "nanogpt_kernels"} | set(sys.stdlib_module_names)
-    for path in python_files("kernels"):
-        assert {name.split(".")[0] for name in imports(path)} <= allowed, path
+def test_kernels_import_torch_and_triton_only_and_one_another_relatively():
+    """Relatively, because a copy may be imported by any name: vendored, or by Hugging Face's kernel hub."""
+    allowed = {"torch", "triton"} | set(sys.stdlib_module_names)
+    for path in KERNEL_FILES:
+        assert {name.split(".")[0] for name in imports(path)} <= allowed | {"nanogpt_kernels"}, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            assert not isinstance(node, ast.ImportFrom) or node.level or (node.module or "").split(".")[0] in allowed, (
+                path
+            )
 
 
 SHARED_OP_FILES = {"linear", "column_sums"}
@@ -113,7 +124,7 @@ FAMILIES = {"attention": {"attention"}, "linear_cross_entropy": {"cross_entropy"
 
 
 def test_op_files_import_what_they_stand_on_and_one_another_only_within_a_family():
-    for path in python_files("kernels"):
+    for path in KERNEL_FILES:
         own = path.relative_to(KERNELS).with_suffix("").parts
         used = {tuple(name.split(".")[1:3]) for name in imports(path) if name.startswith("nanogpt_kernels.")}
         op_files = {parts[1] for parts in used if parts[0] == "ops" and len(parts) > 1}

@@ -9,16 +9,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nanogpt_kernels.ops.adamw import adamw_, grad_norm
-    from nanogpt_kernels.ops.attention import attention, cached_attention, qkv_attention
-    from nanogpt_kernels.ops.cross_entropy import cross_entropy
-    from nanogpt_kernels.ops.embedding import embedding
-    from nanogpt_kernels.ops.linear import linear
-    from nanogpt_kernels.ops.linear_cross_entropy import linear_cross_entropy
-    from nanogpt_kernels.ops.mlp import bias_gelu, mlp
-    from nanogpt_kernels.ops.norm import add_norm, layernorm, norm
-    from nanogpt_kernels.ops.residual import dropout_add
+    from .ops.adamw import adamw_, grad_norm
+    from .ops.attention import attention, cached_attention, qkv_attention
+    from .ops.cross_entropy import cross_entropy
+    from .ops.embedding import embedding
+    from .ops.linear import linear
+    from .ops.linear_cross_entropy import linear_cross_entropy
+    from .ops.mlp import bias_gelu, mlp
+    from .ops.norm import add_norm, layernorm, norm
+    from .ops.residual import dropout_add
 
+__version__ = "0.1.0"
 __all__ = [
     "adamw_",
     "add_norm",

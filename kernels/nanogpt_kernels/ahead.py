@@ -17,7 +17,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from nanogpt_kernels.launch import Call, recording
+from .launch import Call, recording
 
 
 class TargetDriver:

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nanogpt_kernels.contract import require
-from nanogpt_kernels.launch_rows import ARCHITECTURES, TABLE, Row
+from .contract import require
+from .launch_rows import ARCHITECTURES, TABLE, Row
 
 INTERPRETER_ARCH = 90  # whose rows the interpreter takes
 INTERPRETER_SMS = 8

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanogpt_kernels.contract import GRAD_NORM, LOSS_SCALE, LR, MAX_NORM, STEP, device_type_of, main_grad_of
+from .contract import GRAD_NORM, LOSS_SCALE, LR, MAX_NORM, STEP, device_type_of, main_grad_of
 
 _MASK32 = 0xFFFFFFFF
 

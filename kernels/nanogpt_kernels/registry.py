@@ -1,8 +1,8 @@
 """Registration of ops with PyTorch, so that torch.compile sees each as one node.
 
-A Python function on tensors becomes `torch.ops.nanogpt_kernels.NAME`: one dispatcher entry for CPU (the interpreter)
-and CUDA, and the same function as its own fake implementation, since `launch` launches nothing on tensors without data.
-So shapes and contracts exist once. Derivatives are autograd.Functions over these ops, their backward marked `once`.
+A Python function on tensors becomes `OPS.NAME`, in torch.ops: one dispatcher entry for CPU (the interpreter) and CUDA,
+and the same function as its own fake implementation, since `launch` launches nothing on tensors without data. So shapes
+and contracts exist once. Derivatives are autograd.Functions over these ops, their backward marked `once`.
 (torch.library.custom_op and triton_op cost twice as much a call, and break under the interpreter: measured.)
 """
 
@@ -13,7 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LIBRARY = torch.library.Library("nanogpt_kernels", "DEF")
+from . import __version__
+
+
+def namespace_of(package: str, version: str) -> str:
+    """Where in torch.ops the ops are of a copy of this package imported as `package`: that name, with the version if it
+    has none. Two copies in a process have two names, so both register: torch lets a namespace be defined once."""
+    name, version = package.replace(".", "_"), version.replace(".", "_")
+    return name if version in name else f"{name}_{version}"
+
+
+NAMESPACE = namespace_of(__package__ or "", __version__)
+OPS = getattr(torch.ops, NAMESPACE)
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 FUNCTIONS: dict[str, Callable[..., Any]] = {}  # by qualified name: what sees an op's inside calls them
 
 
@@ -41,9 +53,9 @@ def register(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         for key in ("CPU", "CUDA"):
             LIBRARY.impl(name, without_autocast(function), key)
-        FUNCTIONS[f"nanogpt_kernels::{name}"] = function
-        torch.library.register_fake(f"nanogpt_kernels::{name}", function, lib=LIBRARY)
-        return getattr(torch.ops.nanogpt_kernels, name).default
+        FUNCTIONS[f"{NAMESPACE}::{name}"] = function
+        torch.library.register_fake(f"{NAMESPACE}::{name}", function, lib=LIBRARY)
+        return getattr(OPS, name).default
 
     return implement
 

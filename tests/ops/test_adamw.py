@@ -14,6 +14,7 @@ from nanogpt_kernels import launch, reference
 from nanogpt_kernels.contract import GRAD_NORM, LOSS_SCALE, LR, MAX_NORM, STEP, ContractError
 from nanogpt_kernels.ops import adamw
 from nanogpt_kernels.ops.adamw import adamw_, grad_norm
+from nanogpt_kernels.registry import OPS
 from parity import assert_parity
 from torch import Tensor
 
@@ -245,10 +246,10 @@ def test_registration(p: torch.dtype | None):
     ours.scalars[GRAD_NORM] = 1.0
     starts, ends, decays = ([s[i] for s in ODD] for i in range(3))
     torch.library.opcheck(
-        torch.ops.nanogpt_kernels.adamw_.default,
+        OPS.adamw_.default,
         (ours.p, ours.master, ours.m, ours.v, normal(1), ours.scalars, starts, ends, decays, *BETAS, EPS),
     )
-    torch.library.opcheck(torch.ops.nanogpt_kernels.grad_norm.default, (normal(1),))
+    torch.library.opcheck(OPS.grad_norm.default, (normal(1),))
 
 
 def test_compiled():

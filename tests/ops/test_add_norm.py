@@ -14,6 +14,7 @@ from kernel_case import DEVICE, DTYPES, assert_op, gradients, guarded, randn
 from nanogpt_kernels import launch, reference
 from nanogpt_kernels.contract import ContractError
 from nanogpt_kernels.ops.norm import add_norm
+from nanogpt_kernels.registry import OPS
 from torch import Tensor
 
 SEED, SITE, EPS = torch.tensor([(5 << 32) + 9], device=DEVICE), 1, 1e-5  # a site of 1, which Triton would specialise on
@@ -227,7 +228,7 @@ def test_contract(case: str):
 
 def test_registration():
     r, delta, delta_bias, w, b = (x.detach() for x in operands(5, 24, torch.float32, torch.bfloat16))
-    ops, (mean, rstd) = torch.ops.nanogpt_kernels, torch.rand(2, 5, device=DEVICE)
+    ops, (mean, rstd) = OPS, torch.rand(2, 5, device=DEVICE)
     torch.library.opcheck(
         ops.norm_fwd.default, (r, delta, delta_bias, w, b, EPS, 0.3, SEED, SITE, torch.bfloat16, True)
     )

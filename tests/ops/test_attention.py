@@ -17,6 +17,7 @@ from nanogpt_kernels.contract import ContractError
 from nanogpt_kernels.ops.attention import attention, forward, op, qkv_attention
 from nanogpt_kernels.ops.attention.forward import attention_fwd
 from nanogpt_kernels.ops.attention.tile_access import query_tile
+from nanogpt_kernels.registry import OPS
 from parity import assert_parity
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -190,7 +191,7 @@ def test_twice_is_refused():
 
 def test_opcheck():
     qkv = randn(2, 5, 3, 2, 16).detach()
-    torch.library.opcheck(torch.ops.nanogpt_kernels.attention_fwd.default, (qkv, 0.0, None, 0, None))
+    torch.library.opcheck(OPS.attention_fwd.default, (qkv, 0.0, None, 0, None))
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from nanogpt_kernels import launch
 from nanogpt_kernels.contract import ContractError
 from nanogpt_kernels.ops.attention import backward
 from nanogpt_kernels.ops.attention.tile_access import head_offsets, tile_at
+from nanogpt_kernels.registry import OPS
 from parity import assert_parity
 from torch import Tensor
 
@@ -253,7 +254,7 @@ def test_contract(rule: str, index: int, change: Callable[[Any], Any]):
 def test_opcheck(atomic: bool, p: float, docs: bool):
     args = inputs(1, 18, 1, 16, torch.float32, p, documents(1, 18, ordered=True) if docs else None)
     with form(atomic):
-        torch.library.opcheck(torch.ops.nanogpt_kernels.attention_bwd.default, (*args, True))
+        torch.library.opcheck(OPS.attention_bwd.default, (*args, True))
 
 
 @triton.jit

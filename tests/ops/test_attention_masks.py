@@ -8,6 +8,7 @@ from kernel_case import DEVICE, DTYPES, assert_op, randn
 from nanogpt_kernels import reference
 from nanogpt_kernels.ops.attention import attention
 from nanogpt_kernels.ops.attention.forward import attention_fwd
+from nanogpt_kernels.registry import OPS
 from parity import assert_parity
 
 
@@ -99,5 +100,5 @@ def test_a_poisoned_key_of_another_document_is_not_seen():
 
 def test_opcheck():
     qkv, doc_ids = randn(1, 5, 3, 2, 16).detach(), documents(1, 5, ordered=True)
-    op = torch.ops.nanogpt_kernels.attention_fwd.default
+    op = OPS.attention_fwd.default
     torch.library.opcheck(op, (qkv, 0.3, seed_tensor(), 1, doc_ids))

@@ -10,6 +10,7 @@ from kernel_case import DEVICE, DTYPES, assert_op, gradients, guarded, randn
 from nanogpt_kernels import launch
 from nanogpt_kernels.contract import ContractError
 from nanogpt_kernels.ops.mlp import ACTIVATIONS, bias_gelu, bias_gelu_bwd, bias_gelu_fwd, mlp_bwd
+from nanogpt_kernels.registry import OPS
 from torch import Tensor
 
 # So that a handful of rows make several tiles and several strides of one program; 16 columns are not all of 23 or 40.
@@ -195,8 +196,8 @@ def test_no_second_derivative():
 def test_registration(biased: bool):
     x, dy, b = randn(5, 20), randn(5, 20, seed=2).detach(), randn(20, seed=1) if biased else None
     plain = None if b is None else b.detach()
-    torch.library.opcheck(torch.ops.nanogpt_kernels.bias_gelu_fwd, (x.detach(), plain, "gelu"))
-    torch.library.opcheck(torch.ops.nanogpt_kernels.bias_gelu_bwd, (dy, x.detach(), plain, "gelu", biased))
+    torch.library.opcheck(OPS.bias_gelu_fwd, (x.detach(), plain, "gelu"))
+    torch.library.opcheck(OPS.bias_gelu_bwd, (dy, x.detach(), plain, "gelu", biased))
 
 
 def test_compiles_whole():

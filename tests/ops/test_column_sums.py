@@ -14,6 +14,7 @@ from nanogpt_kernels.contract import ContractError
 from nanogpt_kernels.ops import column_sums
 from nanogpt_kernels.ops.column_sums import column_sums_, vector_grad_of, vector_grads
 from nanogpt_kernels.ops.norm import add_norm
+from nanogpt_kernels.registry import OPS
 from parity import assert_parity
 from torch import Tensor
 
@@ -141,7 +142,7 @@ def test_contract():
 def test_registration(accumulate: bool):
     operands = [torch.zeros(8, device=DEVICE), [partials_of(3, 8)], None, [],
                 torch.zeros(13, device=DEVICE), [partials_of(2, 5), partials_of(4, 8)], accumulate]  # fmt: skip
-    torch.library.opcheck(torch.ops.nanogpt_kernels.column_sums_.default, tuple(operands))
+    torch.library.opcheck(OPS.column_sums_.default, tuple(operands))
 
 
 # ---- where gradients go ----

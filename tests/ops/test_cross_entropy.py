@@ -13,6 +13,7 @@ from kernel_case import DEVICE, DTYPES, randn
 from nanogpt_kernels import launch
 from nanogpt_kernels.contract import ContractError, checked
 from nanogpt_kernels.ops.cross_entropy import cross_entropy, cross_entropy_bwd, cross_entropy_fwd
+from nanogpt_kernels.registry import OPS
 from torch import Tensor
 
 NAN, INF = math.nan, math.inf
@@ -250,10 +251,8 @@ def test_nothing_is_kept_without_gradients():
 def test_registration():
     logits, targets, scale = randn(3, 70), draw_targets(3, 70), torch.tensor(0.5, device=DEVICE)
     _, _, peak, total = cross_entropy_fwd(logits.detach(), targets, scale, -1, 65)
-    torch.library.opcheck(torch.ops.nanogpt_kernels.cross_entropy_fwd, (logits.detach(), targets, scale, -1, 65))
-    torch.library.opcheck(
-        torch.ops.nanogpt_kernels.cross_entropy_bwd, (logits.detach(), targets, scale, peak, total, -1, 65)
-    )
+    torch.library.opcheck(OPS.cross_entropy_fwd, (logits.detach(), targets, scale, -1, 65))
+    torch.library.opcheck(OPS.cross_entropy_bwd, (logits.detach(), targets, scale, peak, total, -1, 65))
 
 
 def test_compiled_whole():

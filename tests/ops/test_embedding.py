@@ -14,6 +14,7 @@ from kernel_case import DEVICE, DTYPES, assert_op, guarded, randn
 from nanogpt_kernels import contract, launch, reference
 from nanogpt_kernels.contract import ContractError
 from nanogpt_kernels.ops.embedding import embedding
+from nanogpt_kernels.registry import OPS
 from parity import assert_parity
 from torch import Tensor
 
@@ -276,7 +277,7 @@ def test_contract(case: str):
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_registration(p: float):
     idx, (wte, wpe) = tokens(2, 3, 7), (w.detach() for w in weights(7, 3, 20))
-    ops, dr = torch.ops.nanogpt_kernels, torch.randn(2, 3, 20, device=DEVICE)
+    ops, dr = OPS, torch.randn(2, 3, 20, device=DEVICE)
     torch.library.opcheck(ops.embedding_fwd.default, (idx, wte, wpe, p, SEED, SITE, 0, torch.bfloat16))
     torch.library.opcheck(ops.embedding_bwd_tokens_.default, (wte, dr, idx, p, SEED, SITE, True))
     torch.library.opcheck(ops.embedding_bwd_positions_.default, (wpe, dr, idx, 7, p, SEED, SITE, 0, False))

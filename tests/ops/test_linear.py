@@ -5,6 +5,7 @@ import torch
 from kernel_case import DEVICE, DTYPES, assert_op, randn
 from nanogpt_kernels import reference
 from nanogpt_kernels.ops import linear
+from nanogpt_kernels.registry import OPS
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -45,4 +46,4 @@ def test_opcheck():
         torch.ones(5, 3, device=DEVICE),
         torch.ones(5, 4, device=DEVICE),
     )
-    torch.library.opcheck(torch.ops.nanogpt_kernels.accumulate_weight_grad_.default, (main_grad, dy, x))
+    torch.library.opcheck(OPS.accumulate_weight_grad_.default, (main_grad, dy, x))

@@ -12,6 +12,7 @@ from kernel_case import DEVICE, DTYPES, randn
 from nanogpt_kernels import launch, reference
 from nanogpt_kernels.contract import ContractError, checked
 from nanogpt_kernels.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_fwd
+from nanogpt_kernels.registry import OPS
 from parity import assert_parity
 from torch import Tensor
 
@@ -239,7 +240,7 @@ def test_registration(main_grad: bool):
     x, w, scale = randn(7, C).detach(), randn(70, C).detach(), torch.tensor(0.5, device=DEVICE)
     buffer = torch.zeros(70, C, device=DEVICE) if main_grad else None
     inputs = (x, w, draw_targets(7, V=65), scale, buffer, -1, 65, True, True)
-    torch.library.opcheck(torch.ops.nanogpt_kernels.linear_cross_entropy_fwd, inputs)
+    torch.library.opcheck(OPS.linear_cross_entropy_fwd, inputs)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

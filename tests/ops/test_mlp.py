@@ -12,6 +12,7 @@ from kernel_case import DEVICE, DTYPES, assert_op, gradients, guarded, randn
 from nanogpt_kernels import launch, reference
 from nanogpt_kernels.contract import ContractError
 from nanogpt_kernels.ops.mlp import ACTIVATIONS, mlp, mlp_fwd
+from nanogpt_kernels.registry import OPS
 
 # Several tiles of small operands; wgmma wants 64 rows, an epilogue quarter 16 columns.
 GEMM = dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, GROUP_M=2)
@@ -215,10 +216,10 @@ def test_registration(fused: bool):
     with path(fused), torch.no_grad():
         _, pre, _ = mlp_fwd(y, w_fc, b_fc, w_proj, "gelu", True, True)
         plain = [t.detach() for t in (y, w_fc, b_fc, w_proj)]
-        torch.library.opcheck(torch.ops.nanogpt_kernels.mlp_fwd, (*plain, "gelu", True, False))
+        torch.library.opcheck(OPS.mlp_fwd, (*plain, "gelu", True, False))
         for db, add in ((None, False), (torch.zeros(b_fc.shape, device=DEVICE), True)):
             arguments = (y.detach(), w_proj.detach(), pre, "gelu", db, add, True)
-            torch.library.opcheck(torch.ops.nanogpt_kernels.mlp_bwd, arguments)
+            torch.library.opcheck(OPS.mlp_bwd, arguments)
 
 
 @PATHS

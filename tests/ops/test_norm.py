@@ -13,6 +13,7 @@ from kernel_case import DEVICE, DTYPES, assert_op, gradients, guarded, randn
 from nanogpt_kernels import launch, reference
 from nanogpt_kernels.contract import ContractError
 from nanogpt_kernels.ops.norm import layernorm, norm
+from nanogpt_kernels.registry import OPS
 from parity import assert_parity
 from torch import Tensor
 
@@ -220,7 +221,7 @@ def test_contract(case: str):
 
 def test_registration():
     r, w, b = (x.detach() for x in operands(5, 24))
-    ops, (mean, rstd) = torch.ops.nanogpt_kernels, torch.rand(2, 5, device=DEVICE)
+    ops, (mean, rstd) = OPS, torch.rand(2, 5, device=DEVICE)
     for statistics in (False, True):
         arguments = (r, None, None, w, b, 1e-5, 0.0, None, 0, torch.bfloat16, statistics)
         torch.library.opcheck(ops.norm_fwd.default, arguments)

@@ -12,6 +12,7 @@ from nanogpt_kernels import launch, reference
 from nanogpt_kernels.contract import ContractError
 from nanogpt_kernels.ops.attention import cached_attention, qkv_attention
 from nanogpt_kernels.ops.attention.decode import cached_attention_
+from nanogpt_kernels.registry import OPS
 from parity import assert_parity
 from torch import Tensor
 
@@ -225,4 +226,4 @@ def test_cached_of_no_tokens_and_without_gradient():
 def test_cached_opcheck():
     qkv, cache = randn(2, 3, 3, 1, 16).detach(), torch.zeros(2, 2, 1, 300, 16, device=DEVICE)
     for start in (0, 280):
-        torch.library.opcheck(torch.ops.nanogpt_kernels.cached_attention_.default, (qkv, cache, start))
+        torch.library.opcheck(OPS.cached_attention_.default, (qkv, cache, start))

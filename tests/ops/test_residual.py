@@ -15,6 +15,7 @@ from nanogpt_kernels import launch, reference
 from nanogpt_kernels.contract import ContractError
 from nanogpt_kernels.ops.norm import add_norm
 from nanogpt_kernels.ops.residual import dropout_add
+from nanogpt_kernels.registry import OPS
 from torch import Tensor
 
 SEED, SITE = torch.tensor([(5 << 32) + 9], device=DEVICE), 1
@@ -155,7 +156,7 @@ def test_contract():
 
 def test_registration_and_compilation():
     r, delta, delta_bias = operands(5, 24, torch.float32, torch.bfloat16)
-    ops = torch.ops.nanogpt_kernels
+    ops = OPS
     torch.library.opcheck(
         ops.dropout_add_fwd.default, (r.detach(), delta.detach(), delta_bias.detach(), 0.3, SEED, SITE)
     )

@@ -10,6 +10,7 @@ from nanogpt_kernels import contract, launch, reference
 from nanogpt_kernels.contract import ContractError
 from nanogpt_kernels.ops.attention import cached_attention
 from nanogpt_kernels.ops.embedding import embedding
+from nanogpt_kernels.registry import OPS
 from parity import assert_parity
 from torch import Tensor
 
@@ -19,7 +20,6 @@ from nanogpt_fast.settings.config import GPTConfig
 
 DTYPES = [torch.float32, torch.bfloat16]
 T_MAX, H, D = 23, 3, 20
-OPS = torch.ops.nanogpt_kernels
 
 
 def at(start: int) -> Tensor:

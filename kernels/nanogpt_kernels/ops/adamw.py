@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from nanogpt_kernels.contract import (
+from ..contract import (
     FLOATS,
     GRAD_NORM,
     LOSS_SCALE,
@@ -29,8 +29,8 @@ from nanogpt_kernels.contract import (
     require_float,
     require_same_device,
 )
-from nanogpt_kernels.launch import cdiv, launch, persistent, pick
-from nanogpt_kernels.registry import register
+from ..launch import cdiv, launch, persistent, pick
+from ..registry import register
 
 VECTOR = 16  # elements: tiles that begin and end at multiples of it are read 16 bytes at a time, in any dtype
 

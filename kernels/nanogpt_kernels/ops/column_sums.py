@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanogpt_kernels.contract import require, require_float, require_same_device
-from nanogpt_kernels.launch import cdiv, launch, pick
-from nanogpt_kernels.ops.linear import GradientOf, gradient_of
-from nanogpt_kernels.registry import register
+from ..contract import require, require_float, require_same_device
+from ..launch import cdiv, launch, pick
+from ..registry import register
+from .linear import GradientOf, gradient_of
 
 
 @triton.jit

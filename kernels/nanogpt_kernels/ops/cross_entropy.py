@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanogpt_kernels.contract import require, require_float, require_in_range, require_same_device
-from nanogpt_kernels.launch import launch, persistent, pick
-from nanogpt_kernels.registry import once, register
+from ..contract import require, require_float, require_in_range, require_same_device
+from ..launch import launch, persistent, pick
+from ..registry import once, register
 
 _LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32: unlike -inf, its difference to -inf is not NaN
 

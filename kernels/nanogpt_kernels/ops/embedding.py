@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanogpt_kernels.contract import (
+from ..contract import (
     position_args,
     require,
     require_dropout,
@@ -24,10 +24,10 @@ from nanogpt_kernels.contract import (
     require_position,
     require_same_device,
 )
-from nanogpt_kernels.launch import cdiv, launch, pick
-from nanogpt_kernels.ops.linear import gradient_of
-from nanogpt_kernels.primitives import dropout_args, keep_mask, position_at
-from nanogpt_kernels.registry import differentiating, once, register
+from ..launch import cdiv, launch, pick
+from ..primitives import dropout_args, keep_mask, position_at
+from ..registry import differentiating, once, register
+from .linear import gradient_of
 
 OP = "embedding"
 

@@ -22,8 +22,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nanogpt_kernels.launch import Row, architecture, cdiv, describable, launch, persistent
-from nanogpt_kernels.primitives import gelu, gelu_derivative
+from ..launch import Row, architecture, cdiv, describable, launch, persistent
+from ..primitives import gelu, gelu_derivative
 
 
 @triton.jit

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from nanogpt_kernels.contract import device_type_of, main_grad_of
-from nanogpt_kernels.registry import once, register, without_autocast
+from ..contract import device_type_of, main_grad_of
+from ..registry import once, register, without_autocast
 
 
 @register("accumulate_weight_grad_(Tensor(a!) main_grad, Tensor dy, Tensor x) -> ()")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from nanogpt_kernels.contract import (
+from ..contract import (
     ContractError,
     checking_values,
     main_grad_of,
@@ -19,10 +19,10 @@ from nanogpt_kernels.contract import (
     require_float,
     require_same_device,
 )
-from nanogpt_kernels.launch import cdiv, pick
-from nanogpt_kernels.ops.cross_entropy import check, cross_entropy_in_place, scale_on_device
-from nanogpt_kernels.ops.linear import accumulate_weight_grad_
-from nanogpt_kernels.registry import differentiating, once, register
+from ..launch import cdiv, pick
+from ..registry import differentiating, once, register
+from .cross_entropy import check, cross_entropy_in_place, scale_on_device
+from .linear import accumulate_weight_grad_
 
 LANES = 64  # logits' rows start at multiples of so many elements: 128-byte lines, whatever V is
 

@@ -16,13 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanogpt_kernels.contract import main_grad_of, require, require_float, require_same_device
-from nanogpt_kernels.launch import Row, cdiv, describable, launch, persistent, pick
-from nanogpt_kernels.ops.column_sums import column_sums_, vector_grad_of, vector_grads
-from nanogpt_kernels.ops.gemm_gelu import gemm_gelu_bwd, gemm_gelu_fwd
-from nanogpt_kernels.ops.linear import weight_grad
-from nanogpt_kernels.primitives import gelu, gelu_derivative
-from nanogpt_kernels.registry import differentiating, once, register
+from ..contract import main_grad_of, require, require_float, require_same_device
+from ..launch import Row, cdiv, describable, launch, persistent, pick
+from ..primitives import gelu, gelu_derivative
+from ..registry import differentiating, once, register
+from .column_sums import column_sums_, vector_grad_of, vector_grads
+from .gemm_gelu import gemm_gelu_bwd, gemm_gelu_fwd
+from .linear import weight_grad
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanogpt_kernels.contract import (
+from ..contract import (
     FLOATS,
     require,
     require_addends,
@@ -23,10 +23,10 @@ from nanogpt_kernels.contract import (
     require_float,
     require_same_device,
 )
-from nanogpt_kernels.launch import Row, cdiv, launch, persistent, pick
-from nanogpt_kernels.ops.column_sums import vector_grad_of, vector_grads
-from nanogpt_kernels.primitives import dropout_args, keep_mask, piece, row_pieces, vector_pieces, zero_pieces
-from nanogpt_kernels.registry import differentiating, once, register
+from ..launch import Row, cdiv, launch, persistent, pick
+from ..primitives import dropout_args, keep_mask, piece, row_pieces, vector_pieces, zero_pieces
+from ..registry import differentiating, once, register
+from .column_sums import vector_grad_of, vector_grads
 
 
 @triton.jit(do_not_specialize=["M", "threshold", "site"])

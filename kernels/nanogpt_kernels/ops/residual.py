@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanogpt_kernels.contract import require_addends, require_dropout, require_same_device
-from nanogpt_kernels.launch import Row, cdiv, launch, persistent, pick
-from nanogpt_kernels.ops.column_sums import vector_grad_of, vector_grads
-from nanogpt_kernels.primitives import dropout_args, keep_mask, piece
-from nanogpt_kernels.registry import differentiating, once, register
+from ..contract import require_addends, require_dropout, require_same_device
+from ..launch import Row, cdiv, launch, persistent, pick
+from ..primitives import dropout_args, keep_mask, piece
+from ..registry import differentiating, once, register
+from .column_sums import vector_grad_of, vector_grads
 
 
 @triton.jit(do_not_specialize=["M", "threshold", "site"])

@@ -13,12 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanogpt_kernels.contract import require, require_same_device
-from nanogpt_kernels.launch import cdiv, launch, pick
-from nanogpt_kernels.ops.attention.backward_atomic import delta_and_zeros, write_dq
-from nanogpt_kernels.ops.attention.documents import document_spans
-from nanogpt_kernels.ops.attention.forward import block_d, check_attention, dot_precision, launch_op, log2_scale, ragged
-from nanogpt_kernels.ops.attention.tile_access import (
+from ...contract import require, require_same_device
+from ...launch import cdiv, launch, pick
+from ...primitives import dropout_args, keep_mask
+from ...registry import register
+from .backward_atomic import delta_and_zeros, write_dq
+from .documents import document_spans
+from .forward import block_d, check_attention, dot_precision, launch_op, log2_scale, ragged
+from .tile_access import (
     causal,
     head_offsets,
     load_row,
@@ -27,8 +29,6 @@ from nanogpt_kernels.ops.attention.tile_access import (
     store_tile,
     tile_at,
 )
-from nanogpt_kernels.primitives import dropout_args, keep_mask
-from nanogpt_kernels.registry import register
 
 
 @triton.jit(do_not_specialize=["site", "threshold"])

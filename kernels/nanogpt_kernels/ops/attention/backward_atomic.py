@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanogpt_kernels.launch import cdiv, launch, pick
-from nanogpt_kernels.ops.attention.tile_access import head_offsets, load_tile, store_tile, tile_at
+from ...launch import cdiv, launch, pick
+from .tile_access import head_offsets, load_tile, store_tile, tile_at
 
 
 @triton.jit

@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanogpt_kernels.contract import require, require_float, require_position, require_same_device
-from nanogpt_kernels.launch import cdiv, launch, pick
-from nanogpt_kernels.ops.attention.forward import MAX_D, attend, block_d, dot_precision, load_keys, log2_scale
-from nanogpt_kernels.primitives import position_at
-from nanogpt_kernels.registry import register
+from ...contract import require, require_float, require_position, require_same_device
+from ...launch import cdiv, launch, pick
+from ...primitives import position_at
+from ...registry import register
+from .forward import MAX_D, attend, block_d, dot_precision, load_keys, log2_scale
 
 
 @triton.jit(do_not_specialize=["start", "last"])

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanogpt_kernels.launch import cdiv, launch
+from ...launch import cdiv, launch
 
 
 @triton.jit

@@ -17,12 +17,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nanogpt_kernels.contract import require, require_dropout, require_float, require_same_device
-from nanogpt_kernels.launch import Row, architecture, cdiv, describable, launch, pick
-from nanogpt_kernels.ops.attention.documents import document_spans
-from nanogpt_kernels.ops.attention.tile_access import causal, load_where, query_tile
-from nanogpt_kernels.primitives import dropout_args, keep_mask
-from nanogpt_kernels.registry import register
+from ...contract import require, require_dropout, require_float, require_same_device
+from ...launch import Row, architecture, cdiv, describable, launch, pick
+from ...primitives import dropout_args, keep_mask
+from ...registry import register
+from .documents import document_spans
+from .tile_access import causal, load_where, query_tile
 
 INTEGERS = (torch.int32, torch.int64)
 MAX_D = 128  # the widest head that launch_rows.py has rows for

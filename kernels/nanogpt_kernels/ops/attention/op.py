@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanogpt_kernels.contract import main_grad_of, position_args, require, require_float
-from nanogpt_kernels.ops.attention.backward import attention_bwd
-from nanogpt_kernels.ops.attention.decode import cached_attention_
-from nanogpt_kernels.ops.attention.forward import attention_fwd
-from nanogpt_kernels.ops.column_sums import vector_grad_of, vector_grads
-from nanogpt_kernels.ops.linear import weight_grad
-from nanogpt_kernels.registry import differentiating, once, without_autocast
+from ...contract import main_grad_of, position_args, require, require_float
+from ...registry import differentiating, once, without_autocast
+from ..column_sums import vector_grad_of, vector_grads
+from ..linear import weight_grad
+from .backward import attention_bwd
+from .decode import cached_attention_
+from .forward import attention_fwd
 
 
 @without_autocast
