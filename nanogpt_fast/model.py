@@ -33,24 +33,70 @@ class _Affine(nn.Module):
 class _Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
+        self.n_head = config.n_head
         self.c_attn = _Affine(3 * config.n_embd, config.n_embd, bias=config.bias)
         self.c_proj = _Affine(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(
+        self,
+        ops: Ops,
+        y: Tensor,
+        p: float,
+        seed: Tensor | None,
+        site: int,
+        doc_ids: Tensor | None,
+        cache: Tensor | None,
+        start: int | Tensor,
+    ) -> Tensor:
+        """y [B, T, C] -> delta [B, T, C], without c_proj's bias, which the next add_norm adds."""
+        projection = self.c_attn.weight, self.c_attn.bias, self.n_head
+        if cache is None:
+            o = ops.qkv_attention(y, *projection, p, seed, site, doc_ids)
+        else:
+            o = ops.cached_attention(y, *projection, cache, start)
+        return ops.linear(o, self.c_proj.weight)
 
 
 class _MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
+        self.activation = config.activation
         self.c_fc = _Affine(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.c_proj = _Affine(config.n_embd, 4 * config.n_embd, bias=config.bias)
 
+    def forward(self, ops: Ops, y: Tensor, recompute: bool) -> Tensor:
+        """y [B, T, C] -> delta [B, T, C], without c_proj's bias, which the next add_norm adds."""
+        return ops.mlp(y, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.activation, recompute)
+
 
 class _Block(nn.Module):
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, index: int):
         super().__init__()
+        self.site = 1 + 3 * index  # of its three dropouts' first
         self.ln_1 = _Affine(config.n_embd, bias=config.bias)
         self.attn = _Attention(config)
         self.ln_2 = _Affine(config.n_embd, bias=config.bias)
         self.mlp = _MLP(config)
+
+    def forward(
+        self,
+        ops: Ops,
+        r: Tensor,
+        y: Tensor,
+        ln: _Affine,
+        p: float = 0.0,
+        seed: Tensor | None = None,
+        doc_ids: Tensor | None = None,
+        recompute_mlp: bool = False,
+        cache: Tensor | None = None,
+        start: int | Tensor = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream r and its norm y, [B, T, C] each, here -> at the next block, whose ln_1 is ln."""
+        sites = (self.site, self.site + 1, self.site + 2) if cache is None else (0, 0, 0)
+        delta = self.attn(ops, y, p, seed, sites[0], doc_ids, cache, start)
+        r, y = ops.add_norm(r, delta, self.attn.c_proj.bias, self.ln_2.weight, self.ln_2.bias, EPS, p, seed, sites[1])
+        delta = self.mlp(ops, y, recompute_mlp)
+        return ops.add_norm(r, delta, self.mlp.c_proj.bias, ln.weight, ln.bias, EPS, p, seed, sites[2])
 
 
 class _Transformer(nn.Module):
@@ -58,7 +104,7 @@ class _Transformer(nn.Module):
         super().__init__()
         self.wte = _Affine(config.vocab_size, config.n_embd)
         self.wpe = _Affine(config.block_size, config.n_embd)
-        self.h = nn.ModuleList(_Block(config) for _ in range(config.n_layer))
+        self.h = nn.ModuleList(_Block(config, i) for i in range(config.n_layer))
         self.ln_f = _Affine(config.n_embd, bias=config.bias)
 
 
@@ -134,25 +180,13 @@ class GPT(nn.Module):
         p = self.config.dropout if self.training else 0.0
         r = ops.embedding(idx, t.wte.weight, t.wpe.weight, p, seed, 0, out_dtype=self.residual_dtype)
         y = ops.norm(r, self.blocks[0].ln_1.weight, self.blocks[0].ln_1.bias, EPS, t.wte.weight.dtype)
-        run_block = self._block
-        if self.recompute == "block" and torch.is_grad_enabled():
-            run_block = self._rebuilt_block
+        rebuilt = self.recompute == "block" and torch.is_grad_enabled()
         for i in range(len(self.blocks)):
-            r, y = run_block(i, r, y, p, seed, doc_ids)
+            r, y = (self._rebuilt_block if rebuilt else self._block)(i, r, y, p, seed, doc_ids)
         return y
 
-    def _block(
-        self, i: int, r: Tensor, y: Tensor, p: float, seed: Tensor | None, doc_ids: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Block i on the residual stream r and its norm y, [B, T, C] each; returns the next block's."""
-        ops, block, site = self.ops, self.blocks[i], 1 + 3 * i
-        attn, mlp = block.attn, block.mlp
-        o = ops.qkv_attention(y, attn.c_attn.weight, attn.c_attn.bias, self.config.n_head, p, seed, site, doc_ids)
-        delta, ln = ops.linear(o, attn.c_proj.weight), block.ln_2
-        r, y = ops.add_norm(r, delta, attn.c_proj.bias, ln.weight, ln.bias, EPS, p, seed, site + 1)
-        weights = mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight
-        delta, ln = ops.mlp(y, *weights, self.config.activation, self.recompute == "mlp"), self._norm_after(i)
-        return ops.add_norm(r, delta, mlp.c_proj.bias, ln.weight, ln.bias, EPS, p, seed, site + 2)
+    def _block(self, i: int, r: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        return self.blocks[i](self.ops, r, y, self._norm_after(i), *rest, self.recompute == "mlp")
 
     def _rebuilt_block(self, i: int, r: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         """_block, of which r alone is kept: backward runs it once more, on y = norm(r), which has the same bits."""
@@ -194,13 +228,7 @@ class GPT(nn.Module):
         r = ops.embedding(idx, t.wte.weight, t.wpe.weight, 0.0, None, 0, start, self.residual_dtype)
         y = ops.norm(r, self.blocks[0].ln_1.weight, self.blocks[0].ln_1.bias, EPS, t.wte.weight.dtype)
         for i, block in enumerate(self.blocks):
-            attn, mlp = block.attn, block.mlp
-            o = ops.cached_attention(y, attn.c_attn.weight, attn.c_attn.bias, self.config.n_head, cache[i], start)
-            delta, ln = ops.linear(o, attn.c_proj.weight), block.ln_2
-            r, y = ops.add_norm(r, delta, attn.c_proj.bias, ln.weight, ln.bias, EPS, 0.0, None, 0)
-            delta = ops.mlp(y, mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight, self.config.activation)
-            ln = self._norm_after(i)
-            r, y = ops.add_norm(r, delta, mlp.c_proj.bias, ln.weight, ln.bias, EPS, 0.0, None, 0)
+            r, y = block(ops, r, y, self._norm_after(i), cache=cache[i], start=start)
         return ops.linear(y[:, -1], t.wte.weight)
 
     @torch.no_grad()

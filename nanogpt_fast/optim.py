@@ -35,8 +35,8 @@ class FlatParameters:
             end = start + parameter.numel()
             self.slices[name] = (start, end)
         length = math.ceil(end / (ALIGNMENT * RANKS)) * ALIGNMENT * RANKS
-        self.master = torch.zeros(length, device=device)
-        self.grad = torch.zeros(length, device=device)
+        self.master = torch.zeros(length, dtype=torch.float32, device=device)
+        self.grad = torch.zeros(length, dtype=torch.float32, device=device)
         self.params = self.master if dtype == torch.float32 else torch.zeros(length, dtype=dtype, device=device)
         for name, parameter in named.items():
             self.view(self.master, name).copy_(parameter.data)

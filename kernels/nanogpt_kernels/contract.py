@@ -46,6 +46,14 @@ def require_float(op: str, **operands: Tensor | None) -> None:
             require(t.dtype in FLOATS, op, f"{name} must be float32, bfloat16 or float16", **{name: t})
 
 
+def require_one_dtype(op: str, **operands: Tensor) -> None:
+    first, *rest = operands.values()
+    if any(t.dtype != first.dtype for t in rest):
+        *names, last = operands
+        cast = f"torch.autocast casts nothing here: {last}.to({names[0]}.dtype)"
+        require(False, op, f"{', '.join(names)} and {last} must have one dtype ({cast})", **operands)
+
+
 def require_dropout(op: str, p: float, seed: Tensor | None) -> None:
     """p is a probability below 1; above 0 it needs a seed."""
     require(0.0 <= p < 1.0, op, "the dropout probability must be in [0, 1)", p=p)

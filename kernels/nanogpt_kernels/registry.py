@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import __version__
 
@@ -42,6 +43,20 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     return plainly
 
 
+def below_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator: torch's own ops inside are not differentiated, whoever calls: an exported program calls registered ops
+    with gradients on, not from within an autograd.Function, where they are off."""
+
+    @functools.wraps(function)
+    def below(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return function(*args, **kwargs)
+
+    return below
+
+
 def register(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: define `schema` ("name(Tensor x, ...) -> Tensor") and implement it by the function below it.
 
@@ -52,7 +67,7 @@ def register(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         name = schema.split("(", 1)[0]
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         for key in ("CPU", "CUDA"):
-            LIBRARY.impl(name, without_autocast(function), key)
+            LIBRARY.impl(name, without_autocast(below_autograd(function)), key)
         FUNCTIONS[f"{NAMESPACE}::{name}"] = function
         torch.library.register_fake(f"{NAMESPACE}::{name}", function, lib=LIBRARY)
         return getattr(OPS, name).default
@@ -60,9 +75,24 @@ def register(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return implement
 
 
-def differentiating(*operands: Tensor | None) -> bool:
+def differentiating(op: str, *operands: Tensor | None) -> bool:
     """Whether autograd will want the gradient of an op on these: otherwise nothing is saved for it."""
+    refuse_tangents(op, *operands)
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+
+
+def refuse_tangents(op: str, *operands: Tensor | None) -> None:
+    """RuntimeError for an operand with a tangent (forward-mode AD), which torch drops silently without gradients."""
+    if forward_ad._current_level < 0:
+        return
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in operands):
+        raise RuntimeError(f"{op}: the Triton ops have no forward-mode derivative; use nanogpt_kernels.reference")
+
+
+def number(value: float) -> float:
+    """A number on its way into an autograd.Function: torch.compile(dynamic=True) of torch 2.13 fails on a global or a
+    module's that reaches two of them ("lift_tracked_freevar_to_input"), but not on what was computed of it."""
+    return value * 1.0 if torch.compiler.is_compiling() else value
 
 
 def once(backward: Callable[..., Any]) -> Callable[..., Any]:

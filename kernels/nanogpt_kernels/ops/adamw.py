@@ -166,8 +166,8 @@ def _tile_table(segments: tuple[tuple[int, int, float], ...], block: int, device
     """(starts int64, lengths int32, decays float32) of tiles of at most `block` elements, each inside one segment."""
     starts = [torch.arange(start, end, block) for start, end, _ in segments]
     lengths = [(end - at).clamp(max=block).int() for at, (_, end, _) in zip(starts, segments)]
-    decays = [torch.full((len(at),), decay) for at, (_, _, decay) in zip(starts, segments)]
-    empty = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int32), torch.empty(0)
+    decays = [torch.full((len(at),), decay, dtype=torch.float32) for at, (_, _, decay) in zip(starts, segments)]
+    empty = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.float32)
     return tuple(torch.cat([none, *parts]).to(device) for none, parts in zip(empty, (starts, lengths, decays)))
 
 

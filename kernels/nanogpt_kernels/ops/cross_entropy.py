@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..contract import require, require_float, require_in_range, require_same_device
 from ..launch import launch, persistent, pick
-from ..registry import once, register
+from ..registry import once, refuse_tangents, register
 
 _LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32: unlike -inf, its difference to -inf is not NaN
 
@@ -314,4 +314,5 @@ def cross_entropy(
     """
     valid_vocab = logits.size(-1) if valid_vocab is None else min(valid_vocab, logits.size(-1))
     scale = scale_on_device(grad_scale, logits.device)
+    refuse_tangents("cross_entropy", logits)
     return _CrossEntropy.apply(logits, targets, scale, ignore_index, valid_vocab)

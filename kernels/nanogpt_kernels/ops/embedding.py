@@ -26,7 +26,7 @@ from ..contract import (
 )
 from ..launch import cdiv, launch, pick
 from ..primitives import dropout_args, keep_mask, position_at
-from ..registry import differentiating, once, register
+from ..registry import differentiating, number, once, refuse_tangents, register
 from .linear import gradient_of
 
 OP = "embedding"
@@ -319,6 +319,7 @@ def embedding(
     """
     start, start_at = position_args(start)
     if start_at is not None:
-        require(not differentiating(wte, wpe), OP, "a start on the device has no gradient", start=start_at)
+        require(not differentiating(OP, wte, wpe), OP, "a start on the device has no gradient", start=start_at)
         return embedding_fwd(idx, wte, wpe, p, seed, site, start, out_dtype, start_at)
-    return _Embedding.apply(idx, wte, wpe, p, seed, site, start, out_dtype)
+    refuse_tangents(OP, wte, wpe)
+    return _Embedding.apply(idx, wte, wpe, number(p), seed, site, start, out_dtype)

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..contract import device_type_of, main_grad_of
-from ..registry import once, register, without_autocast
+from ..contract import device_type_of, main_grad_of, require_one_dtype
+from ..registry import once, refuse_tangents, register, without_autocast
 
 
 @register("accumulate_weight_grad_(Tensor(a!) main_grad, Tensor dy, Tensor x) -> ()")
@@ -80,4 +80,6 @@ class _Linear(torch.autograd.Function):
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     """x [..., C_in] times w [C_out, C_in] transposed, plus b [C_out] -> [..., C_out]."""
+    refuse_tangents("linear", x, w, b)
+    require_one_dtype("linear", x=x, w=w)
     return _Linear.apply(x, w, b)

@@ -7,6 +7,8 @@ A chunk of R rows holds 2 R V bytes of logits (16 bit), and dw moves 8 V C (M / 
 cross_entropy.py.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -17,6 +19,7 @@ from ..contract import (
     main_grad_of,
     require,
     require_float,
+    require_one_dtype,
     require_same_device,
 )
 from ..launch import cdiv, pick
@@ -81,10 +84,10 @@ def _check(
 ) -> None:
     op = "linear_cross_entropy"
     require_float(op, x=x, w=w)
-    require(x.dtype == w.dtype, op, "x and w must have one dtype", x=x, w=w)
+    require_one_dtype(op, x=x, w=w)
     require(x.dim() >= 2 and w.dim() == 2 and x.size(-1) == w.size(1), op, "x is [..., C] and w [V, C]", x=x, w=w)
     require_same_device(op, x=x, w=w, targets=targets, grad_scale=grad_scale, main_grad=main_grad)
-    check(op, targets, x.shape[:-1].numel(), grad_scale, ignore_index, w.size(0), valid_vocab)
+    check(op, targets, math.prod(x.shape[:-1]), grad_scale, ignore_index, w.size(0), valid_vocab)
     if main_grad is not None:
         require(
             main_grad.dtype == torch.float32 and main_grad.shape == w.shape,
@@ -92,14 +95,24 @@ def _check(
         )  # fmt: skip
 
 
+def _may_run_twice() -> bool:
+    """Whether hooks receive what is saved for backward. Those of torch.utils.checkpoint without reentry call forward
+    again, which would add to main_grad once more: so w's gradient is kept, in float32, and added in backward."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # type: ignore[attr-defined]
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, targets, grad_scale, main_grad, ignore_index, valid_vocab):
+        kept = _may_run_twice()
+        into = torch.zeros_like(main_grad) if main_grad is not None and kept else main_grad
         loss, nll, dx, dw = linear_cross_entropy_fwd(
-            x, w, targets, grad_scale, main_grad, ignore_index, valid_vocab, *ctx.needs_input_grad[:2]
+            x, w, targets, grad_scale, into, ignore_index, valid_vocab, *ctx.needs_input_grad[:2]
         )
-        ctx.save_for_backward(dx, dw)
-        ctx.in_main_grad = main_grad is not None
+        ctx.save_for_backward(dx, dw if into is main_grad else into)
+        ctx.main_grad, ctx.in_main_grad = None if into is main_grad else main_grad, main_grad is not None
         ctx.mark_non_differentiable(nll)
         return loss, nll
 
@@ -108,7 +121,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, *grads):
         dloss = grads[0]
         dx, dw = ctx.saved_tensors
-        if ctx.in_main_grad:
+        if ctx.main_grad is not None:
+            dx = dx * dloss
+            ctx.main_grad.addcmul_(dw, dloss)
+        elif ctx.in_main_grad:
             if checking_values() and not bool((dloss == 1).all()):
                 raise ContractError(
                     f"linear_cross_entropy: the loss's gradient must be 1 where w has main_grad, not {dloss.item()}: "
@@ -132,11 +148,11 @@ def linear_cross_entropy(
 
     nll is 0 where the target is ignore_index; loss = grad_scale * sum(nll). Columns from valid_vocab on take no part.
     Where w carries main_grad, its gradient is added there now, if gradients are on; the gradient that backward hands to
-    loss must then be 1.
+    loss must then be 1. Under hooks of saved tensors, as non-reentrant checkpointing has, backward adds it.
     """
     valid_vocab = w.size(0) if valid_vocab is None else min(valid_vocab, w.size(0))
     scale = scale_on_device(grad_scale, x.device)
-    if not differentiating(x, w):
+    if not differentiating("linear_cross_entropy", x, w):
         return linear_cross_entropy_fwd(x, w, targets, scale, None, ignore_index, valid_vocab, False, False)[:2]
     main_grad = main_grad_of(w) if w.requires_grad else None
     return _LinearCrossEntropy.apply(x, w, targets, scale, main_grad, ignore_index, valid_vocab)

@@ -10,16 +10,18 @@ pre is rounded once to its dtype, after cuBLAS's bias, which is rounded first; g
 pre. All else is float32 until its store.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..contract import main_grad_of, require, require_float, require_same_device
+from ..contract import main_grad_of, require, require_float, require_one_dtype, require_same_device
 from ..launch import Row, cdiv, describable, launch, persistent, pick
 from ..primitives import gelu, gelu_derivative
-from ..registry import differentiating, once, register
+from ..registry import differentiating, once, refuse_tangents, register
 from .column_sums import column_sums_, vector_grad_of, vector_grads
 from .gemm_gelu import gemm_gelu_bwd, gemm_gelu_fwd
 from .linear import weight_grad
@@ -107,7 +109,7 @@ def bias_gelu_fwd(x: Tensor, b: Tensor | None, activation: str) -> Tensor:
     _require_bias("bias_gelu", b, N, x.dtype)
     x, b = x.contiguous(), None if b is None else b.contiguous()
     y, row = torch.empty_like(x), pick("bias_gelu_fwd", x, N)
-    M = x.shape[:-1].numel()
+    M = math.prod(x.shape[:-1])
     tiles = cdiv(M, row.blocks["BLOCK_M"]) * cdiv(N, row.blocks["BLOCK_N"])
     launch("bias_gelu_fwd", _bias_gelu_fwd_kernel, (tiles,), x, b, y, M, N, row=row, TANH=activation == "gelu_tanh")
     return y
@@ -120,7 +122,7 @@ def _gelu_bwd(
 
     Returns partial sums of db, [P, N] float32, [0, N] unless asked for."""
     N, row = x.size(-1), pick("bias_gelu_bwd", x, x.size(-1))
-    M = x.shape[:-1].numel()
+    M = math.prod(x.shape[:-1])
     # a smaller tile lies in several warps at once, and in place one may load what another has stored
     whole = dx is not dy or row.blocks["BLOCK_M"] * row.blocks["BLOCK_N"] >= 32 * row.num_warps
     require(whole, "mlp", "in place, a tile must have an element a thread", row=row)
@@ -167,7 +169,7 @@ def mlp_fwd(
     _require_activation("mlp", activation)
     require_same_device("mlp", **operands, b_fc=b_fc)
     require_float("mlp", **operands)
-    require(y.dtype == w_fc.dtype == w_proj.dtype, "mlp", "y, w_fc and w_proj must have one dtype", **operands)
+    require_one_dtype("mlp", **operands)
     require(y.dim() > 0 and w_fc.dim() == 2 and w_proj.dim() == 2, "mlp", "the weights must be matrices", **operands)
     (F_, C), C_out = w_fc.shape, w_proj.size(0)
     shapes = y.size(-1) == C and w_proj.size(1) == F_ and C > 0 and F_ > 0
@@ -234,6 +236,7 @@ class _BiasGelu(torch.autograd.Function):
 
 def bias_gelu(x: Tensor, b: Tensor | None, activation: str = "gelu") -> Tensor:
     """gelu(x + b); x [..., N], b [N]; activation "gelu" (by erf) or "gelu_tanh". Backward computes x + b again."""
+    refuse_tangents("bias_gelu", x, b)
     return _BiasGelu.apply(x, b, activation)
 
 
@@ -277,4 +280,4 @@ def mlp(
     bit, while pre is read anyway: 2 F bytes a token less in 16 bit, for one more pass of writing.
     """
     operands = (y, w_fc, b_fc, w_proj)
-    return _MLP.apply(*operands, activation, recompute, differentiating(*operands))
+    return _MLP.apply(*operands, activation, recompute, differentiating("mlp", *operands))

@@ -25,7 +25,7 @@ from ..contract import (
 )
 from ..launch import Row, cdiv, launch, persistent, pick
 from ..primitives import dropout_args, keep_mask, piece, row_pieces, vector_pieces, zero_pieces
-from ..registry import differentiating, once, register
+from ..registry import differentiating, number, once, register
 from .column_sums import vector_grad_of, vector_grads
 
 
@@ -318,8 +318,8 @@ class _AddNorm(torch.autograd.Function):
 
 def norm(r: Tensor, w: Tensor, b: Tensor | None, eps: float = 1e-5, out_dtype: torch.dtype | None = None) -> Tensor:
     """LayerNorm of r [..., C] over its last dimension, with weight w [C] and bias b [C] or None, in out_dtype (r's)."""
-    if differentiating(r, w, b):
-        return _Norm.apply(r, w, b, eps, out_dtype or r.dtype)
+    if differentiating("norm", r, w, b):
+        return _Norm.apply(r, w, b, number(eps), out_dtype or r.dtype)
     return norm_fwd(r, None, None, w, b, eps, 0.0, None, 0, out_dtype or r.dtype, False)[1]
 
 
@@ -341,6 +341,6 @@ def add_norm(
 
     delta has r's dtype, or r is float32. Dropout with probability p takes its mask from (seed, site), seed int64 [1].
     """
-    if differentiating(r, delta, delta_bias, w, b):
-        return _AddNorm.apply(r, delta, delta_bias, w, b, eps, p, seed, site)
+    if differentiating("add_norm", r, delta, delta_bias, w, b):
+        return _AddNorm.apply(r, delta, delta_bias, w, b, number(eps), number(p), seed, site)
     return norm_fwd(r, delta, delta_bias, w, b, eps, p, seed, site, delta.dtype, False)[:2]

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..contract import require_addends, require_dropout, require_same_device
 from ..launch import Row, cdiv, launch, persistent, pick
 from ..primitives import dropout_args, keep_mask, piece
-from ..registry import differentiating, once, register
+from ..registry import differentiating, number, once, register
 from .column_sums import vector_grad_of, vector_grads
 
 
@@ -168,6 +168,6 @@ def dropout_add(
 
     delta has r's dtype, or r is float32. Dropout with probability p takes its mask from (seed, site), seed int64 [1].
     """
-    if differentiating(r, delta, delta_bias):
-        return _DropoutAdd.apply(r, delta, delta_bias, p, seed, site)
+    if differentiating("dropout_add", r, delta, delta_bias):
+        return _DropoutAdd.apply(r, delta, delta_bias, number(p), seed, site)
     return dropout_add_fwd(r, delta, delta_bias, p, seed, site)

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...contract import main_grad_of, position_args, require, require_float
-from ...registry import differentiating, once, without_autocast
+from ...contract import main_grad_of, position_args, require, require_float, require_one_dtype
+from ...registry import differentiating, number, once, without_autocast
 from ..column_sums import vector_grad_of, vector_grads
 from ..linear import weight_grad
 from .backward import attention_bwd
@@ -22,8 +22,8 @@ def _project(op: str, y: Tensor, w_qkv: Tensor, b_qkv: Tensor | None, n_head: in
     """y w_qkv^T + b_qkv as [B, T, 3, H, D], by cuBLAS."""
     require(y.dim() == 3, op, "y must be [B, T, C]", y=y)
     B, T, C = y.shape
-    ok = w_qkv.shape == (3 * C, C) and w_qkv.dtype == y.dtype
-    require(ok, op, "w_qkv must be [3C, C] in y's dtype", w_qkv=w_qkv, y=y)
+    require(w_qkv.shape == (3 * C, C), op, "w_qkv must be [3C, C]", w_qkv=w_qkv, y=y)
+    require_one_dtype(op, y=y, w_qkv=w_qkv)
     require(n_head > 0 and C % n_head == 0, op, "n_head must divide C", n_head=n_head, y=y)
     require(b_qkv is None or b_qkv.shape == (3 * C,), op, "b_qkv must be [3C]", b_qkv=b_qkv, y=y)
     require_float(op, b_qkv=b_qkv)
@@ -54,8 +54,8 @@ def attention(qkv: Tensor, p: float, seed: Tensor | None, site: int, doc_ids: Te
     p: dropout of the probabilities [B, H, T, T], drawn from seed (int64 [1]) at `site`. With doc_ids [B, T] (int32 or
     int64) a token attends only to tokens with its own id.
     """
-    if differentiating(qkv):
-        return _Attention.apply(qkv, p, seed, site, doc_ids)
+    if differentiating("attention", qkv):
+        return _Attention.apply(qkv, number(p), seed, site, doc_ids)
     return attention_fwd(qkv, p, seed, site, doc_ids)[0]
 
 
@@ -94,8 +94,8 @@ def qkv_attention(
     doc_ids: Tensor | None = None,
 ) -> Tensor:
     """attention(y w_qkv^T + b_qkv); y [B, T, C], w_qkv [3C, C], b_qkv [3C] float32 -> o [B, T, C]."""
-    if differentiating(y, w_qkv, b_qkv):
-        return _QKVAttention.apply(y, w_qkv, b_qkv, n_head, p, seed, site, doc_ids)
+    if differentiating("qkv_attention", y, w_qkv, b_qkv):
+        return _QKVAttention.apply(y, w_qkv, b_qkv, n_head, number(p), seed, site, doc_ids)
     return attention_fwd(_project("qkv_attention", y, w_qkv, b_qkv, n_head), p, seed, site, doc_ids)[0].view(y.shape)
 
 
