@@ -45,18 +45,18 @@ def load_keys(
 def attend(
     acc, l, m, q, k, v, first, j, end, log2_scale, doc_i, doc_ids_ptr, seed, site, threshold, first_row, T,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, DOCUMENTS: tl.constexpr,
-    PRECISION: tl.constexpr, CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """Running (acc, l, m) of queries `first`... after keys j..., k and v [BLOCK_N, BLOCK_D].
 
-    CAUSAL: keys may come after queries; else they may lie at `end` or beyond. Such keys weigh nothing. first_row is the
-    first query's row of the probabilities seen as [B*H*T, T].
+    MASK: keys may come after queries ("causal"), or lie at `end` or beyond ("end"), or none does (""). Such keys weigh
+    nothing. first_row is the first query's row of the probabilities seen as [B*H*T, T].
     """
     rows, keys, left = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), end - j
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if CAUSAL:
+    if MASK == "causal":
         s = causal(s, j, first, float("-inf"), BLOCK_M, BLOCK_N, False, BRANCH=not (DROPOUT or DOCUMENTS))
-    else:
+    elif MASK == "end":
         s = tl.where((keys < left)[None, :], s, float("-inf"))
     if DOCUMENTS:
         doc_j = tl.load(doc_ids_ptr + j + keys, mask=keys < left, other=0)
@@ -138,7 +138,7 @@ def _attention_fwd_kernel(
                 k, v = load_keys(k_ptr + to, v_ptr + to, at, T - j, D, BLOCK_D, BLOCK_N, RAGGED)
             acc, l, m = attend(
                 acc, l, m, q, k, v, first, j, T, log2_scale, doc_i, doc_ids_ptr, seed, site, threshold, first_row, T,
-                BLOCK_M, BLOCK_N, DROPOUT, DOCUMENTS, PRECISION, CAUSAL=True,
+                BLOCK_M, BLOCK_N, DROPOUT, DOCUMENTS, PRECISION, MASK="causal" if loop == LOOPS - 1 else "",
             )  # fmt: skip
 
     o = acc * (keep_scale / l)[:, None]
