@@ -201,7 +201,9 @@ def examine(arch: int, args: argparse.Namespace, budgets: Budgets) -> tuple[list
     if args.update_budgets:
         known = budgets.setdefault(TRITON_MINOR, {})
         for section, found in measured_budgets(compiled, of_step, arch).items():
-            known[section] = (known.get(section, {}) if args.op else {}) | found
+            kept = known.get(section, {}) if args.op else {}  # of an op's kernels other ops may have larger shapes
+            if kept or found:
+                known[section] = kept | {k: [max(pair) for pair in zip(n, kept.get(k, n))] for k, n in found.items()}
         write_budgets(budgets)
     known = budgets.get(TRITON_MINOR, {})
     limits, instructions = known.get(f"sm_{arch}"), known.get(f"sm_{arch} instructions")
@@ -221,7 +223,11 @@ def main() -> None:
     parser.add_argument("--core", action="store_true", help="fewer shapes: what the default tests compile")
     parser.add_argument("--jobs", type=int, help="processes to compile in (default: one a core)")
     parser.add_argument("--json", metavar="FILE", help="write the table there as well")
-    parser.add_argument("--update-budgets", action="store_true", help="take what was measured as the new budgets")
+    parser.add_argument(
+        "--update-budgets",
+        action="store_true",
+        help="take what was measured as the new budgets; with --op, only what is more",
+    )
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set: nothing compiles under the interpreter; unset it")

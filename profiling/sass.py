@@ -191,7 +191,9 @@ def _product(mnemonic: str, from_registers: bool) -> Counts:
 
 
 def read_sass(instructions: list[str]) -> Sass:
-    """Of a kernel's instructions, 16 bytes apart from address 0 on."""
+    """Of a kernel's instructions, 16 bytes apart from address 0 on; without the NOPs that fill up its end."""
+    length = max((i + 1 for i, text in enumerate(instructions) if text != "NOP"), default=0)
+    instructions = instructions[:length]
     blocks, follows = _blocks(instructions)
     counts = [_added(count(instructions[i]) for i in block) for block in blocks]
     dominators = _dominators(follows)
