@@ -50,6 +50,7 @@ FIGURES = {
 }
 _KIND = [(kind, re.compile(pattern)) for kind, pattern in KINDS.items()]
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/ +(.*?) *;")
+_NEVER = re.compile(r"@!U?PT ")
 _BRANCH = re.compile(r"(BRA\S*) (.*, )?(0x[0-9a-f]+)$")
 LANES, WARPGROUP = 32, 4
 INSTRUCTION = 16  # bytes
@@ -155,6 +156,8 @@ def _width(mnemonic: str) -> int:
 def count(text: str) -> Counts:
     """Of one instruction of a warp."""
     mnemonic, operands = _split(text)
+    if _NEVER.match(text):  # as the loads of nothing that keep an order
+        return Counts({"instructions": 1, "control": 1})
     return _count(mnemonic, re.search(r", R\d+\S*, gdesc", operands) is not None)
 
 

@@ -86,6 +86,7 @@ def test_code_side_by_side_keeps_its_own_addresses():
         ("LDSM.16.M88.4 R8, [R4]", "shared", {"shared_bytes": 512}),
         ("STSM.16.M88 [R4], R8", "shared", {"shared_bytes": 128}),
         ("@!P1 STS.U16 [R4], R8", "shared", {"shared_bytes": 64}),
+        ("@!PT LDS RZ, [RZ]", "control", {}),  # nobody does it
         ("LDG.E.EF.128 R8, desc[UR4][R2.64]", "global", {"asked_bytes": 512}),
         ("UTMALDG.2D [UR8], [UR4], desc[UR6]", "global", {}),
         ("UTMACMDFLUSH", "global", {}),
