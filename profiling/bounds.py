@@ -74,7 +74,7 @@ def clocks(counts: Counts, warps: float, name: str, copied: float = 0.0) -> dict
 
 
 def scaled(counts: Counts, times: float) -> Counts:
-    return Counts({name: n * times for name, n in counts.items()})  # type: ignore[misc]  # fractions too
+    return Counts({name: n * times for name, n in counts.items()})  # fractions too
 
 
 def blocks_held(c: Compiled, arch: int) -> int:

@@ -109,13 +109,14 @@ def show_compiled(found: Launches, micro_steps: int, arch: int, name: str, batch
         for i, n in enumerate((1, floor_of(launch.work, roof)[0] * 1e3, expected.seconds * 1e3)):
             sums[key][i] += n * times
         takes[key][expected.bound] += expected.seconds * times
-    table, total = [], [0.0, 0.0, 0.0, 0.0]
+    table, totals = [], [0.0, 0.0, 0.0, 0.0]
     for key, (times, floor, ms) in sorted(sums.items(), key=lambda pair: -pair[1][2]):
         seen = measured.get(key, 0.0)
         bound = max(takes[key], key=lambda b: takes[key][b])
         table.append(_cells(": ".join(filter(None, key)), times, floor, ms, seen, bound))
-        total = [a + b for a, b in zip(total, (times, floor, ms, seen))]
-    table.append(_cells("a step", *total, ""))
+        totals = [a + b for a, b in zip(totals, (times, floor, ms, seen))]
+    times, floor, ms, seen = totals
+    table.append(_cells("a step", times, floor, ms, seen, ""))
     print(f"\nas compiled for sm_{arch}; {_rates(name)}\n")
     print_beside(["of a step", "launches", "floor ms", "as compiled ms", "bound", "measured ms", "error"], table)
     in_a_row = [r["ms_s"] * 1e3 for r in rows if r["bench"] == "step" and r.get("how") == "alone"]
