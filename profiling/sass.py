@@ -24,7 +24,10 @@ from functools import cache
 
 from triton import knobs
 
-Counts = Counter[str]  # {one of KINDS or FIGURES: how many}
+# {one of KINDS: instructions of it}, all "instructions", and "fma": multiply-adds of products of 16-bit operands (of
+# float32 ones by TF32, at half the rate, each counts twice); "shared_bytes" read or written in shared memory, wgmma's
+# operands and cp.async's results too; "asked_bytes" of global memory, by loads and stores of all threads, without TMA's
+Counts = Counter[str]
 
 # By the first word of the mnemonic; what nothing matches is "integer" (on the ALU), if it starts with U "uniform".
 KINDS = {
@@ -41,12 +44,6 @@ KINDS = {
     r"ELECT|YIELD|BREAK|BMOV|ERRBAR|CCTL|FENCE|KILL|BPT|UCGABAR\w*|ARRIVES|PREEXIT|ACQBULK",
     "uniform": r"U\w+|R2UR|S2UR|VOTEU",
     "integer": r"\w+",
-}
-FIGURES = {
-    "instructions": "issued",
-    "fma": "multiply-adds of products of 16-bit operands (float32 ones by TF32 count twice)",
-    "shared_bytes": "read or written in shared memory, operands of wgmma and the results of cp.async included",
-    "asked_bytes": "of global memory, by loads and stores of all threads; without TMA's",
 }
 _KIND = [(kind, re.compile(pattern)) for kind, pattern in KINDS.items()]
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/ +(.*?) *;")
