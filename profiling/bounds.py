@@ -53,7 +53,7 @@ class Measured:
 
 # bench/README.md, 2026-11-27: 1530 to 1680 MHz through a step at the power limit; 685 TFLOP/s; 2.95 TB/s. warp_clocks:
 # of 25 tile shapes of attention's three kernels that bench/tune.py timed at c04db68, before the rows that ship were
-# chosen, the sum is 17% too fast to 24% too slow at 1.7 GHz (11% root mean square), the largest bound 18 to 70% too fast.
+# chosen, the sum is 17% too fast to 24% too slow at 1.7 GHz (rms 11%), the largest bound 18 to 70% too fast.
 MEASURED = {"NVIDIA H100 80GB HBM3": Measured(1.605e9, 685e12, 2.95e12, 5.0)}
 
 
