@@ -12,7 +12,8 @@ import os
 import re
 import subprocess
 import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import triton
@@ -20,6 +21,7 @@ from nanogpt_kernels.ahead import compile_call, compile_for
 from nanogpt_kernels.launch import Call
 from nanogpt_kernels.launch_rows import ARCHITECTURES
 from offset_ranges import wrapping_offsets
+from sass import Sass, code_of, counted
 from triton import knobs
 
 TRITON_MINOR = ".".join(triton.__version__.split(".")[:2])  # "3.7": what register counts depend on
@@ -68,36 +70,45 @@ class Compiled(Usage):
     dots16: bool  # multiplies 16-bit tiles
     serialised: bool  # ptxas made each wgmma wait for the one before
     wraps: tuple[str, ...]  # 32-bit arithmetic of addresses that can overflow at some recorded launch (TTIR lines)
+    sass: Sass | None = None  # its machine code, where compile_all was to count it
 
 
 # ---- what to compile ----
 
 
-def compile_all(groups: list[list[Call]], arch: int, jobs: int | None = None) -> list[Compiled]:
-    """Compile each group's kernel for sm_arch in `jobs` processes (default: one a core)."""
+def compile_all(
+    groups: list[list[Call]], arch: int, jobs: int | None = None, count: Collection[int] = ()
+) -> list[Compiled]:
+    """Compile each group's kernel for sm_arch in `jobs` processes (default: one a core). count: groups whose machine
+    code is counted, which takes as long again where Triton's cache is warm."""
     global _groups
     compile_for(arch)
     _groups = groups
     jobs = min(jobs or os.cpu_count() or 1, len(groups))
     if jobs <= 1:
-        return [_compile(i) for i in range(len(groups))]
-    # forked, because calls hold jit functions and meta tensors, which do not pickle
-    with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
-        return list(pool.map(_compile, range(len(groups))))
+        found = [_compile(i) for i in range(len(groups))]
+    else:
+        # forked, because calls hold jit functions and meta tensors, which do not pickle
+        with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
+            found = list(pool.map(_compile, range(len(groups))))
+    counts = dict(zip(count, counted([found[i][1] for i in count], arch)))
+    return [replace(kernel, sass=counts.get(i)) for i, (kernel, _) in enumerate(found)]
 
 
 _groups: list[list[Call]] = []
 
 
-def _compile(i: int) -> Compiled:
-    return read_off(_groups[i], compile_call(_groups[i][0]))
+def _compile(i: int) -> tuple[Compiled, bytes]:
+    """The kernel, and its machine code."""
+    compiled = compile_call(_groups[i][0])
+    return read_off(_groups[i], compiled), code_of(compiled.asm["cubin"])
 
 
 # ---- what came out ----
 
 
 def read_off(same: list[Call], compiled: Any) -> Compiled:
-    """The figures of the compiled kernel of some calls, from its TTIR, PTX and cubin."""
+    """The figures of the compiled kernel of some calls, from its TTIR, PTX and cubin; without its machine code."""
     call, metadata = same[0], compiled.metadata
     ttir, ptx = compiled.asm["ttir"], compiled.asm["ptx"]
     given = _arguments(call)

@@ -115,6 +115,10 @@ def show_config(args: argparse.Namespace, flags: list[str]) -> None:
                   f"a step:       {in_words(whole)}\n"
                   f"{speed(shape, tokens, whole.seconds, gpu)}. A bound, not a measurement.\n")  # fmt: skip
             print_plan(config, shape, step, args.fused)
+            if args.compiled:
+                from compiled_step import show_compiled  # after the rest is shown: it compiles for up to a minute
+
+                show_compiled(found, micro_steps, arch, name, config.data.batch_size, args.measured)
         launched, planned = byte_plan.compared(step, shape, tokens)["total"]
         rows.append([gpu, f"sm_{arch}", *micro.cells(), *whole.cells(), f"{launched / planned:.3f}",
                      *speed_cells(shape, tokens, whole.seconds, gpu)])  # fmt: skip

@@ -40,12 +40,14 @@ HUGE = of_124m(B=4096)  # 3.2e9 elements in one [B, T, C]
 
 @dataclass(frozen=True)
 class Case:
-    """One op called one way. `core` cases are the default test's; all of them are the slow test's."""
+    """One op called one way. `core` cases are the default test's; all of them are the slow test's. step: its kernels
+    are those of a training step of GPT-2 124M without bias or dropout, whose instructions have budgets."""
 
     op: str
     label: str
     run: Callable[[], None]
     core: bool
+    step: bool = False
 
 
 def at(shape: Shape, dtype: torch.dtype, **options: Any) -> Setting:
@@ -57,6 +59,7 @@ def case(
     s: Setting,
     *more: int,
     core: bool = False,
+    step: bool = False,
     train: bool = True,
     choices: dict[str, dict[str, bool]] | None = None,
     **options: Any,
@@ -74,7 +77,7 @@ def case(
             if train:
                 backward(out)
 
-    return Case(name, " ".join(map(str, (s, *more, chosen, options))), run, core)
+    return Case(name, " ".join(map(str, (s, *more, chosen, options))), run, core, step)
 
 
 def backward(out: Tensor | tuple[Tensor, ...]) -> None:
@@ -87,7 +90,7 @@ def optimizer_case(s: Setting, core: bool = False) -> Case:
         grad_norm(*op_inputs.grad_norm(s))
         adamw_(*op_inputs.adamw_(s, multiple=1))  # unaligned too, by an odd N
 
-    return Case("adamw", str(s), run, core)
+    return Case("adamw", str(s), run, core, step=core)
 
 
 def atomic(on: bool) -> dict[str, dict[str, bool]]:
@@ -114,20 +117,21 @@ def _plain_and_loaded() -> Iterator[Case]:
         plain = at(x, dtype, bias=False)
         loaded = at(x, dtype, p=0.1, main_grad=True, activation="gelu_tanh")
         for s, on in ((plain, False), (loaded, True)):
-            yield case(embedding, s, core=main or single)
+            step = main and not on
+            yield case(embedding, s, core=main or single, step=step)
             yield case(norm, s)
-            yield case(add_norm, s, core=main or (not on and x in WIDTHS) or (single and on))
+            yield case(add_norm, s, core=main or (not on and x in WIDTHS) or (single and on), step=step)
             yield case(dropout_add, s, core=main)
             for way in (False, True):
                 masked = replace(s, documents=torch.int64 if on else None)
-                yield case(qkv_attention, masked, choices=atomic(way), core=main or single)
+                yield case(qkv_attention, masked, choices=atomic(way), core=main or single, step=step and not way)
             yield case(linear, s, core=main)
             for way in (False, True) if dtype is not FP32 else (False,):
                 core = main or (x is WIDEST and way and not on)
-                yield case(mlp, s, recompute=on, choices=fused(way), core=core)
+                yield case(mlp, s, recompute=on, choices=fused(way), core=core, step=step)
             core = main or (single and on)
             yield case(bias_gelu, replace(s, main_grad=False), core=core)  # the trainer's is inside mlp
-            yield case(linear_cross_entropy, s, valid_vocab=x.valid, core=core)
+            yield case(linear_cross_entropy, s, valid_vocab=x.valid, core=core, step=step)
         for new, start, in_memory in ((x.T // 2, 0, False), (1, x.T // 2, False), (1, 0, True)):
             yield case(cached_attention, plain, new, start, in_memory, train=False, core=main or single)
         start = torch.zeros(1, dtype=torch.int64, device=META)

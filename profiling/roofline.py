@@ -2,6 +2,7 @@
 
     python profiling/roofline.py [--gpu h100 ...] [--model 124m] [--batch 64] [--ledger]
     python profiling/roofline.py [--gpu h100 ...] --config NAME|FILE [--flag=value ...] [--fused]
+    python profiling/roofline.py --gpu h100 --config NAME|FILE --compiled [--measured FILE.jsonl]
 
 It needs the trainer's package: `pip install -e .`, or PYTHONPATH=.:kernels from the repository's root; no GPU, and
 nothing runs. floor = max(compute, memory) of each op, as if nothing else were in its way:
@@ -15,8 +16,9 @@ nothing runs. floor = max(compute, memory) of each op, as if nothing else were i
 The forms are those of nanogpt_kernels: residual and LayerNorm in one pass, GELU in its product's epilogue, logits in
 place, packed qkv. --config shows instead what a step of that configuration launches, with the Triton ops and the GPU's
 launch rows (step_launches.py): the floor of each launch, and the bytes beside those planned (byte_plan.py). Several
-GPUs are set side by side. --ledger also counts, in Triton's interpreter, the bytes that the memory-bound kernels load
-and store, and compares them with the fewest (profiling/ledger.py).
+GPUs are set side by side. --compiled compiles the step's kernels and says what their machine code predicts of each
+(compiled_step.py). --ledger also counts, in Triton's interpreter, the bytes that the memory-bound kernels load and
+store, and compares them with the fewest (profiling/ledger.py).
 """
 
 import argparse
@@ -210,6 +212,10 @@ def main(argv: list[str]) -> int:
         "--deterministic", action="store_true", help="of --model: attention backward without atomics, 7 products, not 5"
     )
     parser.add_argument("--fused", action="store_true", help="of --config: GELU inside products, whatever the rows say")
+    parser.add_argument(
+        "--compiled", action="store_true", help="of --config, on one GPU: what its kernels' code predicts"
+    )
+    parser.add_argument("--measured", metavar="FILE", help="of --compiled: a results file of bench/, shown beside it")
     parser.add_argument("--ledger", action="store_true", help="count bytes in the interpreter as well")
     args, flags = parser.parse_known_args(argv)
     if args.config:
@@ -218,11 +224,13 @@ def main(argv: list[str]) -> int:
             raise ConfigError(
                 f"--config does not go with --{of_model[0]}", hint="a flag of train's, as --batch_size=64"
             )
+        if args.measured and not args.compiled or args.compiled and len(args.gpu) > 1:
+            parser.error("--compiled is of one GPU, --measured goes with it")
         from config_roofline import show_config  # which needs Triton; the rest of this file does not
 
         show_config(args, flags)
-    elif flags or args.fused:
-        parser.error(f"only with --config: {' '.join(flags) or '--fused'}")
+    elif flags or args.fused or args.compiled:
+        parser.error(f"only with --config: {' '.join(flags) or ('--fused' if args.fused else '--compiled')}")
     else:
         args.model = args.model or "124m"
         show_model(args)

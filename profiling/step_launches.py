@@ -65,10 +65,11 @@ class Launch:
 
 @dataclass(frozen=True)
 class Launches:
-    """{launch: how often} of a micro-step, and of what a step does once."""
+    """{launch: how often} of a micro-step, and of what a step does once. calls: one of each Triton launch."""
 
     micro_step: Counter[Launch]
     once: Counter[Launch]
+    calls: dict[Launch, launch.Call]
 
     def step(self, micro_steps: int) -> Counter[Launch]:
         return self.once + Counter({one: n * micro_steps for one, n in self.micro_step.items()})
@@ -82,16 +83,19 @@ def recorded(config: Config, shape: GPTConfig, dtype: torch.dtype, arch: int, fu
     with ExitStack() as stack:
         for op in ("mlp_fwd", "mlp_bwd") if fused else ():
             stack.enter_context(launch.override(op, choices=dict(fused=True)))
-        one, two = (_step_of(step, n, config.data.batch_size, shape.block_size, arch) for n in (1, 2))
+        (one, calls), (two, _) = (_step_of(step, n, config.data.batch_size, shape.block_size, arch) for n in (1, 2))
     micro_step = two - one
-    return Launches(micro_step, one - micro_step)
+    return Launches(micro_step, one - micro_step, calls)
 
 
-def _step_of(step: TrainStep, micro_steps: int, batch_size: int, block_size: int, arch: int) -> Counter[Launch]:
+def _step_of(
+    step: TrainStep, micro_steps: int, batch_size: int, block_size: int, arch: int
+) -> tuple[Counter[Launch], dict[Launch, launch.Call]]:
     batch = torch.empty(micro_steps, batch_size, block_size + 1, dtype=torch.int64, device=META)
     with launch.recording(arch) as calls, _Torch() as torch_s:
         step(batch, 0)
-    return torch_s.seen + Counter(map(triton_launch, calls))
+    launches = [triton_launch(call) for call in calls]
+    return torch_s.seen + Counter(launches), dict(zip(launches, calls))
 
 
 class _Torch(TorchDispatchMode):

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -106,8 +107,15 @@ def test_the_rules_see_what_breaks_them():
         assert wraps.startswith("WRAPS %") and "arith.muli" in wraps, (name, wraps)
     assert verdicts.pop("over budget").startswith("BUDGET registers ")
     assert verdicts.pop("without budget") == "BUDGET has no entry"
+    edited = re.fullmatch(r"BUDGET instructions in its loop (\d+) > (\d+), BUDGET instructions \d+ > \d+",
+                          verdicts.pop("edited"))  # fmt: skip
+    assert edited and int(edited[1]) > int(edited[2]) > 0, "one more multiplication an element went unseen"
+    assert verdicts.pop("unedited") == "ok"
+    assert verdicts.pop("without instructions") == "BUDGET has no entry for its instructions"
     assert verdicts == {"multiplies M=64 N=64 K=64": "ok", "does_not_wrap BLOCK=64": "ok", "within budget": "ok"}
     assert any(row.startswith("cross_entropy: no call takes the row of sm_80") for row in found["untaken"])
+    sizes = [(64, 64, 64), (16, 64, 64), (128, 128, 512)]  # by wgmma, by mma.sync, by eight warps
+    assert found["products"] == {f"M={m} N={n} K={k}": m * n * k for m, n, k in sizes}
 
 
 def test_the_interpreter_is_refused():

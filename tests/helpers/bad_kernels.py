@@ -1,6 +1,6 @@
 """Kernels that break one rule of profiling/resources.py each, and some that break none; a process of its own compiles
 them for sm_90 (the compiler and the interpreter cannot share one) and prints JSON: {"verdicts": {kernel: its verdict},
-"untaken": rows of launch.TABLE that none of them took}."""
+"untaken": rows of launch.TABLE that none of them took, "products": {kernel: multiply-adds in its machine code}}."""
 
 import json
 
@@ -51,6 +51,16 @@ def attends(q_ptr, k_ptr, v_ptr, o_ptr, first, T, C, M: tl.constexpr, N: tl.cons
 
 
 @triton.jit
+def adds_up(x_ptr, y_ptr, n, BLOCK: tl.constexpr, TWICE: tl.constexpr):
+    """TWICE is the edit that its budget must notice: the same registers, a little more in each iteration."""
+    total = tl.zeros([BLOCK], tl.float32)
+    for i in range(n):
+        x = tl.load(x_ptr + i * BLOCK + tl.arange(0, BLOCK))
+        total += x * x + x if TWICE else x
+    tl.store(y_ptr + tl.arange(0, BLOCK), total)
+
+
+@triton.jit
 def wraps(x_ptr, C, BLOCK: tl.constexpr):
     at = tl.program_id(0) * C + tl.arange(0, BLOCK)
     tl.store(x_ptr + at, at.to(tl.float32))
@@ -86,14 +96,24 @@ def main() -> None:
         for kernel in (wraps, wraps_before_widening, does_not_wrap):
             launch("test", kernel, (rows,), x, C, BLOCK=64)
         launch("test", wraps_in_a_loop, (132,), x, rows, C, BLOCK=64)
-    compiled = compile_all(distinct(calls, 90), 90)
+        for twice in (False, True):
+            launch("test", adds_up, (1,), x, x, 1000, BLOCK=512, TWICE=twice)
+    groups = distinct(calls, 90)
+    *compiled, plain, edited = compile_all(groups, 90, count=range(len(groups)))
     verdicts = {f"{c.kernel} {c.constexprs}": verdict(c, 90, None) for c in compiled if c.kernel != "attends"}
     verdicts |= {f"attends in {c.num_stages}": verdict(c, 90, None) for c in compiled if c.kernel == "attends"}
     fine = next(c for c in compiled if c.kernel == "does_not_wrap")
     verdicts["over budget"] = verdict(fine, 90, {budget_key(fine): [fine.registers - 1, fine.shared, 0]})
     verdicts["within budget"] = verdict(fine, 90, {budget_key(fine): [fine.registers, fine.shared, 0]})
     verdicts["without budget"] = verdict(fine, 90, {})
-    print(json.dumps({"verdicts": verdicts, "untaken": untaken(calls, 90)}))
+    assert plain.sass is not None
+    instructions = {budget_key(plain): plain.sass.budget}
+    verdicts["unedited"], verdicts["edited"] = (verdict(c, 90, None, instructions) for c in (plain, edited))
+    verdicts["without instructions"] = verdict(plain, 90, None, {})
+    products = {
+        c.constexprs: c.num_warps * c.sass.total["fma"] for c in compiled if c.sass and c.kernel == "multiplies"
+    }
+    print(json.dumps({"verdicts": verdicts, "untaken": untaken(calls, 90), "products": products}))
 
 
 if __name__ == "__main__":
