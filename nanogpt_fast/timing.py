@@ -1,6 +1,6 @@
-"""Times of calls to compare: on a GPU of CUDA graph replays (many calls a replay, so launch gaps do not count), on a CPU
-of enough calls to last CPU_SPAN_MS; arms interleaved A B C, B C A, ... (machines drift), so that a ratio can be of two
-times of one round.
+"""Times of calls to compare: on a GPU of CUDA graph replays (many calls a replay, so launch gaps do not count), on a
+CPU of enough calls to last CPU_SPAN_MS; arms interleaved A B C, B C A, ... (machines drift), so that a ratio can be of
+two times of one round.
 """
 
 import math

@@ -47,8 +47,8 @@ class Call:
 
 
 class Recording(list[Call]):
-    """The launches recorded so far; `rows` are those that they took, as TABLE or `keep` has them: (op, row), and `asked`
-    what each was asked for.
+    """The launches recorded so far; `rows` are those that they took, as TABLE or `keep` has them: (op, row); `asked` are
+    the same by what each was asked for.
 
     keep=False drops the launches themselves, which hold their tensors."""
 
@@ -82,16 +82,21 @@ def pick(op: str, x: Tensor, size: int) -> Row:
 
 def keep(rows: Mapping[Key, Row]) -> None:
     """From here on `pick` takes these rows, in the place of those kept before, where it is asked for exactly their keys;
-    {} leaves TABLE alone. ValueError for a row that is none of its op: other blocks or choices, or no launch at all."""
+    {} leaves TABLE alone. ValueError for a row unlike its op's: of other blocks or choices, or no launch at all."""
     global _kept
     for key, row in rows.items():
-        theirs = TABLE.get(key.op, ())
-        whole = [n for n in (*row.blocks.values(), row.num_warps, row.num_stages, row.max_registers or 1)]
-        if not any(row.blocks.keys() == t.blocks.keys() and row.choices.keys() == t.choices.keys() for t in theirs):
-            raise ValueError(f"{key.op} has no such launch row: {row}")
-        if not all(isinstance(n, int) and n >= 1 for n in whole) or row.num_warps not in (1, 2, 4, 8, 16, 32):
-            raise ValueError(f"no kernel is launched so: {row}")
+        theirs = [_kinds(listed) for listed in TABLE.get(key.op, ())]
+        sizes = (*row.blocks.values(), row.num_stages, 1 if row.max_registers is None else row.max_registers)
+        if _kinds(row) not in theirs or row.num_warps not in (1, 2, 4, 8, 16, 32) or any(n < 1 for n in sizes):
+            raise ValueError(f"{key.op} is not launched so: {row}")
     _kept = dict(rows)
+
+
+def _kinds(row: Row) -> dict[str, Any]:
+    """What its fields are called and of which type: a row of the same op differs in values alone."""
+    return {
+        name: type(value) for name, value in (row.blocks | row.choices | vars(row)).items() if name != "max_registers"
+    }
 
 
 def kept() -> dict[Key, Row]:
