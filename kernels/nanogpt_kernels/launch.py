@@ -47,8 +47,8 @@ class Call:
 
 
 class Recording(list[Call]):
-    """The launches recorded so far; `rows` are those that they took, as TABLE or `keep` has them: (op, row); `asked` are
-    the same by what each was asked for.
+    """The launches recorded so far; `rows` are those that they took, as TABLE or `keep` has them: (op, row); `asked`
+    are the same by what each was asked for.
 
     keep=False drops the launches themselves, which hold their tensors."""
 
@@ -81,8 +81,8 @@ def pick(op: str, x: Tensor, size: int) -> Row:
 
 
 def keep(rows: Mapping[Key, Row]) -> None:
-    """From here on `pick` takes these rows, in the place of those kept before, where it is asked for exactly their keys;
-    {} leaves TABLE alone. ValueError for a row unlike its op's: of other blocks or choices, or no launch at all."""
+    """From here on `pick` takes these rows, in the place of those kept before, where it is asked for exactly their
+    keys; {} leaves TABLE alone. ValueError for a row unlike its op's: other blocks or choices, or no launch at all."""
     global _kept
     for key, row in rows.items():
         theirs = [_kinds(listed) for listed in TABLE.get(key.op, ())]
