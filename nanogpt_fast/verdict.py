@@ -12,11 +12,9 @@ import hashlib
 import json
 import logging
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,6 +23,7 @@ from typing import Any
 import torch
 
 from nanogpt_fast import assembler, proof
+from nanogpt_fast.child import Child
 from nanogpt_fast.distributed import World
 from nanogpt_fast.errors import NanogptError
 from nanogpt_fast.files import sha256_of, write_atomic, write_json
@@ -36,6 +35,7 @@ from nanogpt_fast.settings.config import Config, GPTConfig
 log = logging.getLogger(__name__)
 LIMIT_S = 480.0  # in all, most of it compiling; less than the ten minutes that other ranks wait in a collective
 TRANSIENT = ("no end", "signal 9")  # too slow a machine, too little memory: of no op in particular
+EVENTS = {"began", "ended", "wrong", "untried", "spent"}  # of a child
 DIED = "the process ended with {how} while it ran"
 
 
@@ -186,26 +186,12 @@ def judge(
 
 
 def _run(command: list[str], limit_s: float) -> tuple[list[dict[str, Any]], str]:
-    """(the JSON objects that it printed, a line each; how it ended)."""
+    """(the events that it printed; how it ended)."""
+    child = Child(command)
     try:
-        done = subprocess.run(command, capture_output=True, timeout=limit_s)
-        said, errors = done.stdout, done.stderr.decode(errors="replace").strip().splitlines()
-        how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
-        how += f" ({errors[-1][:200]})" if errors and done.returncode else ""
-    except subprocess.TimeoutExpired as late:
-        said, how = late.stdout or b"", f"no end within {limit_s:.0f} s"
-    found = []
-    for line in said.decode(errors="replace").splitlines():
-        with suppress(ValueError):
-            if isinstance(value := json.loads(line), dict) and value.keys() <= {
-                "began",
-                "ended",
-                "wrong",
-                "untried",
-                "spent",
-            }:
-                found.append(value)
-    return found, how
+        return [event for event in child.events(limit_s) if event.keys() <= EVENTS], child.how
+    finally:
+        child.end()
 
 
 # ---- which ops a run takes ----
