@@ -15,10 +15,8 @@ class Child:
     """It lives in a session of its own, so that Ctrl-C is its parent's alone to answer; it ends when its stdin does."""
 
     def __init__(self, command: Sequence[str]):
-        self.how = (
-            "exit code 0"  # it ended, once it has: "signal N", "exit code N (its last words)", "no end within N s"
-        )
-        self._errors = tempfile.TemporaryFile()
+        self.how = "exit code 0"  # it ended: "signal N", "exit code N (its last words)" or "no end within N s"
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the process)
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, start_new_session=True
         )
@@ -39,16 +37,18 @@ class Child:
         while True:
             try:
                 line = self._lines.get(timeout=max(0.0, until - time.monotonic()))
+                late = time.monotonic() > until
             except queue.Empty:
-                self.end()
-                self.how = f"no end within {limit_s:.0f} s"
-                return
+                line, late = b"", True
             if line is None:
-                self._ended()
-                return
+                return self._ended()
             with suppress(ValueError):
                 if isinstance(value := json.loads(line), dict):
                     yield value
+            if late:
+                self.end()
+                self.how = f"no end within {limit_s:.0f} s"
+                return
 
     def end(self) -> None:
         """End it, whatever it does."""
