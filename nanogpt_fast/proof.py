@@ -185,7 +185,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Block:
-    """A model of one block and its optimizer, and what a micro-batch calls the model with."""
+    """A model, of one block unless told, and its optimizer; and what a micro-batch calls the model with."""
 
     model: GPT
     optimizer: AdamW
@@ -196,10 +196,10 @@ class Block:
     doc_ids: Tensor | None
 
     @classmethod
-    def of(cls, setup: Setup, ops: Ops, device: torch.device, rows: int) -> "Block":
+    def of(cls, setup: Setup, ops: Ops, device: torch.device, rows: int, n_layer: int = 1) -> "Block":
         """At the setup's widths, with so many rows and more, to whole sequences; on "meta" without data."""
         generator = None if device.type == "meta" else torch.Generator().manual_seed(1)
-        model, optimizer = built(setup, ops, device, generator)
+        model, optimizer = built(setup, ops, device, generator, n_layer)
         T, V = setup.shape.block_size, setup.shape.vocab_size
         B, flat = math.ceil(rows / T), optimizer.flat
         tokens = torch.zeros(B, T + 1, dtype=torch.int64)
