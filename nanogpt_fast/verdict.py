@@ -7,7 +7,6 @@ the ops, names each before it runs, and is started again without the one that it
 
 import dataclasses
 import datetime
-import functools
 import hashlib
 import json
 import logging
@@ -22,13 +21,13 @@ from typing import Any
 
 import torch
 
-from nanogpt_fast import assembler, proof
+from nanogpt_fast import proof, tuned
 from nanogpt_fast.child import Child
 from nanogpt_fast.distributed import World
 from nanogpt_fast.errors import NanogptError
-from nanogpt_fast.files import sha256_of, write_atomic, write_json
+from nanogpt_fast.files import sha256_of, user_cache, write_atomic, write_json
 from nanogpt_fast.hardware import capability_of
-from nanogpt_fast.ops import OLDEST, OP_NAMES, REFERENCE, Ops, assembler_path, kernel_sources, select_ops
+from nanogpt_fast.ops import OLDEST, OP_NAMES, REFERENCE, Ops, keep_rows, kept_rows, row_as_json, select_ops
 from nanogpt_fast.proof import Setup
 from nanogpt_fast.settings.config import Config, GPTConfig
 
@@ -69,16 +68,10 @@ def setup_of(config: Config, shape: GPTConfig, dtype: torch.dtype) -> Setup:
 
 def facts_of(setup: Setup, device: torch.device) -> dict[str, Any]:
     """What a verdict holds for: anything else, and the ops are tried anew."""
-    import triton
-
     shape = dataclasses.asdict(setup.shape) | {"dropout": setup.shape.dropout > 0.0}
     return {
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "driver": _driver(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "ptxas": assembler.version_of(assembler_path(device)),
-        "kernels": kernel_sources(),
+        **tuned.facts_of(device),
+        "launch_rows": tuned.digest(),
         "proof": sha256_of(Path(proof.__file__))[:16],
         **{name: shape[name] for name in ("n_head", "n_embd", "block_size", "vocab_size", "bias", "activation")},
         "dropout": shape["dropout"],
@@ -88,26 +81,12 @@ def facts_of(setup: Setup, device: torch.device) -> dict[str, Any]:
     }
 
 
-@functools.cache
-def _driver() -> str:
-    """The NVIDIA driver's version, "" without one."""
-    try:
-        words = Path("/proc/driver/nvidia/version").read_text().split()
-    except OSError:
-        return str(assembler.driver_cuda() or "")
-    return next((word for word in words if word.count(".") >= 1 and word[0].isdigit()), "")
-
-
 # ---- what is remembered ----
 
 
-def folder() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME")
-    return Path(home) / "nanogpt_fast/verdicts" if home else Path.home() / ".cache/nanogpt_fast/verdicts"
-
-
 def _path(facts: dict[str, Any]) -> Path:
-    return folder() / f"{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]}.json"
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return user_cache("verdicts") / f"{digest}.json"
 
 
 def remembered(facts: dict[str, Any]) -> Verdict | None:
@@ -149,7 +128,8 @@ def _report(verdict: Verdict) -> str:
 def child_command(setup: Setup, device: torch.device, skip: Sequence[str]) -> list[str]:
     """What verify.py's main takes apart again."""
     given = {"setup": dataclasses.asdict(setup), "device": str(device), "capability": capability_of(device),
-             "skip": list(skip), "tf32": torch.get_float32_matmul_precision()}  # fmt: skip
+             "skip": list(skip), "tf32": torch.get_float32_matmul_precision(),
+             "launch_rows": [row_as_json(*pair) for pair in kept_rows().items()]}  # fmt: skip
     return [sys.executable, "-m", "nanogpt_fast.verify", "--child", json.dumps(given)]
 
 
@@ -197,9 +177,13 @@ def _run(command: list[str], limit_s: float) -> tuple[list[dict[str, Any]], str]
 # ---- which ops a run takes ----
 
 
-def ops_of_run(spec: str, setup: Setup, world: World, say: Callable[[str], None], check: bool = True) -> Ops:
-    """The ops that --kernels names for this run. `auto` on CUDA is our kernels where they were found right, here and
-    now if that is not known yet (check=False: then it is plain PyTorch); all ranks take rank 0's word."""
+def ops_of_run(
+    spec: str, setup: Setup, world: World, say: Callable[[str], None], check: bool = True, rows: str = "tuned"
+) -> Ops:
+    """The ops that --kernels names for this run, and on them the launch rows that --rows names. `auto` on CUDA is our
+    kernels where they were found right, here and now if that is not known yet (check=False: then it is plain PyTorch);
+    all ranks take rank 0's word."""
+    tuned.take(rows, spec, setup, world, say)
     if spec.split(",")[0].strip() != "auto" or world.device.type != "cuda":
         return select_ops(spec, world.device.type)
     refused = list(OP_NAMES)
@@ -220,8 +204,11 @@ def _refused(setup: Setup, device: torch.device, say: Callable[[str], None], che
     """The ops that plain PyTorch must do."""
     select_ops("triton", "cuda")
     verdict = remembered(facts_of(setup, device))
+    if verdict is None and not check and kept_rows():  # the shipped rows may have been tried
+        keep_rows({})
+        verdict = remembered(facts_of(setup, device))
     if verdict is not None:
-        say(f"kernels: {_summary(verdict)}, as tried {verdict.made[:10]}")
+        say(f"kernels: {_summary(verdict)}, as tried {verdict.made[:10]}{tuned.words()}")
     elif check:
         say("kernels: trying the Triton ops on this GPU, once for this shape, dtype and software ...")
         verdict = judge(setup, device)
@@ -232,7 +219,7 @@ def _refused(setup: Setup, device: torch.device, say: Callable[[str], None], che
             log.warning("%s could not be tried, and plain PyTorch takes its place this time: %s", name, why)
         if report is not None:
             log.warning("please send %s to the project's issues", report)
-        say(f"kernels: {_summary(verdict)}, tried in {verdict.seconds:.0f} s")
+        say(f"kernels: {_summary(verdict)}, tried in {verdict.seconds:.0f} s{tuned.words()}")
     else:
         say("kernels: reference; `python -m nanogpt_fast.verify` or a training run tries the Triton ops")
     return list(OP_NAMES) if verdict is None else verdict.refused

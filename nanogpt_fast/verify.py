@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 
+from nanogpt_fast import tuned
 from nanogpt_fast.data.dataset import read_meta
 from nanogpt_fast.data.splits import dataset_folder
-from nanogpt_fast.distributed import resolve_device, resolve_dtype
+from nanogpt_fast.distributed import World, resolve_device, resolve_dtype
 from nanogpt_fast.errors import DeviceError, run_command
 from nanogpt_fast.hardware import capability_of
-from nanogpt_fast.ops import OLDEST, OP_NAMES, compile_ahead, select_ops
+from nanogpt_fast.launch_plan import as_proven
+from nanogpt_fast.ops import OLDEST, OP_NAMES, compile_ahead, keep_rows, row_from_json, rows_asked, select_ops
 from nanogpt_fast.proof import Setup, Witness, exercise, rehearse
 from nanogpt_fast.restore import restore, shape_of
 from nanogpt_fast.settings.cli import load_config
@@ -45,6 +47,7 @@ def main(argv: list[str]) -> int:
         )
     setup = setup_of(config, shape_of_run(config), resolve_dtype(config.system.dtype, device))
     torch.set_float32_matmul_precision("high" if config.system.tf32 else "highest")
+    tuned.take(config.system.rows, "triton", setup, World(device=device), print)
     verdict = judge(setup, device)
     for name, value in verdict.facts.items():
         print(f"{name:<14}{value}")
@@ -82,6 +85,9 @@ def child(given: dict[str, Any]) -> int:
     device, began = torch.device(given["device"]), time.perf_counter()
     torch.set_float32_matmul_precision(given["tf32"])  # by which attention's products are compiled
     ours = select_ops("triton", device.type)
+    if given["launch_rows"]:
+        asked = rows_asked(partial(rehearse, setup, ours), given["capability"] or tuned.INTERPRETED)
+        keep_rows(as_proven(dict(map(row_from_json, given["launch_rows"])), asked))
     if given["capability"]:
         compile_ahead(partial(rehearse, setup, ours), given["capability"])
     spent = {"compiling": time.perf_counter() - began}
