@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
+DIED = "the process ended with {how} while it ran"
+
 
 class Child:
     """It lives in a session of its own, so that Ctrl-C is its parent's alone to answer; it ends when its stdin does."""

@@ -8,7 +8,7 @@ else at one block.
 import hashlib
 import inspect
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -83,6 +83,7 @@ class Case:
     calls: int
     forward: Mapping[Any, Any]
     backward: Mapping[Any, Any]
+    held: Held = field(repr=False, compare=False)  # on "meta"
 
     @property
     def keys(self) -> set[Any]:
@@ -101,7 +102,7 @@ def cases_of(setup: Setup, ours: Ops, capability: int, micro_batches: int = 1) -
             whole = rows_asked(partial(held.results, op), capability)
             forward = rows_asked(partial(held.results, op, backward=False), capability)
             backward = {key: row for key, row in whole.items() if key not in forward}
-            found.append(Case(known_by, held.name, count * notes.counts[known_by], forward, backward))
+            found.append(Case(known_by, held.name, count * notes.counts[known_by], forward, backward, held))
     return found
 
 

@@ -8,6 +8,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor
 
 from nanogpt_fast.agreement import TOLERANCE, relative_error
-from nanogpt_fast.launch_plan import Notes, proven
+from nanogpt_fast.launch_plan import META, Notes, proven
 from nanogpt_fast.launch_search import ROUNDS
-from nanogpt_fast.ops import Ops, keeping, row_from_json
+from nanogpt_fast.ops import Ops, compile_ahead, keeping, row_from_json
 from nanogpt_fast.proof import Ballast, Held, Setup, bits, copied, incoming, poison
 from nanogpt_fast.timing import Arm, input_sets, interleaved, make_arm
 
@@ -166,25 +167,49 @@ def _sound(device: torch.device) -> None:
 # ---- requests ----
 
 
-def serve(race: Race, requests: Iterable[str], say: Callable[[dict[str, Any]], None]) -> None:
-    """Answer each line of JSON by {"answer": ...}, and say {"at": i} as the i-th thing in it begins, -1 after all."""
+def serve(answer: Callable[..., Any], requests: Iterable[str], say: Callable[[dict[str, Any]], None]) -> None:
+    """Answer each line of JSON by {"answer": ...}, and say {"at": i} as the i-th of its sets of rows is begun, -1 after
+    all. answer(request, the sets, began)."""
+    say({"ready": True})
     for line in requests:
         request = json.loads(line)
-        say({"answer": _answer(race, request, lambda i: say({"at": i}))})
+        sets = [dict(map(row_from_json, rows)) for rows in request["sets"]]
+        say({"answer": answer(request, sets, lambda i: say({"at": i}))})
 
 
-def _answer(race: Race, given: dict[str, Any], began: Callable[[int], None]) -> Any:
-    sets = [dict(map(row_from_json, rows)) for rows in given["sets"]]
-    match given["ask"]:
-        case "wrong":  # of the second set; the first is the present rows
-            began(1)
-            try:
-                return race.wrong(sets[1], sets[0], given["small"], given["call"], given["repeats"])
-            except Exception as error:
-                _sound(race.device)
-                return f"{FAILS}{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
-        case "times":
-            return race.times(given["call"], given["backward"], sets, given["rounds"], began)
-        case "cost":
-            return race.cost(given["call"], sets[0])
-    raise ValueError(given["ask"])
+def raced(race: Race, given: dict[str, Any], sets: list[Rows], began: Callable[[int], None]) -> Any:
+    """What the process with the GPU answers."""
+    if given["ask"] == "cost":
+        return race.cost(given["call"], sets[0])
+    if given["ask"] == "times":
+        return race.times(given["call"], given["backward"], sets, given["rounds"], began)
+    began(1)  # is the second set wrong? the first is the present rows
+    try:
+        return race.wrong(sets[1], sets[0], given["small"], given["call"], given["repeats"])
+    except Exception as error:
+        _sound(race.device)
+        return f"{FAILS}{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
+
+
+class Compiler:
+    """Compiles the calls of a run with other rows, into Triton's cache, where the process with the GPU finds them. In a
+    process without: it forks, and what it forks differentiates, which a process that has done so itself cannot have."""
+
+    def __init__(self, setup: Setup, ours: Ops, capability: int):
+        self.ours, self.capability = ours, capability
+        whole, small = Notes(ours), Notes(ours)
+        for notes, of in ((whole, setup), (small, proven(setup))):
+            notes.block(of, META, of.rows)
+            notes.update(of, META)
+        self.calls = {**small.calls, **whole.calls}
+
+    def compiled(self, given: dict[str, Any], sets: list[Rows], began: Callable[[int], None]) -> bool:
+        """The calls that are named, with each of the sets, as far as given["limit_s"] allows."""
+        compile_ahead(partial(self._work, given["calls"], sets), self.capability, given["limit_s"])
+        return True
+
+    def _work(self, calls: list[str], sets: list[Rows]) -> None:
+        for rows in sets:
+            with keeping(rows), suppress(Exception):  # a row that no kernel can have; whoever launches it will see
+                for held in (self.calls[known_by] for known_by in calls):
+                    held.results(getattr(self.ours, held.name))

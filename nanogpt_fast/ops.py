@@ -204,13 +204,14 @@ def row_from_json(found: dict[str, Any]) -> tuple[Any, Any]:
     return key, Row(key.arch, itemsize=key.itemsize, **{name: found[name] for name in ROW_FIELDS})
 
 
-def compile_ahead(work: Callable[[], Any], capability: int) -> None:
+def compile_ahead(work: Callable[[], Any], capability: int, limit_s: float = 120.0) -> None:
     """Compile, on all cores, what work() would launch on a device of this CUDA compute capability; its tensors are on
-    "meta". Before the process touches a GPU: nanogpt_kernels/ahead.py."""
+    "meta". Before the process touches a GPU, and before it differentiates anything, after which torch's autograd
+    refuses to in a fork: nanogpt_kernels/ahead.py."""
     from nanogpt_kernels.ahead import compile_ahead
 
     with stand_for("cuda"):
-        compile_ahead(work, capability)
+        compile_ahead(work, capability, limit_s)
 
 
 def inside_of(name: str) -> Callable[..., Any] | None:

@@ -22,20 +22,24 @@ from typing import Any
 import torch
 
 from nanogpt_fast import proof, tuned
-from nanogpt_fast.child import Child
+from nanogpt_fast.child import DIED, Child
+from nanogpt_fast.data.dataset import read_meta
+from nanogpt_fast.data.splits import dataset_folder
 from nanogpt_fast.distributed import World
-from nanogpt_fast.errors import NanogptError
+from nanogpt_fast.errors import DeviceError, NanogptError
 from nanogpt_fast.files import sha256_of, user_cache, write_atomic, write_json
 from nanogpt_fast.hardware import capability_of
-from nanogpt_fast.ops import OLDEST, OP_NAMES, REFERENCE, Ops, keep_rows, kept_rows, row_as_json, select_ops
-from nanogpt_fast.proof import Setup
+from nanogpt_fast.launch_plan import as_proven
+from nanogpt_fast.ops import OLDEST, OP_NAMES, REFERENCE, Ops, keep_rows, kept_rows, row_as_json, rows_asked, select_ops
+from nanogpt_fast.proof import Setup, rehearse
+from nanogpt_fast.restore import restore, shape_of
 from nanogpt_fast.settings.config import Config, GPTConfig
+from nanogpt_fast.weights.canonical import GPT2_PADDED
 
 log = logging.getLogger(__name__)
 LIMIT_S = 480.0  # in all, most of it compiling; less than the ten minutes that other ranks wait in a collective
 TRANSIENT = ("no end", "signal 9")  # too slow a machine, too little memory: of no op in particular
 EVENTS = {"began", "ended", "wrong", "untried", "spent"}  # of a child
-DIED = "the process ended with {how} while it ran"
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,30 @@ class Verdict:
     @property
     def refused(self) -> list[str]:
         return [*self.wrong, *self.untried]
+
+
+def shape_of_run(config: Config) -> GPTConfig:
+    """The shape that a training run with these flags would have."""
+    if config.run.init_from != "scratch":
+        restored = restore(config.run.init_from, config.run.out_dir, config.data.data_dir)
+        return shape_of(config, restored, None, lambda _: None)
+    folder = dataset_folder(config.data)
+    meta = read_meta(folder) if folder else None
+    known = meta.vocab_size if meta and meta.tokenizer.get("kind") != "gpt2" else GPT2_PADDED
+    return config.shape(config.model.vocab_size or known)
+
+
+def require_triton(device: torch.device) -> None:
+    """DeviceError where the Triton ops cannot run."""
+    select_ops("triton", device.type)
+    if device.type == "cuda" and (capability_of(device) or 0) < OLDEST:
+        raise DeviceError(
+            "the Triton ops are not for this GPU",
+            where=str(device),
+            expected=f"compute capability {OLDEST / 10} or later",
+            found=str((capability_of(device) or 0) / 10),
+            hint="--kernels=reference, which --kernels=auto takes here",
+        )
 
 
 def setup_of(config: Config, shape: GPTConfig, dtype: torch.dtype) -> Setup:
@@ -125,11 +153,26 @@ def _report(verdict: Verdict) -> str:
 # ---- how it is found ----
 
 
+def given_to_child(setup: Setup, device: torch.device) -> dict[str, Any]:
+    """What a child needs to know of a run, for JSON."""
+    return {"setup": dataclasses.asdict(setup), "device": str(device), "capability": capability_of(device),
+            "tf32": torch.get_float32_matmul_precision()}  # fmt: skip
+
+
+def taken_by_child(given: dict[str, Any]) -> tuple[Setup, torch.device]:
+    """(the setup, the device): the child's side, which multiplies float32 as its parent does."""
+    torch.set_float32_matmul_precision(given["tf32"])  # by which attention's products are compiled
+    setup = Setup(**{**given["setup"], "shape": GPTConfig(**given["setup"]["shape"])})
+    return setup, torch.device(given["device"])
+
+
 def child_command(setup: Setup, device: torch.device, skip: Sequence[str]) -> list[str]:
     """What verify.py's main takes apart again."""
-    given = {"setup": dataclasses.asdict(setup), "device": str(device), "capability": capability_of(device),
-             "skip": list(skip), "tf32": torch.get_float32_matmul_precision(),
-             "launch_rows": [row_as_json(*pair) for pair in kept_rows().items()]}  # fmt: skip
+    if rows := kept_rows():
+        ours, capability = select_ops("triton", device.type), capability_of(device) or tuned.INTERPRETED
+        rows = as_proven(rows, rows_asked(partial(rehearse, setup, ours), capability))
+    given = {**given_to_child(setup, device), "skip": list(skip),
+             "launch_rows": [row_as_json(*pair) for pair in rows.items()]}  # fmt: skip
     return [sys.executable, "-m", "nanogpt_fast.verify", "--child", json.dumps(given)]
 
 
