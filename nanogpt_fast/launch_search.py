@@ -90,7 +90,7 @@ def candidates(launch_op: str, centre: Any) -> Iterator[Any]:
 
 
 def shown(row: Any) -> str:
-    return " ".join(f"{name}={value}" for name, value in point(row).items())
+    return " ".join(f"{name}={value}" for name, value in point(row).items() if value is not None)
 
 
 # ---- the walk ----

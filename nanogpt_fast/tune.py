@@ -1,9 +1,9 @@
 """Launch rows measured on this GPU: `python -m nanogpt_fast.tune [--config NAME] [--flag=value ...] --minutes=5`
 
 Tiles, warps, stages and choices of the kernels that a training run with these flags launches, tried around the present
-ones: at the run's own rows, widths and dtype, forward and backward, beside the present row. A row is kept where it is
-right by the rule of verify, gives the same bits each time, and is quicker; in the user's cache, from which train takes it
-(--rows=shipped does not). Ctrl-C keeps what was found.
+ones: at the run's own tokens, widths and dtype, forward and backward, beside the present row. A row is kept where it is
+right by the rule of verify, gives the same bits each time, and is quicker: in the user's cache, from which train takes
+it (--rows=shipped does not). Ctrl-C keeps what was found.
 """
 
 import json
@@ -55,9 +55,7 @@ def main(argv: list[str]) -> int:
     """Measure, keep, and say what it comes to."""
     if argv[:1] == ["--child"]:
         return child(json.loads(argv[1]))
-    description = (
-        "Measure launch rows of the Triton kernels on this GPU, at a run's own shapes, and keep the better ones."
-    )
+    description = "Measure launch rows of the Triton kernels on this GPU, at a run's own shapes; keep the better ones."
     config, until = load_config(argv, prog=PROG, cls=TuneConfig, description=description), time.monotonic() - WHOLE_S
     if config.system.dry_run:
         print("\n".join(listed(config)))
@@ -161,10 +159,9 @@ def listed(config: Config) -> list[str]:
     """--dry_run: the launch rows that the run reaches on this GPU or --on's, and how many are near each."""
     ours, name = ours_of(config), config.system.on and gpu_named(config.system.on)
     device = resolve_device(config.system.device)
-    capability = GPUS[name].capability if name else capability_of(device)
-    if capability is None:
+    if not name and device.type != "cuda":
         name = gpu_named("h100")
-        capability = GPUS[name].capability
+    capability = GPUS[name].capability if name else capability_of(device) or 0
     if capability < OLDEST:
         raise DeviceError("the Triton ops are not for this GPU", found=f"compute capability {capability / 10}")
     dtype = dtype_on(GPUS[name], config.system.dtype) if name else resolve_dtype(config.system.dtype, device)

@@ -284,7 +284,8 @@ def targets_of(cases: Sequence[Case], costs: Mapping[str, Sequence[float]], smal
     shares: dict[Any, dict[str, float]] = {}
     for case in cases:
         forward, both = costs.get(case.known_by, (1.0, 2.0))
-        for keys, ms in ((case.forward, forward), (case.backward, max(0.0, both - forward))):
+        for rows, ms in ((case.forward, forward), (case.backward, max(0.0, both - forward))):
+            keys = [key for key, row in rows.items() if row.blocks]  # without tiles it is a choice between kernels
             for key in keys:
                 shares.setdefault(key, {})[case.known_by] = case.calls * ms / len(keys)
     found, small_keys = [], {key for case in small for key in case.keys}
