@@ -161,7 +161,7 @@ def listed(config: Config) -> list[str]:
     device = resolve_device(config.system.device)
     if not name and device.type != "cuda":
         name = gpu_named("h100")
-    capability = GPUS[name].capability if name else capability_of(device) or 0
+    capability = (GPUS[name].capability if name else capability_of(device)) or 0
     if capability < OLDEST:
         raise DeviceError("the Triton ops are not for this GPU", found=f"compute capability {capability / 10}")
     dtype = dtype_on(GPUS[name], config.system.dtype) if name else resolve_dtype(config.system.dtype, device)
@@ -170,9 +170,9 @@ def listed(config: Config) -> list[str]:
         tuned.take(config.system.rows, "triton", setup, World(device=device), print)
     cases = cases_of(setup, ours, capability, config.data.gradient_accumulation_steps)
     targets = targets_of(cases, {}, cases_of(proven(setup), ours, capability))
-    where = name or torch.cuda.get_device_name(device)
-    lines = [f"{_rows(len(targets))} to tune on {where} (sm_{capability}), {setup.dtype}; one or two changes away are:"]
-    return [*lines, *(f"  {_near(target):>5}  {target.name}: {shown(target.present)}" for target in targets)]
+    where = f"{name or torch.cuda.get_device_name(device)} (sm_{capability}), {setup.dtype}"
+    return [f"{_rows(len(targets))} to tune on {where}; as many others are one or two changes away:",
+            *(f"  {_near(target):>5}  {target.name}: {shown(target.present)}" for target in targets)]  # fmt: skip
 
 
 def _near(target: Target) -> int:

@@ -139,9 +139,9 @@ class RowArena(Arena):
             self.tuning.compiler.ask("compile", sets, limit_s + 10.0, calls=calls, limit_s=limit_s)
         return good
 
-    def right(self, row: Any, repeats: int = TRIED) -> str:
-        """What is wrong with a row; a process that it ended is."""
-        target = self.target
+    def right(self, row: Any, to_keep: bool = False) -> str:
+        """What is wrong with a row; a process that it ended is. to_keep: the same bits as often as verify.py asks."""
+        target, repeats = self.target, REPEATS if to_keep else TRIED
         sets, small, call = [self._rows(self.present), self._rows(row)], target.small, target.case.known_by
         try:
             return self.tuning.racer.ask("wrong", sets, small=small, call=call, repeats=repeats)
@@ -246,7 +246,7 @@ class Tuning:
                     raise Lost(f"its present row is not right here: {problem}")
             before = target.walk.best if target.walk else target.present
             target.walk = walk = search(target.arena, until, MOST, target.walk)
-            if walk.best != before and (problem := target.arena.right(walk.best, REPEATS)):
+            if walk.best != before and (problem := target.arena.right(walk.best, to_keep=True)):
                 target.arena.tell(walk.best, problem)
                 walk.best, walk.ratio, walk.done = before, 1.0, True
         except Lost as lost:
