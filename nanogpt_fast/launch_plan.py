@@ -50,9 +50,9 @@ class Notes:
     def update(self, setup: Setup, device: torch.device) -> None:
         """The update of the whole model, of made-up parameters and gradients."""
         model, optimizer = built(setup, self.ops, device, None, setup.shape.n_layer)
-        flat = optimizer.flat
-        if device.type != "meta":
-            generator = torch.Generator(device).manual_seed(1)
+        flat, made_up = optimizer.flat, device.type != "meta"
+        generator = torch.Generator(device).manual_seed(1) if made_up else None
+        if made_up:
             flat.master.normal_(0.0, 0.02, generator=generator)
             flat.params.copy_(flat.master)
             flat.grad.normal_(generator=generator)
@@ -60,6 +60,8 @@ class Notes:
         optimizer.set_lr(1e-3)
         with torch.no_grad():
             optimizer.step()
+        if made_up:
+            flat.grad.normal_(generator=generator)  # the step has cleared it, and it is the calls' own
 
 
 def name_of(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

@@ -165,10 +165,10 @@ class RowArena(Arena):
                 continue
             for i, span in zip(left, times):
                 found[i] = span
-            break
-        if math.inf in found[0]:
-            raise Lost("the present row could not be timed")
-        return found
+            if math.inf in found[0]:
+                raise Lost("its present row could not be timed")
+            return found
+        return [[1.0] * rounds, *found[1:]]  # beside it nothing is left
 
     def tell(self, row: Any, status: str, **figures: Any) -> None:
         if status == "timed":
@@ -254,7 +254,8 @@ class Tuning:
             self.say(f"  {target.name} is left alone: {lost}")
             return
         if walk.best == before:
-            self.say(f"  {target.name}: none quicker, of {walk.tried} tried")
+            others = "no row" if before == target.present else "no other"
+            self.say(f"  {target.name}: {others} is quicker, of {walk.tried} tried")
             return
         self.kept[target.key] = walk.best
         self.say(f"  {target.name}: {walk.ratio:.3f} of the time by {changes(walk.best, target.present)}: kept")
