@@ -126,8 +126,8 @@ def tune(tuning: Tuning, facts: dict[str, str], earlier: dict[Any, tuned.Entry],
     for op, ratio in ratios.items():
         say(f"  {op}: {ratio:.3f} of its time with the shipped rows, forward and backward")
     if not now < shipped:
-        tuned.write(facts, {key: earlier.get(key) for key in kept})
-        say("together the kept rows are no quicker than the shipped ones: none of them is kept")
+        tuned.write(facts, dict.fromkeys(tuning.kept))
+        say("together these rows are no quicker than the shipped ones: none is kept, of earlier ones neither")
         return 0
     say(f"these calls take {shipped:.1f} ms an iteration with the shipped rows, {now:.1f} ms with the kept ones "
         f"({now / shipped:.3f})\n{_rows(len(kept))} kept in {tuned.path_of(facts)}\n"

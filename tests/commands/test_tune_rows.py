@@ -1,100 +1,24 @@
-"""tune: what is kept is right and quicker, by interpreted kernels and a made-up clock; children that crash and hang."""
+"""tune: what is kept is right and quicker than what was there, by interpreted kernels and a made-up clock."""
 
 import dataclasses
-import functools
-import io
-import json
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import interpreter
 import pytest
 import torch
 from nanogpt_kernels import launch
 from torch import Tensor
+from tune_case import FACTS, OP, SETUP, few_rows, one_race, soon, target_of, targets_of, tuning_of
 
-from nanogpt_fast import launch_search, ops, tune, tuned, tuning
+from nanogpt_fast import ops, tune, tuned, tuning
 from nanogpt_fast.errors import ConfigError, DeviceError
-from nanogpt_fast.launch_plan import cases_of, proven
-from nanogpt_fast.launch_race import Race, raced
-from nanogpt_fast.ops import Ops, kept_rows, row_as_json, row_from_json
-from nanogpt_fast.proof import Setup
-from nanogpt_fast.settings.config import GPTConfig
-from nanogpt_fast.tuning import Died, Kept, Remote, Target, Tuning
-from nanogpt_fast.verdict import given_to_child
+from nanogpt_fast.launch_plan import cases_of
+from nanogpt_fast.ops import kept_rows
+from nanogpt_fast.tuning import Kept, Target, Tuning
 
-CPU = torch.device("cpu")
-SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=48, bias=False)
-SETUP = Setup(SHAPE, "float32", rows=16)
-FACTS = {"gpu": "A GPU", "driver": "1", "torch": "2", "triton": "3", "ptxas": "13", "kernels": "k"}
-OP = "grad_norm"  # the quickest one to interpret; its present row has BLOCK=4096
-
-
-@pytest.fixture(autouse=True)
-def few(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(tuning, "TRIED", 1)
-    monkeypatch.setattr(tuning, "REPEATS", 2)
-    near = launch_search._near
-    monkeypatch.setattr(launch_search, "axes", lambda op, row: {name: near(n) for name, n in row.blocks.items()})
-    yield
-    launch.keep({})
-
-
-def block_of(rows: Any) -> int:
-    """Of the update's row, 0 for the shipped one."""
-    return next((row.blocks["BLOCK"] for key, row in rows.items() if key.op == OP), 0)
-
-
-def clock(rows: Sequence[Any], calls: Any, rounds: int, began: Callable[[int], None]) -> list[list[float]]:
-    """Tiles of 1024 are quickest, 512 are a little slower, and then the larger the slower."""
-    for i in range(len(rows)):
-        began(i)
-    return [[{0: 4.0, 512: 1.1, 1024: 1.0}.get(block_of(kept), block_of(kept) / 1024)] * rounds for kept in rows]
-
-
-@functools.cache
-def one_race() -> Race:
-    return Race(SETUP, CPU, ops.TRITON, clock)
-
-
-class Here(Remote):
-    """The child's work in this process, by way of JSON all the same."""
-
-    def __init__(self, ours: Ops):
-        self.race, self.asked = one_race(), []
-        self.race.ours = ours
-
-    def ask(self, what: str, sets: Sequence[dict[Any, Any]], within_s: float = 0.0, **details: Any) -> Any:
-        self.asked.append(what)
-        if what == "compile":
-            return True
-        sent = json.loads(json.dumps([[row_as_json(*pair) for pair in kept.items()] for kept in sets]))
-        return raced(self.race, {"ask": what, **details}, [dict(map(row_from_json, s)) for s in sent], lambda i: None)
-
-
-def tuning_of(ours: Ops, remote: Remote | None = None) -> tuple[Tuning, list[str]]:
-    interpreter.install()
-    said: list[str] = []
-    there = remote or Here(ours)
-    return Tuning(SETUP, ours, 90, 1, there, there, said.append), said
-
-
-def target_of(tuning: Tuning) -> Target:
-    costs = {case.known_by: [1.0, 2.0] for case in tuning.cases}
-    tuning.costs.update(costs)
-    return next(t for t in tuning_targets(tuning) if t.key.op == OP)
-
-
-def tuning_targets(some: Tuning) -> list[Target]:
-    return tuning.targets_of(some.cases, some.costs, some.small)
-
-
-def soon(seconds: float = 60.0) -> float:
-    return time.monotonic() + seconds
+__all__ = ["few_rows"]
+pytestmark = pytest.mark.usefixtures("few_rows")
 
 
 # ---- what is kept ----
@@ -173,7 +97,7 @@ def test_what_is_wrong_as_it_stands_is_left_alone():
 
 def test_atomic_sums_and_rows_that_launch_the_same_are_not_tried():
     found, _ = tuning_of(ops.TRITON)
-    assert not {"attention_bwd"} & {target.key.op for target in tuning_targets(found)}  # of no tiles: a choice alone
+    assert not {"attention_bwd"} & {target.key.op for target in targets_of(found)}  # of no tiles: a choice alone
     arena = tuning.RowArena(found, target_of(found))
     present = arena.present
     twin = dataclasses.replace(present, source="the same")
@@ -215,9 +139,11 @@ def test_rows_are_kept_as_they_are_found_and_dropped_where_the_whole_is_no_quick
     earlier = tuned.read(FACTS)
     monkeypatch.setattr(found, "whole", lambda: (8.0, 8.1, {}))
     assert tune.tune(found, FACTS, {}, soon()) == 0
-    assert tuned.read(FACTS) == {} and "none of them is kept" in capsys.readouterr().out
+    assert tuned.read(FACTS) == {} and "none is kept" in capsys.readouterr().out
+    tuned.write(FACTS, earlier)  # whose rows these go on from
+    monkeypatch.setattr(found, "whole", lambda: (10.0, 8.0, {}))
     assert tune.tune(found, FACTS, earlier, soon()) == 0
-    assert tuned.read(FACTS) == earlier  # those of before stay
+    assert tuned.read(FACTS)[key].ratio == 0.0625
 
 
 def test_ctrl_c_keeps_what_was_found(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
@@ -237,7 +163,7 @@ def test_time_is_shared_by_cost_and_ends():
         given.append(until - time.monotonic())
         target.lost = "seen"
 
-    found._tune = visit  # type: ignore[method-assign]
+    found._tune = visit
     found.run(few, soon(1000.0), lambda kept: None)
     assert given == pytest.approx([900.0, 900.0, 1000.0], rel=0.01)  # of what is left each time
     given.clear()
@@ -259,89 +185,3 @@ def test_the_dry_run_lists_rows_without_a_gpu(capsys: pytest.CaptureFixture):
         tune.main(["--minutes=0"])
     with pytest.raises(DeviceError, match="timed on a CUDA GPU"):
         tune.main([*flags, "--minutes=1"])
-
-
-# ---- processes ----
-
-SAYS = """
-import json, os, sys, time
-say = lambda **event: print(json.dumps(event), flush=True)
-say(ready=True)
-for line in sys.stdin:
-    asked = json.loads(line)
-    blocks = [next((row["blocks"]["BLOCK"] for row in rows if row["op"] == "grad_norm"), 0) for rows in asked["sets"]]
-    if asked["ask"] == "wrong":
-        say(at=1)
-        {wrong}
-        say(answer="")
-    elif asked["ask"] == "times":
-        for i, block in enumerate(blocks):
-            say(at=i)
-            {times}
-        say(at=-1)
-        say(answer=[[block or 4096.0] * asked["rounds"] for block in blocks])
-    else:
-        say(answer=[1.0, 2.0] if asked["ask"] == "cost" else True)
-"""
-
-
-def child_that(wrong: str = "pass", times: str = "pass") -> Remote:
-    return Remote([sys.executable, "-c", SAYS.format(wrong=wrong, times=times)])
-
-
-@pytest.mark.parametrize("where", ["wrong", "times"])
-def test_a_row_that_ends_the_process_costs_itself_alone(where: str):
-    """256 would be quickest, if it did not."""
-    block = {"wrong": "blocks[1]", "times": "block"}[where]
-    remote = child_that(**{where: f"os._exit(7) if {block} == 256 else 0"})
-    found, said = tuning_of(ops.TRITON, remote)
-    target = target_of(found)
-    try:
-        found.run([target], soon(), lambda kept: None)
-    finally:
-        remote.end()
-    assert found.kept[target.key].blocks == {"BLOCK": 512}
-    dead = {name: why for name, why in target.refused.items() if "exit code 7" in why}
-    assert list(dead) == ["BLOCK 4096 -> 256"] and remote.starts == 2, (target.refused, said)
-
-
-def test_a_row_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch):
-    remote = child_that(wrong="time.sleep(60) if blocks[1] == 2048 else 0")
-    found, _ = tuning_of(ops.TRITON, remote)
-    arena = tuning.RowArena(found, target_of(found))
-    stock = remote.ask
-    monkeypatch.setattr(remote, "ask", lambda what, sets, **details: stock(what, sets, 0.3, **details))
-    present = arena.present
-    try:
-        assert arena.right(present) == ""
-        slow = dataclasses.replace(present, blocks={"BLOCK": 2048})
-        assert "no end within" in arena.right(slow) and arena.right(present) == ""
-    finally:
-        remote.end()
-
-
-def test_a_child_that_does_not_start_is_an_error():
-    remote = Remote([sys.executable, "-c", "import sys; sys.exit('no such GPU')"])
-    with pytest.raises(DeviceError, match="does not start") as caught:
-        remote.ask("cost", [{}])
-    assert "no such GPU" in caught.value.found
-    with pytest.raises(Died, match="exit code 3"):
-        Remote([sys.executable, "-c", "print('{\"ready\": 1}', flush=True); input(); exit(3)"]).ask("cost", [{}])
-
-
-def test_the_real_child_answers(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
-    """In this process: the interpreter needs its numpy shim. A row that no kernel can have does not run."""
-    interpreter.install()
-    (small,) = (case for case in cases_of(proven(SETUP), ops.TRITON, 90) if case.op == OP)
-    (case,) = (case for case in cases_of(SETUP, ops.TRITON, 90) if case.op == OP)
-    ((key, present),) = case.forward.items()
-    bad = dataclasses.replace(present, blocks={"BLOCK": 3})
-    sets = [[row_as_json(key, present)], [row_as_json(key, bad)]]
-    asked = [dict(ask="wrong", call=case.known_by, small=[small.known_by], repeats=1, sets=sets[:1] * 2),
-             dict(ask="wrong", call=case.known_by, small=[], repeats=1, sets=sets)]  # fmt: skip
-    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(json.dumps(line) + "\n" for line in asked)))
-    given = given_to_child(SETUP, CPU) | {"kernels": "auto", "role": "race"}
-    assert tune.main(["--child", json.dumps(given)]) == 0
-    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert said[:3] == [{"ready": True}, {"at": 1}, {"answer": ""}]
-    assert said[3] == {"at": 1} and said[4]["answer"].startswith("does not run: "), said
