@@ -9,11 +9,12 @@ import pytest
 import torch
 from nanogpt_kernels import launch
 from torch import Tensor
-from tune_case import FACTS, OP, SETUP, few_rows, one_race, soon, target_of, targets_of, tuning_of
+from tune_case import FACTS, OP, SETUP, clock, few_rows, one_race, soon, target_of, targets_of, tuning_of
 
 from nanogpt_fast import ops, tune, tuned, tuning
 from nanogpt_fast.errors import ConfigError, DeviceError
 from nanogpt_fast.launch_plan import cases_of
+from nanogpt_fast.launch_search import LAST_ROUNDS
 from nanogpt_fast.ops import kept_rows
 from nanogpt_fast.tuning import Kept, Target, Tuning
 
@@ -86,6 +87,19 @@ def test_a_row_that_is_wrong_on_many_tokens_alone_is_refused():
     target.small = []
     found.run([target], soon(), lambda kept: None)
     assert "relative error" in target.refused["BLOCK 4096 -> 1024"]
+
+
+def test_a_row_that_was_quicker_by_chance_is_not_kept(monkeypatch: pytest.MonkeyPatch):
+    """In the search, but not in the 25 rounds beside the present row that follow it."""
+    found, _ = tuning_of(ops.TRITON)
+    target = target_of(found)
+
+    def chance(rows: Any, calls: Any, rounds: int, began: Callable[[int], None]) -> list[list[float]]:
+        return [[1.0] * rounds for _ in rows] if rounds == LAST_ROUNDS else clock(rows, calls, rounds, began)
+
+    monkeypatch.setattr(one_race(), "clock", chance)
+    found.run([target], soon(), lambda kept: pytest.fail("kept"))
+    assert not found.kept and target.walk and target.walk.best == target.present
 
 
 def test_what_is_wrong_as_it_stands_is_left_alone():
