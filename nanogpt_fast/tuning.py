@@ -117,7 +117,7 @@ class RowArena(Arena):
         self.tuning, self.target = tuning, target
         self.launch_op, self.present = target.key.op, target.present
         self._launched = [self._launches(self.present)]
-        self._quickest = 1.0
+        self._centre: dict[str, Any] = {}  # around which a quicker row was said to be
 
     def fitting(self, rows: list[Any], until: float) -> list[Any]:
         """Those that launch something else than any before; compiled ahead as far as there is time."""
@@ -172,8 +172,9 @@ class RowArena(Arena):
 
     def tell(self, row: Any, status: str, **figures: Any) -> None:
         if status == "timed":
-            if figures["ratio"] < GAIN * self._quickest:
-                self._quickest = figures["ratio"]
+            if figures["ratio"] <= GAIN and figures["centre"] != self._centre:  # the quickest comes first
+                self._centre = figures["centre"]
+                self.tuning.say(f"    {changes(row, self.present)}: {figures['ratio']:.3f} of the best so far")
         elif status != "best" and not status.startswith(FAILS):
             self.target.refused[changes(row, self.present)] = status
             self.tuning.say(f"    refused {changes(row, self.present)}: {status}")
@@ -218,6 +219,10 @@ class Tuning:
 
     def targets(self) -> list[Target]:
         """Every row that the run reaches, the dearest first, as the calls take now; without what cannot be timed."""
+        calls = [case.known_by for case in (*self.cases, *self.small)]
+        with suppress(Died):  # then it is compiled where it is launched
+            sets = [as_proven(self.kept, self.small_keys)]
+            self.compiler.ask("compile", sets, START_S, calls=calls, limit_s=START_S - 10.0)
         for case in self.cases:
             try:
                 self.costs[case.known_by] = self.racer.ask("cost", [self.kept], call=case.known_by)

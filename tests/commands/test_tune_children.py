@@ -3,13 +3,13 @@
 import dataclasses
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import interpreter
 import pytest
-from tiny_run import ENV
 from tune_case import CPU, OP, SETUP, few_rows, soon, target_of, tuning_of
 
 from nanogpt_fast import ops, tune, tuning
@@ -20,6 +20,7 @@ from nanogpt_fast.tuning import Died, Remote
 from nanogpt_fast.verdict import given_to_child
 
 __all__ = ["few_rows"]
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("few_rows")
 
 SAYS = """
@@ -132,6 +133,7 @@ assert len(found) == 2, found
 @pytest.mark.slow
 def test_rows_are_compiled_on_all_cores_without_a_gpu(tmp_path: Path):
     """By the real process, into Triton's cache; one that no kernel can have does not keep the others."""
-    env = {**ENV, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    env = {**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", COMPILED], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

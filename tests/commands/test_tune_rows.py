@@ -30,7 +30,8 @@ def test_the_quickest_right_row_is_kept_and_written():
     target, kept = target_of(found), []
     found.run([target], soon(), kept.append)
     assert [(k.target.key, k.row.blocks, k.ratio) for k in kept] == [(target.key, {"BLOCK": 1024}, 0.25)]
-    assert kept == [Kept(target, found.kept[target.key], 0.25)] and "BLOCK 4096 -> 1024: kept" in said[0]
+    assert kept == [Kept(target, found.kept[target.key], 0.25)] and "BLOCK 4096 -> 1024: kept" in said[2]
+    assert said[:2] == [f"    BLOCK 4096 -> {to}: 0.500 of the best so far" for to in (2048, 1024)]
     assert found.whole()[2] == {OP: 0.25}
     assert target.walk and target.walk.done and target.walk.tried >= 3
 
