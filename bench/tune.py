@@ -9,16 +9,18 @@
 LAUNCH_OP is a key of nanogpt_kernels.launch.TABLE. Candidates are compiled in parallel; those that do not fit (by the
 rules of profiling/resources.py on spills and shared memory) or compute something else than the present row are dropped;
 the rest are timed by graph replay, interleaved with the present row, within the public op that launches them. The
-search moves to the best and goes on. It ends in a row to paste into nanogpt_kernels/launch_rows.py.
+search (nanogpt_fast/launch_search.py, the user's own tune's too) moves to the best and goes on. It ends in a row to
+paste into nanogpt_kernels/launch_rows.py.
 """
 
 import argparse
 import contextlib
+import datetime
 import itertools
 import json
-import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,12 +34,13 @@ import ops
 import torch
 from cases import CASES, SHAPES
 from compiled import Compilers, Resources, Task
-from launch_points import SHAPE, candidates, moved, pasted, point, shown
 from op_inputs import Setting
 
+from nanogpt_fast import launch_search
 from nanogpt_fast.errors import ConfigError, did_you_mean, run_command
+from nanogpt_fast.launch_search import GAIN, MOST, SHAPE, candidates, moved, point, ranked, shown
 
-GAIN = 0.995  # a move needs this ratio: less is noise
+COMPARE_ROUNDS = 15
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ class Race:
     def _contestant(self, row: Any) -> harness.Contestant:
         return replace(self.stock, within=partial(cases.overridden, self.target.overrides(row)))
 
-    def times(self, rows: list[Any], rounds: int) -> list[list[float]]:
+    def times(self, rows: Sequence[Any], rounds: int) -> list[list[float]]:
         """Milliseconds a call, one list a row."""
         arms = {}
         for i, row in enumerate(rows):
@@ -145,56 +148,58 @@ class Race:
         return list(harness.interleaved(arms, rounds).values())
 
 
-def ratio(times: list[float], base: list[float]) -> float:
-    return statistics.median(t / b for t, b in zip(times, base))
+class Arena(launch_search.Arena):
+    """A target's rows: compiled by the pool, raced, and told to the lines and the console."""
 
+    def __init__(self, target: Target, pool: Compilers, lines: machine.Lines):
+        self.target, self.pool, self.lines, self.race = target, pool, lines, Race(target)
+        self.launch_op, self.present = target.launch_op, target.present
+        self.right, self.times = self.race.right, self.race.times
 
-def ranked(
-    race: Race, pool: Compilers, rows: list[Any], best: Any, rounds: int, until: float, lines: machine.Lines
-) -> list[tuple[Any, float]]:
-    """(row, its time over best's), quickest first, of those that compile by `until`, fit and compute the same."""
-    target, right = race.target, []
-    for row, _ in compile_rows(pool, target, rows, until, lines):
-        problem = race.right(row)
-        if problem:
-            lines.write(launch_op=target.launch_op, **point(row), status=problem)
-            print(f"  {shown(row)}: {problem}")
-        else:
-            right.append(row)
-    base, *others = race.times([best, *right], rounds) if right else ([],)
-    found = sorted(zip(right, (ratio(t, base) for t in others)), key=lambda pair: pair[1])
-    for row, r in found:
-        ms = statistics.median(base) * r
-        lines.write(launch_op=target.launch_op, **point(row), status="timed", ratio=r, ms=ms, centre=point(best))
-    return found
+    def fitting(self, rows: list[Any], until: float) -> list[Any]:
+        return [row for row, _ in compile_rows(self.pool, self.target, rows, until, self.lines)]
+
+    def tell(self, row: Any, status: str, **figures: Any) -> None:
+        self.lines.write(launch_op=self.launch_op, **point(row), status=status, **figures)
+        if status == "timed":
+            print(f"  {figures['ratio']:.3f} of the centre: {shown(row)}", flush=True)
+        elif status != "best":
+            print(f"  {shown(row)}: {status}")
 
 
 def search(target: Target, limit_s: float, most: int, pool: Compilers, lines: machine.Lines) -> str:
     """The row to paste."""
-    began = time.monotonic()
-    end, race, best, seen = began + limit_s, Race(target), target.present, [point(target.present)]
-    while (left := end - time.monotonic()) > 5:
-        batch = [row for row in candidates(target.launch_op, best) if point(row) not in seen][:most]
-        seen += [point(row) for row in batch]
-        found = ranked(race, pool, batch, best, 7, time.monotonic() + 0.7 * left, lines)
-        print("\n".join(f"  {r:.3f} of the centre: {shown(row)}" for row, r in found[:5]), flush=True)
-        if not found or found[0][1] > GAIN:
-            break
-        best = found[0][0]
-    base, times = race.times([target.present, best], rounds=25) if best != target.present else ([1.0], [1.0])
-    r = ratio(times, base)
-    best = best if r <= GAIN else target.present
-    lines.write(launch_op=target.launch_op, **point(best), status="best", ratio=min(r, 1.0), tried=len(seen) - 1)
-    return pasted(best, target, f"{r:.3f} of the row before" if best != target.present else f"best of {len(seen)}")
+    walk = launch_search.search(Arena(target, pool, lines), time.monotonic() + limit_s, most)
+    better = walk.best != target.present
+    return pasted(walk.best, target, f"{walk.ratio:.3f} of the row before" if better else f"best of {len(walk.seen)}")
 
 
 def compare(target: Target, named: list[dict[str, Any]], limit_s: float, pool: Compilers, lines: machine.Lines) -> str:
     """The best of the present row and those that `named` changes it to, to paste."""
-    rows, race = [moved(target.present, changes) for changes in named], Race(target)
-    found = ranked(race, pool, rows, target.present, 15, time.monotonic() + 0.7 * limit_s, lines)
-    print("\n".join(f"  {r:.3f} of the present: {shown(row)}" for row, r in found), flush=True)
+    rows, until = [moved(target.present, changes) for changes in named], time.monotonic() + limit_s
+    found = ranked(Arena(target, pool, lines), rows, target.present, COMPARE_ROUNDS, until)
     best, r = found[0] if found and found[0][1] <= GAIN else (target.present, 1.0)
     return pasted(best, target, f"{r:.3f} of the row before" if r < 1.0 else f"best of {len(rows) + 1}")
+
+
+def pasted(row: Any, target: Target, outcome: str) -> str:
+    """As launch_rows.py has it, for this architecture and element size."""
+    at = target.at
+    what = f"{target.op} {target.mode}, B={at.shape.B} T={at.shape.T} C={at.shape.C}"
+    dtype, day = str(at.dtype).removeprefix("torch."), datetime.date.today().isoformat()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"sm_{target.arch}"
+    parts = [str(target.arch), _dict(row.blocks), f"num_warps={row.num_warps}", f"num_stages={row.num_stages}",
+             f"itemsize={at.dtype.itemsize}"]  # fmt: skip
+    parts += [f"max_registers={row.max_registers}"] * (row.max_registers is not None)
+    parts += [f"up_to={row.up_to}"] * (row.up_to < 2**62) + [f"choices={_dict(row.choices)}"] * bool(row.choices)
+    warning = (
+        "# gives up reproducible sums\n" if row.choices.get("atomic") and not target.present.choices["atomic"] else ""
+    )
+    return f'{warning}Row({", ".join(parts)},\n    source="measured on {gpu}, {day}, {what} {dtype}: {outcome}"),'
+
+
+def _dict(values: dict[str, Any]) -> str:
+    return f"dict({', '.join(f'{name}={value!r}' for name, value in values.items())})"
 
 
 def worst(path: Path, most: int, arch: int, dtype: torch.dtype) -> list[tuple[str, str]]:
@@ -222,7 +227,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--limit_s", type=float, default=60.0, help="for one launch op")
     parser.add_argument("--total_s", type=float, default=float("inf"), help="for all of them, shared evenly")
-    parser.add_argument("--most", type=int, default=24, help="candidates compiled before the search moves on")
+    parser.add_argument("--most", type=int, default=MOST, help="candidates compiled before the search moves on")
     parser.add_argument(
         "--rows", type=Path, metavar="FILE", help="JSON: {launch op: [what its present row is changed to]}"
     )

@@ -2,12 +2,18 @@
 
 A fixed tolerance is either too loose to catch anything or wrong for the next shape; torch's own error on the same
 inputs says what the dtype allows.
+
+Where float64 would not fit, relative_error and TOLERANCE tell a result that is another from one that was rounded
+differently.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
 FACTOR = 2.0
+TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 2e-3}  # relative; float32 products may be TF32
 
 
 def disagreement(ours: Tensor, same_dtype: Tensor, ref64: Tensor, *, tiny: float) -> str:
@@ -37,3 +43,13 @@ def disagreement(ours: Tensor, same_dtype: Tensor, ref64: Tensor, *, tiny: float
                 f"{ours.dtype}) + {slack:.1e}; worst at {at}: {ours[at].item()}, expected {ref64[at].item()}"
             )
     return ""
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """|ours - theirs| / |theirs|, by the 2-norm; NaN where either has one. Zeros on both sides prove nothing."""
+    if ours.shape != theirs.shape:
+        return math.nan
+    norm = float(torch.linalg.vector_norm(theirs.detach(), dtype=torch.float32))
+    if norm == 0.0:
+        raise ValueError("a result that is all zeros proves nothing: choose other inputs")
+    return float(torch.linalg.vector_norm(ours.detach().float() - theirs.detach().float())) / norm

@@ -28,11 +28,11 @@ def describe(config: Config) -> str:
         shape = shape_of(config, restored, None, lambda _: None)
         model = restored.source
     if config.system.on:
-        name = _gpu_named(config.system.on)
+        name = gpu_named(config.system.on)
         device = GPUS[name]
         there, capacity = name, device.gib * 2**30
         ops = select_ops(config.system.kernels, "cuda", expected(device.capability))
-        dtype = _dtype_on(device, config.system.dtype)
+        dtype = dtype_on(device, config.system.dtype)
         rated = peak_flops(name, _plain(dtype))
         flops_there, source = rated or (None, f"unknown: {name} has no {_plain(dtype)} peak in gpus.py")
     else:
@@ -75,7 +75,7 @@ def _what_fits(plan: Plan, capacity: int | None, which: str) -> str:
     return f"{fits} sequences at most fit into {room}, {readable(held)}: {batch_flags(plan, fits)}"
 
 
-def _gpu_named(name: str) -> str:
+def gpu_named(name: str) -> str:
     """A key of gpus.GPUS, by itself or by its short name."""
     known = {**{gpu: gpu for gpu in GPUS}, **CHOICES}
     if name not in known:
@@ -87,7 +87,7 @@ def _gpu_named(name: str) -> str:
     return known[name]
 
 
-def _dtype_on(gpu: GPU, name: str) -> torch.dtype:
+def dtype_on(gpu: GPU, name: str) -> torch.dtype:
     """--dtype as distributed.resolve_dtype takes it where such a GPU is there."""
     return getattr(torch, ("bfloat16" if gpu.bfloat16 else "float16") if name == "auto" else name)
 

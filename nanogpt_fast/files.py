@@ -31,6 +31,12 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     write_atomic(path, (json.dumps(value, indent=1, ensure_ascii=True) + "\n").encode())
 
 
+def user_cache(name: str) -> Path:
+    """The user's folder for what of this name is found out once a machine. RuntimeError where there is no home."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "nanogpt_fast" / name
+
+
 def sync(path: Path) -> None:
     """fsync a file, or a directory's entries."""
     if os.name == "nt" and path.is_dir():  # Windows cannot open a directory

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,8 +43,15 @@ __all__ = [
     "exact_device",
     "expected",
     "inside_of",
+    "keep_rows",
+    "keeping",
+    "kept_rows",
     "kernel_sources",
+    "launched_by",
     "reproducible",
+    "row_as_json",
+    "row_from_json",
+    "rows_asked",
     "select_ops",
     "without_data",
 ]
@@ -68,6 +75,7 @@ class Ops:
     adamw_: Op
 
 
+ROW_FIELDS = ("blocks", "num_warps", "num_stages", "max_registers", "choices")  # of a launch row: what is searched
 OLDEST = 80  # compute capability that our kernels are written for
 OP_NAMES = tuple(f.name for f in dataclasses.fields(Ops))
 OP_FILES = {  # {file of nanogpt_kernels/ops: its ops}; --kernels takes the names of both
@@ -133,13 +141,77 @@ def reproducible() -> Iterator[None]:
         yield
 
 
-def compile_ahead(work: Callable[[], Any], capability: int) -> None:
+# ---- launch rows ----
+
+
+def rows_asked(work: Callable[[], Any], capability: int) -> dict[Any, Any]:
+    """{launch.Key: row} that work() takes on a CUDA device of this compute capability; its tensors are on "meta"."""
+    from nanogpt_kernels.launch import recording
+
+    with stand_for("cuda"), recording(capability, keep=False) as found:
+        work()
+    return found.asked
+
+
+def launched_by(work: Callable[[], Any], capability: int) -> list[Any]:
+    """What work() would launch there, as it is compared: work that launches the same is the same."""
+    from nanogpt_kernels.launch import recording
+
+    def described(x: Any) -> Any:
+        shape = getattr(x, "shape", None)
+        return x if shape is None else [*shape, *x.strides] if hasattr(x, "base") else [*shape, x.dtype, *x.stride()]
+
+    with stand_for("cuda"), recording(capability) as calls:
+        work()
+    return [(c.op, c.kernel.__name__, c.grid, [*map(described, c.args)], c.options) for c in calls]
+
+
+def kept_rows() -> dict[Any, Any]:
+    """{launch.Key: row}: the rows that are taken before the shipped ones; {} while Triton is not imported."""
+    launch = sys.modules.get("nanogpt_kernels.launch")
+    return launch.kept() if launch else {}
+
+
+def keep_rows(rows: Mapping[Any, Any]) -> None:
+    """Take these from now on. ValueError for what is no launch row of its op."""
+    if rows or "nanogpt_kernels.launch" in sys.modules:
+        from nanogpt_kernels import launch
+
+        launch.keep(rows)
+
+
+@contextmanager
+def keeping(rows: Mapping[Any, Any]) -> Iterator[None]:
+    """Within it these are the kept rows."""
+    before = kept_rows()
+    keep_rows(rows)
+    try:
+        yield
+    finally:
+        keep_rows(before)
+
+
+def row_as_json(key: Any, row: Any) -> dict[str, Any]:
+    """A launch row and what it is kept for."""
+    return {**key._asdict(), **{name: getattr(row, name) for name in ROW_FIELDS}}
+
+
+def row_from_json(found: dict[str, Any]) -> tuple[Any, Any]:
+    """(launch.Key, row) of row_as_json's. KeyError, TypeError or ValueError for anything else."""
+    from nanogpt_kernels.launch import Key, Row
+
+    key = Key(*(found[name] for name in Key._fields))
+    return key, Row(key.arch, itemsize=key.itemsize, **{name: found[name] for name in ROW_FIELDS})
+
+
+def compile_ahead(work: Callable[[], Any], capability: int, limit_s: float = 120.0) -> None:
     """Compile, on all cores, what work() would launch on a device of this CUDA compute capability; its tensors are on
-    "meta". Before the process touches a GPU: nanogpt_kernels/ahead.py."""
+    "meta". Before the process touches a GPU, and before it differentiates anything, after which torch's autograd
+    refuses to in a fork: nanogpt_kernels/ahead.py."""
     from nanogpt_kernels.ahead import compile_ahead
 
     with stand_for("cuda"):
-        compile_ahead(work, capability)
+        compile_ahead(work, capability, limit_s)
 
 
 def inside_of(name: str) -> Callable[..., Any] | None:

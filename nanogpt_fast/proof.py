@@ -127,14 +127,38 @@ class Witness:
         return getattr(self.ours if self.device.type == "meta" else REFERENCE, name)(*args, **kwargs)
 
     def _compare(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        mine, plain = getattr(self.ours, name), getattr(REFERENCE, name)
-        names = [what if what not in SCRATCH.get(name, ()) else "" for what in inspect.signature(plain).parameters]
-        call = partial(_results, args=args, kwargs=kwargs, differentiate=self.differentiate, names=names)
+        held, mine = Held(name, args, kwargs, self.differentiate), getattr(self.ours, name)
         if self.device.type == "meta":
-            return "" if call(mine) else "it gave nothing"
-        _poison(self.device)
-        first = call(mine)
-        same_dtype, exact = call(plain), call(plain, exact=True)
+            return "" if held.results(mine) else "it gave nothing"
+        wrong = held.disagreement(mine)
+        del held.references  # repeating needs the room
+        return wrong or held.repeats(mine, self.repeats, self.ballast)
+
+
+class Held:
+    """One call of an op, and what it should give."""
+
+    def __init__(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], differentiate: bool):
+        self.name, self.args, self.kwargs, self.differentiate = name, args, kwargs, differentiate
+        self.names = list(inspect.signature(getattr(REFERENCE, name)).parameters)
+
+    def results(self, op: Callable[..., Any], exact: bool = False, backward: bool = True) -> dict[str, Tensor]:
+        """What op gives: outputs, arguments that it changed, gradients; exact: on copies in float64."""
+        counted = [what if what not in SCRATCH.get(self.name, ()) else "" for what in self.names]
+        return _results(op, self.args, self.kwargs, self.differentiate, counted, exact, backward)
+
+    @functools.cached_property
+    def references(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Plain PyTorch's results, in the same dtype and in float64."""
+        plain = getattr(REFERENCE, self.name)
+        return self.results(plain), self.results(plain, exact=True)
+
+    def disagreement(self, mine: Callable[..., Any]) -> str:
+        """What is wrong with the results of `mine` by the two-reference rule, "" for nothing."""
+        device = next(x.device for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor))
+        poison(device)
+        first = self.results(mine)
+        same_dtype, exact = self.references
         if list(first) != list(same_dtype):
             return f"results {', '.join(first)}, but PyTorch's are {', '.join(same_dtype)}"
         for what, ours in first.items():
@@ -144,51 +168,78 @@ class Witness:
                 wrong = disagreement(ours, same_dtype[what], exact[what].double(), tiny=TINY)
             if wrong:
                 return f"{what}: {wrong}"
-        del same_dtype, exact
-        with reproducible():
-            return self._repeated(partial(call, mine))
+        return ""
 
-    def _repeated(self, call: Callable[[], dict[str, Tensor]]) -> str:
-        first = {what: bits(x).clone() for what, x in call().items()}
-        counts = {what: torch.zeros((), dtype=torch.int64, device=self.device) for what in first}
-        for _ in range(self.repeats):
-            self.ballast.add()
-            for what, x in call().items():
-                counts[what] += (bits(x) != first[what]).any()
+    def repeats(self, mine: Callable[..., Any], times: int, ballast: Ballast) -> str:
+        """Which results of `mine` did not come out with the same bits each time, beside other work."""
+        with reproducible():
+            first = {what: bits(x).clone() for what, x in self.results(mine).items()}
+            counts = {what: torch.zeros((), dtype=torch.int64, device=x.device) for what, x in first.items()}
+            for _ in range(times):
+                ballast.add()
+                for what, x in self.results(mine).items():
+                    counts[what] += (bits(x) != first[what]).any()
         differing = [f"{what} in {int(count)}" for what, count in counts.items() if int(count)]
-        return f"other bits, of {self.repeats} times: {', '.join(differing)}" if differing else ""
+        return f"other bits, of {times} times: {', '.join(differing)}" if differing else ""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A model, of one block unless told, and its optimizer; and what a micro-batch calls the model with."""
+
+    model: GPT
+    optimizer: AdamW
+    idx: Tensor
+    targets: Tensor
+    scale: Tensor
+    seed: Tensor
+    doc_ids: Tensor | None
+
+    @classmethod
+    def of(cls, setup: Setup, ops: Ops, device: torch.device, rows: int, n_layer: int = 1) -> "Block":
+        """At the setup's widths, with so many rows and more, to whole sequences; on "meta" without data."""
+        generator = None if device.type == "meta" else torch.Generator().manual_seed(1)
+        model, optimizer = built(setup, ops, device, generator, n_layer)
+        T, V = setup.shape.block_size, setup.shape.vocab_size
+        B, flat = math.ceil(rows / T), optimizer.flat
+        tokens = torch.zeros(B, T + 1, dtype=torch.int64)
+        if generator is not None:
+            size = (B * T) ** 0.5  # as large as what is added
+            flat.grad.copy_(torch.randn(flat.grad.shape, generator=generator) * size)
+            tokens = torch.randint(V, (B, T + 1), generator=generator)
+        tokens[:, ::EOT_EVERY] = 0
+        tokens = tokens.to(device)
+        idx, targets = tokens[:, :-1], tokens[:, 1:]
+        scale, seed = torch.full((), 1.0 / (B * T), device=device), torch.full((1,), 7, device=device)
+        return cls(model, optimizer, idx, targets, scale, seed, document_ids(idx, 0) if setup.documents else None)
+
+    def forward(self) -> None:
+        """As training calls the model."""
+        self.model.train()(self.idx, self.targets, self.scale, self.seed, self.doc_ids)
+
+    def update(self) -> None:
+        self.optimizer.set_lr(1e-3)
+        self.optimizer.step()
 
 
 def exercise(setup: Setup, device: torch.device, witness: Witness) -> None:
     """One block at the setup's widths, through all that calls an op: a step, its update, an evaluation, a token. On
     "meta" the witness's ops are called on tensors without data."""
-    generator = None if device.type == "meta" else torch.Generator().manual_seed(1)
-    model, optimizer = _built(setup, witness.ops, device, generator)
-    T, V, dtype = setup.shape.block_size, setup.shape.vocab_size, getattr(torch, setup.dtype)
-    B, flat = math.ceil(min(setup.rows, ROWS) / T), optimizer.flat
-    tokens = torch.zeros(B, T + 1, dtype=torch.int64)
-    if generator is not None:
-        flat.grad.copy_(torch.randn(flat.grad.shape, generator=generator) * (B * T) ** 0.5)  # as large as what is added
-        tokens = torch.randint(V, (B, T + 1), generator=generator)
-    tokens[:, ::EOT_EVERY] = 0
-    tokens = tokens.to(device)
-    idx, targets = tokens[:, :-1], tokens[:, 1:]
-    doc_ids = document_ids(idx, 0) if setup.documents else None
-    scale, seed = torch.full((), 1.0 / (B * T), device=device), torch.full((1,), 7, device=device)
+    block = Block.of(setup, witness.ops, device, min(setup.rows, ROWS))
+    model, (B, T), shape = block.model, block.idx.shape, setup.shape
     with torch.no_grad():
-        model.train()(idx, targets, scale, seed, doc_ids)
+        block.forward()
         witness.differentiate = False
-        optimizer.set_lr(1e-3)
-        optimizer.step()
-        model.eval()(idx, targets, scale, None, doc_ids)
-        size = (1, 2, B, setup.shape.n_head, T, setup.shape.n_embd // setup.shape.n_head)
+        block.update()
+        model.eval()(block.idx, block.targets, block.scale, None, block.doc_ids)
+        size = (1, 2, B, shape.n_head, T, shape.n_embd // shape.n_head)
         for new, start in ((1, T - 1), (1, torch.full((1,), T // 2, device=device)), (T // 2 + 1, 0)):
             if isinstance(start, Tensor) and device.type == "cpu":
                 continue  # it is a graph that reads it
-            cache = torch.zeros(size, dtype=dtype, device=device)
-            if generator is not None:
-                cache.copy_(torch.randn(size, generator=generator))
-            model._next_logits(idx[:, :new], cache, start)
+            cache = torch.zeros(size, dtype=getattr(torch, setup.dtype), device=device)
+            if device.type != "meta":
+                cache.copy_(torch.randn(size, generator=torch.Generator().manual_seed(2)))
+            model._next_logits(block.idx[:, :new], cache, start)
 
 
 def rehearse(setup: Setup, ours: Ops) -> None:
@@ -197,11 +248,14 @@ def rehearse(setup: Setup, ours: Ops) -> None:
     exercise(setup, meta, Witness(ours, meta))
 
 
-def _built(setup: Setup, ops: Ops, device: torch.device, generator: torch.Generator | None = None) -> tuple[GPT, AdamW]:
+def built(
+    setup: Setup, ops: Ops, device: torch.device, generator: torch.Generator | None = None, n_layer: int = 1
+) -> tuple[GPT, AdamW]:
+    """A model of n_layer blocks, and its optimizer; without a generator the weights are what memory held."""
     dtype = getattr(torch, setup.dtype)
     wide = torch.float32 if setup.wide_residual else None
     with torch.device("meta" if device.type == "meta" else "cpu"):
-        model = GPT(replace(setup.shape, n_layer=1), ops, wide, setup.recompute)
+        model = GPT(replace(setup.shape, n_layer=n_layer), ops, wide, setup.recompute)
     if generator is not None:
         _randomise(model, generator)
     return model, AdamW(FlatParameters(model, dtype, device), OptimConfig(), ops, scale_loss=dtype == torch.float16)
@@ -225,21 +279,23 @@ def _results(
     differentiate: bool,
     names: list[str],
     exact: bool = False,
+    backward: bool = True,
 ) -> dict[str, Tensor]:
-    """{what: result} of a call on copies: outputs, arguments as the call left them, gradients; exact: all in float64.
+    """{what: result} of a call on copies: outputs, arguments as the call left them, gradients, unless backward is
+    False; exact: all in float64.
 
     names: the op's parameters, "" for one whose state afterwards does not count. A parameter's gradient is what its
     main_grad has become; incoming gradients are random, of a scalar 1."""
-    copies = [_copy(arg, differentiate, exact) for arg in args]
-    named = {name: _copy(arg, differentiate, exact) for name, arg in kwargs.items()}
+    copies = [copied(arg, differentiate, exact) for arg in args]
+    named = {name: copied(arg, differentiate, exact) for name, arg in kwargs.items()}
     given = dict(zip(names, copies)) | named
     with torch.set_grad_enabled(differentiate):
         returned = op(*copies, **named)
     outs = [x for x in (returned if isinstance(returned, tuple) else (returned,)) if isinstance(x, Tensor)]
     found = {f"output {i}": out.detach() for i, out in enumerate(outs)}
-    wanted = [out for out in outs if out.requires_grad]
+    wanted = [out for out in outs if out.requires_grad and backward]
     if wanted:
-        torch.autograd.backward(wanted, [_incoming(x.shape, x.dtype, x.device) for x in wanted])
+        torch.autograd.backward(wanted, [incoming(x.shape, x.dtype, x.device) for x in wanted])
     for name, x in given.items():
         if not isinstance(x, Tensor) or not name:
             continue
@@ -250,8 +306,8 @@ def _results(
     return found
 
 
-def _copy(arg: Any, differentiate: bool, exact: bool) -> Any:
-    """A leaf of its own; exact: float64, and float64 for a dtype."""
+def copied(arg: Any, differentiate: bool, exact: bool = False) -> Any:
+    """A leaf of its own, where a call is differentiated; exact: float64, and float64 for a dtype."""
     if isinstance(arg, torch.dtype):
         return torch.float64 if exact else arg
     if not isinstance(arg, Tensor):
@@ -272,7 +328,7 @@ def _copy(arg: Any, differentiate: bool, exact: bool) -> Any:
 
 
 @functools.cache
-def _incoming(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+def incoming(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The gradient of a result: random multiples of 1/32 up to 2, which every dtype holds; of a scalar 1."""
     if not shape:
         return torch.ones((), dtype=dtype, device=device)
@@ -286,7 +342,7 @@ def bits(x: Tensor) -> Tensor:
     return x.detach().contiguous().view(kinds[x.element_size()])
 
 
-def _poison(device: torch.device) -> None:
+def poison(device: torch.device) -> None:
     """Leave NaN in the memory that is handed out next, so that an element nobody writes shows."""
     for count, megabytes in ((8, 1), (1, POISON_MB if device.type == "cuda" else 1)):
         held = [torch.full((megabytes << 18,), math.nan, device=device) for _ in range(count)]

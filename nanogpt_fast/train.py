@@ -29,7 +29,7 @@ from nanogpt_fast.guards import LossGuard
 from nanogpt_fast.hardware import Peak, free_memory, training_peak
 from nanogpt_fast.memory import RESERVE, largest_batch, peak, plan_of, readable, relief
 from nanogpt_fast.model import GPT
-from nanogpt_fast.ops import REFERENCE, Ops, select_ops
+from nanogpt_fast.ops import REFERENCE, Ops, kept_rows, row_as_json, select_ops
 from nanogpt_fast.optim import AdamW, FlatParameters
 from nanogpt_fast.restore import Restored, restore, shape_of
 from nanogpt_fast.run import checkpoint, tracing
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
             log.warning("the data were made with another tokenizer than the one these weights were trained with")
         generator = torch.Generator().manual_seed(config.run.seed + world.rank)
         dtype = distributed.resolve_dtype(config.system.dtype, world.device)
-        ops = ops_of_run(system.kernels, setup_of(config, shape, dtype), world, say)
+        ops = ops_of_run(system.kernels, setup_of(config, shape, dtype), world, say, rows=system.rows)
         if config.system.micro_batch == "auto":
             config = fit_micro_batch(config, shape, ops, dtype, world, say)
             data, batches = config.data, BatchSchedule.of(config.data)
@@ -310,6 +310,7 @@ def run_facts(config: Config, shape: GPTConfig, start: int, dtype: torch.dtype, 
         "model_args": dataclasses.asdict(shape),
         "dtype": str(dtype).removeprefix("torch."),
         "peak": peak,
+        "launch_rows": [row_as_json(*pair) for pair in kept_rows().items()],  # tuned ones, beside the shipped
         "start": start,
         "config": config.flat(),
     }

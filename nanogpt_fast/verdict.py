@@ -7,16 +7,13 @@ the ops, names each before it runs, and is started again without the one that it
 
 import dataclasses
 import datetime
-import functools
 import hashlib
 import json
 import logging
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,19 +21,25 @@ from typing import Any
 
 import torch
 
-from nanogpt_fast import assembler, proof
+from nanogpt_fast import proof, tuned
+from nanogpt_fast.child import DIED, Child
+from nanogpt_fast.data.dataset import read_meta
+from nanogpt_fast.data.splits import dataset_folder
 from nanogpt_fast.distributed import World
-from nanogpt_fast.errors import NanogptError
-from nanogpt_fast.files import sha256_of, write_atomic, write_json
+from nanogpt_fast.errors import DeviceError, NanogptError
+from nanogpt_fast.files import sha256_of, user_cache, write_atomic, write_json
 from nanogpt_fast.hardware import capability_of
-from nanogpt_fast.ops import OLDEST, OP_NAMES, REFERENCE, Ops, assembler_path, kernel_sources, select_ops
-from nanogpt_fast.proof import Setup
+from nanogpt_fast.launch_plan import as_proven
+from nanogpt_fast.ops import OLDEST, OP_NAMES, REFERENCE, Ops, keep_rows, kept_rows, row_as_json, rows_asked, select_ops
+from nanogpt_fast.proof import Setup, rehearse
+from nanogpt_fast.restore import restore, shape_of
 from nanogpt_fast.settings.config import Config, GPTConfig
+from nanogpt_fast.weights.canonical import GPT2_PADDED
 
 log = logging.getLogger(__name__)
 LIMIT_S = 480.0  # in all, most of it compiling; less than the ten minutes that other ranks wait in a collective
 TRANSIENT = ("no end", "signal 9")  # too slow a machine, too little memory: of no op in particular
-DIED = "the process ended with {how} while it ran"
+EVENTS = {"began", "ended", "wrong", "untried", "spent"}  # of a child
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,30 @@ class Verdict:
         return [*self.wrong, *self.untried]
 
 
+def shape_of_run(config: Config) -> GPTConfig:
+    """The shape that a training run with these flags would have."""
+    if config.run.init_from != "scratch":
+        restored = restore(config.run.init_from, config.run.out_dir, config.data.data_dir)
+        return shape_of(config, restored, None, lambda _: None)
+    folder = dataset_folder(config.data)
+    meta = read_meta(folder) if folder else None
+    known = meta.vocab_size if meta and meta.tokenizer.get("kind") != "gpt2" else GPT2_PADDED
+    return config.shape(config.model.vocab_size or known)
+
+
+def require_triton(device: torch.device) -> None:
+    """DeviceError where the Triton ops cannot run."""
+    select_ops("triton", device.type)
+    if device.type == "cuda" and (capability_of(device) or 0) < OLDEST:
+        raise DeviceError(
+            "the Triton ops are not for this GPU",
+            where=str(device),
+            expected=f"compute capability {OLDEST / 10} or later",
+            found=str((capability_of(device) or 0) / 10),
+            hint="--kernels=reference, which --kernels=auto takes here",
+        )
+
+
 def setup_of(config: Config, shape: GPTConfig, dtype: torch.dtype) -> Setup:
     """What a training run with this configuration asks of the ops."""
     return Setup(
@@ -69,16 +96,10 @@ def setup_of(config: Config, shape: GPTConfig, dtype: torch.dtype) -> Setup:
 
 def facts_of(setup: Setup, device: torch.device) -> dict[str, Any]:
     """What a verdict holds for: anything else, and the ops are tried anew."""
-    import triton
-
     shape = dataclasses.asdict(setup.shape) | {"dropout": setup.shape.dropout > 0.0}
     return {
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "driver": _driver(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "ptxas": assembler.version_of(assembler_path(device)),
-        "kernels": kernel_sources(),
+        **tuned.facts_of(device),
+        "launch_rows": tuned.digest(),
         "proof": sha256_of(Path(proof.__file__))[:16],
         **{name: shape[name] for name in ("n_head", "n_embd", "block_size", "vocab_size", "bias", "activation")},
         "dropout": shape["dropout"],
@@ -88,26 +109,12 @@ def facts_of(setup: Setup, device: torch.device) -> dict[str, Any]:
     }
 
 
-@functools.cache
-def _driver() -> str:
-    """The NVIDIA driver's version, "" without one."""
-    try:
-        words = Path("/proc/driver/nvidia/version").read_text().split()
-    except OSError:
-        return str(assembler.driver_cuda() or "")
-    return next((word for word in words if word.count(".") >= 1 and word[0].isdigit()), "")
-
-
 # ---- what is remembered ----
 
 
-def folder() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME")
-    return Path(home) / "nanogpt_fast/verdicts" if home else Path.home() / ".cache/nanogpt_fast/verdicts"
-
-
 def _path(facts: dict[str, Any]) -> Path:
-    return folder() / f"{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]}.json"
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return user_cache("verdicts") / f"{digest}.json"
 
 
 def remembered(facts: dict[str, Any]) -> Verdict | None:
@@ -146,10 +153,26 @@ def _report(verdict: Verdict) -> str:
 # ---- how it is found ----
 
 
+def given_to_child(setup: Setup, device: torch.device) -> dict[str, Any]:
+    """What a child needs to know of a run, for JSON."""
+    return {"setup": dataclasses.asdict(setup), "device": str(device), "capability": capability_of(device),
+            "tf32": torch.get_float32_matmul_precision()}  # fmt: skip
+
+
+def taken_by_child(given: dict[str, Any]) -> tuple[Setup, torch.device]:
+    """(the setup, the device): the child's side, which multiplies float32 as its parent does."""
+    torch.set_float32_matmul_precision(given["tf32"])  # by which attention's products are compiled
+    setup = Setup(**{**given["setup"], "shape": GPTConfig(**given["setup"]["shape"])})
+    return setup, torch.device(given["device"])
+
+
 def child_command(setup: Setup, device: torch.device, skip: Sequence[str]) -> list[str]:
     """What verify.py's main takes apart again."""
-    given = {"setup": dataclasses.asdict(setup), "device": str(device), "capability": capability_of(device),
-             "skip": list(skip), "tf32": torch.get_float32_matmul_precision()}  # fmt: skip
+    if rows := kept_rows():
+        ours, capability = select_ops("triton", device.type), capability_of(device) or tuned.INTERPRETED
+        rows = as_proven(rows, rows_asked(partial(rehearse, setup, ours), capability))
+    given = {**given_to_child(setup, device), "skip": list(skip),
+             "launch_rows": [row_as_json(*pair) for pair in rows.items()]}  # fmt: skip
     return [sys.executable, "-m", "nanogpt_fast.verify", "--child", json.dumps(given)]
 
 
@@ -186,34 +209,24 @@ def judge(
 
 
 def _run(command: list[str], limit_s: float) -> tuple[list[dict[str, Any]], str]:
-    """(the JSON objects that it printed, a line each; how it ended)."""
+    """(the events that it printed; how it ended)."""
+    child = Child(command)
     try:
-        done = subprocess.run(command, capture_output=True, timeout=limit_s)
-        said, errors = done.stdout, done.stderr.decode(errors="replace").strip().splitlines()
-        how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
-        how += f" ({errors[-1][:200]})" if errors and done.returncode else ""
-    except subprocess.TimeoutExpired as late:
-        said, how = late.stdout or b"", f"no end within {limit_s:.0f} s"
-    found = []
-    for line in said.decode(errors="replace").splitlines():
-        with suppress(ValueError):
-            if isinstance(value := json.loads(line), dict) and value.keys() <= {
-                "began",
-                "ended",
-                "wrong",
-                "untried",
-                "spent",
-            }:
-                found.append(value)
-    return found, how
+        return [event for event in child.events(limit_s) if event.keys() <= EVENTS], child.how
+    finally:
+        child.end()
 
 
 # ---- which ops a run takes ----
 
 
-def ops_of_run(spec: str, setup: Setup, world: World, say: Callable[[str], None], check: bool = True) -> Ops:
-    """The ops that --kernels names for this run. `auto` on CUDA is our kernels where they were found right, here and
-    now if that is not known yet (check=False: then it is plain PyTorch); all ranks take rank 0's word."""
+def ops_of_run(
+    spec: str, setup: Setup, world: World, say: Callable[[str], None], check: bool = True, rows: str = "tuned"
+) -> Ops:
+    """The ops that --kernels names for this run, and on them the launch rows that --rows names. `auto` on CUDA is our
+    kernels where they were found right, here and now if that is not known yet (check=False: then it is plain PyTorch);
+    all ranks take rank 0's word."""
+    tuned.take(rows, spec, setup, world, say)
     if spec.split(",")[0].strip() != "auto" or world.device.type != "cuda":
         return select_ops(spec, world.device.type)
     refused = list(OP_NAMES)
@@ -234,8 +247,11 @@ def _refused(setup: Setup, device: torch.device, say: Callable[[str], None], che
     """The ops that plain PyTorch must do."""
     select_ops("triton", "cuda")
     verdict = remembered(facts_of(setup, device))
+    if verdict is None and not check and kept_rows():  # the shipped rows may have been tried
+        keep_rows({})
+        verdict = remembered(facts_of(setup, device))
     if verdict is not None:
-        say(f"kernels: {_summary(verdict)}, as tried {verdict.made[:10]}")
+        say(f"kernels: {_summary(verdict)}, as tried {verdict.made[:10]}{tuned.words()}")
     elif check:
         say("kernels: trying the Triton ops on this GPU, once for this shape, dtype and software ...")
         verdict = judge(setup, device)
@@ -246,7 +262,7 @@ def _refused(setup: Setup, device: torch.device, say: Callable[[str], None], che
             log.warning("%s could not be tried, and plain PyTorch takes its place this time: %s", name, why)
         if report is not None:
             log.warning("please send %s to the project's issues", report)
-        say(f"kernels: {_summary(verdict)}, tried in {verdict.seconds:.0f} s")
+        say(f"kernels: {_summary(verdict)}, tried in {verdict.seconds:.0f} s{tuned.words()}")
     else:
         say("kernels: reference; `python -m nanogpt_fast.verify` or a training run tries the Triton ops")
     return list(OP_NAMES) if verdict is None else verdict.refused

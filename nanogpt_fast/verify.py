@@ -12,18 +12,13 @@ from typing import Any
 
 import torch
 
-from nanogpt_fast.data.dataset import read_meta
-from nanogpt_fast.data.splits import dataset_folder
-from nanogpt_fast.distributed import resolve_device, resolve_dtype
+from nanogpt_fast import tuned
+from nanogpt_fast.distributed import World, resolve_device, resolve_dtype
 from nanogpt_fast.errors import DeviceError, run_command
-from nanogpt_fast.hardware import capability_of
-from nanogpt_fast.ops import OLDEST, OP_NAMES, compile_ahead, select_ops
-from nanogpt_fast.proof import Setup, Witness, exercise, rehearse
-from nanogpt_fast.restore import restore, shape_of
+from nanogpt_fast.ops import OP_NAMES, compile_ahead, keep_rows, row_from_json, select_ops
+from nanogpt_fast.proof import Witness, exercise, rehearse
 from nanogpt_fast.settings.cli import load_config
-from nanogpt_fast.settings.config import Config, GPTConfig
-from nanogpt_fast.verdict import judge, remember, setup_of
-from nanogpt_fast.weights.canonical import GPT2_PADDED
+from nanogpt_fast.verdict import judge, remember, require_triton, setup_of, shape_of_run, taken_by_child
 
 PROG = "python -m nanogpt_fast.verify"
 
@@ -34,17 +29,10 @@ def main(argv: list[str]) -> int:
         return child(json.loads(argv[1]))
     config = load_config(argv, prog=PROG)
     device = resolve_device(config.system.device)
-    select_ops("triton", device.type)  # a DeviceError where they cannot run
-    if device.type == "cuda" and (capability_of(device) or 0) < OLDEST:
-        raise DeviceError(
-            "the Triton ops are not for this GPU",
-            where=str(device),
-            expected=f"compute capability {OLDEST / 10} or later",
-            found=str((capability_of(device) or 0) / 10),
-            hint="--kernels=reference, which --kernels=auto takes here",
-        )
+    require_triton(device)
     setup = setup_of(config, shape_of_run(config), resolve_dtype(config.system.dtype, device))
     torch.set_float32_matmul_precision("high" if config.system.tf32 else "highest")
+    tuned.take(config.system.rows, "triton", setup, World(device=device), print)
     verdict = judge(setup, device)
     for name, value in verdict.facts.items():
         print(f"{name:<14}{value}")
@@ -65,23 +53,12 @@ def main(argv: list[str]) -> int:
     return 1 if verdict.untried else 0
 
 
-def shape_of_run(config: Config) -> GPTConfig:
-    """The shape that a training run with these flags would have."""
-    if config.run.init_from != "scratch":
-        restored = restore(config.run.init_from, config.run.out_dir, config.data.data_dir)
-        return shape_of(config, restored, None, lambda _: None)
-    folder = dataset_folder(config.data)
-    meta = read_meta(folder) if folder else None
-    known = meta.vocab_size if meta and meta.tokenizer.get("kind") != "gpt2" else GPT2_PADDED
-    return config.shape(config.model.vocab_size or known)
-
-
 def child(given: dict[str, Any]) -> int:
     """Try the ops, for verdict.judge: a JSON line as each begins and ends and for each fault, and one at the end."""
-    setup = Setup(**{**given["setup"], "shape": GPTConfig(**given["setup"]["shape"])})
-    device, began = torch.device(given["device"]), time.perf_counter()
-    torch.set_float32_matmul_precision(given["tf32"])  # by which attention's products are compiled
+    began = time.perf_counter()
+    setup, device = taken_by_child(given)
     ours = select_ops("triton", device.type)
+    keep_rows(dict(map(row_from_json, given["launch_rows"])))
     if given["capability"]:
         compile_ahead(partial(rehearse, setup, ours), given["capability"])
     spent = {"compiling": time.perf_counter() - began}

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanogpt_fast import assembler, ops, verdict, verify
+from nanogpt_fast import assembler, ops, tuned, verdict, verify
 from nanogpt_fast.distributed import World
+from nanogpt_fast.files import user_cache
 from nanogpt_fast.ops import OP_NAMES, REFERENCE, Ops
 from nanogpt_fast.proof import Setup, Witness, exercise, rehearse
 from nanogpt_fast.settings.config import GPTConfig
@@ -241,7 +242,7 @@ def test_a_verdict_is_kept_until_anything_changes(monkeypatch: pytest.MonkeyPatc
         dict(rows=16),
     ):
         assert remembered(a_verdict(**changes).facts) is None, changes
-    monkeypatch.setattr(verdict, "kernel_sources", lambda: "edited")
+    monkeypatch.setattr(tuned, "kernel_sources", lambda: "edited")
     assert remembered(a_verdict().facts) is None
 
 
@@ -251,7 +252,7 @@ def test_a_verdict_is_kept_until_anything_changes(monkeypatch: pytest.MonkeyPatc
 def test_a_damaged_verdict_is_none(text: str):
     mine = a_verdict()
     remember(mine)
-    next(verdict.folder().glob("*.json")).write_text(text)
+    next(user_cache("verdicts").glob("*.json")).write_text(text)
     assert remembered(mine.facts) is None
 
 
@@ -264,6 +265,7 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     assert ops.TRITON  # made before TRITON_INTERPRET goes, by which `auto` is plain PyTorch
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(verdict, "capability_of", lambda device: 90 if device.type == "cuda" else None)
+    monkeypatch.setattr(tuned, "facts_of", lambda device: {"gpu": "a GPU"})
     monkeypatch.setattr(
         verdict, "facts_of", lambda setup, device: {"gpu": "a GPU", "ptxas": "13.5", **vars(setup.shape)}
     )

@@ -97,4 +97,5 @@ def _compile_all(work: Callable[[], Any], arch: int) -> None:
 
 def _compile_each(groups: list[list[Call]]) -> None:
     for call, *_ in groups:
-        compile_call(call)
+        with suppress(Exception):  # as a launch will say; the others are compiled all the same
+            compile_call(call)

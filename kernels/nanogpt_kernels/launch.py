@@ -2,14 +2,16 @@
 
 On tensors without data (device "meta", or fake ones under torch.compile) nothing is launched: `recording` collects such
 launches instead, so that every kernel can be compiled where there is no GPU, exactly as it would be called.
+
+`keep` puts measured rows before the TABLE's, each for exactly what it was measured at.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,6 +26,15 @@ INTERPRETER_ARCH = 90  # whose rows the interpreter takes
 INTERPRETER_SMS = 8
 
 
+class Key(NamedTuple):
+    """What a launch row is asked for: the element size in bytes; of the problem what its op's rows call up_to."""
+
+    op: str
+    arch: int
+    itemsize: int
+    size: int
+
+
 @dataclass(frozen=True)
 class Call:
     """A launch that was recorded instead of made."""
@@ -36,31 +47,61 @@ class Call:
 
 
 class Recording(list[Call]):
-    """The launches recorded so far; `rows` are those of TABLE that they took: (op, row as it stands there).
+    """The launches recorded so far; `rows` are those that they took, as TABLE or `keep` has them: (op, row); `asked`
+    are the same by what each was asked for.
 
     keep=False drops the launches themselves, which hold their tensors."""
 
     def __init__(self, keep: bool = True) -> None:
         super().__init__()
         self.rows: list[tuple[str, Row]] = []
+        self.asked: dict[Key, Row] = {}
         self.keep = keep
 
 
 _overrides: dict[str, dict[str, Any]] = {}
+_kept: dict[Key, Row] = {}
 _recorded: Recording | None = None
 _recorded_arch = INTERPRETER_ARCH
 
 
 def pick(op: str, x: Tensor, size: int) -> Row:
-    """The launch row for an op on x's device: nearest architecture from below, then the smallest itemsize and up_to
-    that suffice."""
-    row, fields = _fitting(op, x, size), _overrides.get(op)
+    """The launch row for an op on x's device: a kept one of exactly this architecture, element size and size; else of
+    TABLE the nearest architecture from below, then the smallest itemsize and up_to that suffice."""
+    key = Key(op, architecture(x.device), x.element_size(), size)
+    row = _kept.get(key) if _kept and isinstance(size, int) else None  # a symbol, under torch.compile, has no hash
+    row, fields = row or _fitting(op, x, size), _overrides.get(op)
     if _recorded is not None:
         _recorded.rows.append((op, row))
+        _recorded.asked[key] = row
     if fields is None:
         return row
     merged = {name: getattr(row, name) | fields[name] for name in ("blocks", "choices") if name in fields}
     return replace(row, **(fields | merged))
+
+
+def keep(rows: Mapping[Key, Row]) -> None:
+    """From here on `pick` takes these rows, in the place of those kept before, where it is asked for exactly their
+    keys; {} leaves TABLE alone. ValueError for a row unlike its op's: other blocks or choices, or no launch at all."""
+    global _kept
+    for key, row in rows.items():
+        theirs = [_kinds(listed) for listed in TABLE.get(key.op, ())]
+        sizes = (*row.blocks.values(), row.num_stages, 1 if row.max_registers is None else row.max_registers)
+        if _kinds(row) not in theirs or row.num_warps not in (1, 2, 4, 8, 16, 32) or any(n < 1 for n in sizes):
+            raise ValueError(f"{key.op} is not launched so: {row}")
+    _kept = dict(rows)
+
+
+def _kinds(row: Row) -> dict[str, Any]:
+    """What its fields are called and of which type: a row of the same op differs in values alone."""
+    return {
+        name: type(value) for name, value in (row.blocks | row.choices | vars(row)).items() if name != "max_registers"
+    }
+
+
+def kept() -> dict[Key, Row]:
+    """What `keep` was last given."""
+    return dict(_kept)
 
 
 def _fitting(op: str, x: Tensor, size: int) -> Row:

@@ -2,7 +2,8 @@
 them the architectures that they are chosen for.
 
 Rows are chosen by launch.pick, and nothing is tuned while training: autotuning breaks graph capture, and picks
-differently on each rank. `python bench/tune.py OP` searches offline and prints rows to paste here.
+differently on each rank. `python bench/tune.py OP` searches offline and prints rows to paste here; launch.keep puts
+rows that were measured elsewhere before them.
 """
 
 from dataclasses import dataclass, field

@@ -33,6 +33,7 @@ from nanogpt_fast.settings.config import SECTION_OF, Config, present_setting
 from nanogpt_fast.settings.options import BOOLS, options_of
 
 T = TypeVar("T")
+C = TypeVar("C", bound=Config)
 
 _LINE = "command line"
 _SAMPLE_KEYS = ("start", "num_samples", "max_new_tokens", "temperature", "top_k")  # of nanoGPT's sample.py alone
@@ -49,11 +50,18 @@ A config is a preset, a FILE.toml or a nanoGPT FILE.py, with or without --config
 before it. What comes later wins."""
 
 
-def load_config(argv: list[str], *, prog: str = "python -m nanogpt_fast.train") -> Config:
-    """The trainer's configuration. Raises ConfigError; --help prints and exits 0."""
+def load_config(
+    argv: list[str],
+    *,
+    prog: str = "python -m nanogpt_fast.train",
+    cls: type[C] = Config,
+    description: str = "Train, finetune or evaluate a GPT.",
+) -> C:
+    """The trainer's configuration, or that of a command with sections beside. Raises ConfigError; --help prints and
+    exits 0."""
     presets = textwrap.fill(", ".join(preset_names()), 80, initial_indent="  ", subsequent_indent="  ")
     epilog = _TRAIN_HELP.format(prog=prog, presets=presets)
-    return parse(Config, argv, prog=prog, description="Train, finetune or evaluate a GPT.", epilog=epilog)
+    return parse(cls, argv, prog=prog, description=description, epilog=epilog)
 
 
 def parse(
@@ -235,10 +243,10 @@ class _Reader:
         """The error for a flag (`--name`) or a config file's key (`name`) that this dataclass does not have."""
         dashes = "--" if name.startswith("-") else ""
         key = name.lstrip("-").replace("-", "_")
-        if self.cls is Config and key in _SAMPLE_KEYS:
+        if issubclass(self.cls, Config) and key in _SAMPLE_KEYS:
             hint = "give it to python -m nanogpt_fast.sample"
             return ConfigError(f"{name} is a setting of sampling, not of training", where=where, hint=hint)
-        if self.cls is not Config and key in SECTION_OF:
+        if not issubclass(self.cls, Config) and key in SECTION_OF:
             hint = "leave it out here, give it to python -m nanogpt_fast.train"
             return ConfigError(f"{name} is a setting of training, not of this command", where=where, hint=hint)
         near = did_you_mean(dashes + key, [dashes + known for known in self.flags])

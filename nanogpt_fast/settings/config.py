@@ -223,6 +223,7 @@ class SystemConfig:
     micro_batch: Literal["", "auto"] = ""  # auto: the largest batch_size that fits, with as many tokens an iteration
     compile: bool = True  # torch.compile the reference ops on CUDA (takes a minute); no effect elsewhere
     kernels: str = "auto"  # auto (ours on CUDA, where right) | triton | reference, and triton,attention=reference
+    rows: Literal["tuned", "shipped"] = "tuned"  # launch rows that nanogpt_fast.tune kept for this GPU, where it has
     backend: str = "nccl"  # torch.distributed backend for CUDA ranks (CPU ranks use gloo)
     dry_run: bool = False  # print the resolved configuration, tokens, memory; train nothing
     on: str = ""  # with --dry_run: a GPU to foretell memory and time for, as h100, a100-40gb or its driver's name

@@ -2,6 +2,7 @@
 
 import random
 import statistics
+import time
 from collections.abc import Callable, Iterator
 
 import harness
@@ -30,7 +31,7 @@ class Clock:
 @pytest.fixture
 def with_clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Clock], Clock]]:
     def install(clock: Clock) -> Clock:
-        monkeypatch.setattr(harness.time, "perf_counter", lambda: clock.now)
+        monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
         return clock
 
     yield install

@@ -12,7 +12,6 @@ from typing import Any
 
 import cases
 import compiled
-import launch_points
 import machine
 import pytest
 import torch
@@ -21,6 +20,7 @@ from compiled import Resources
 from nanogpt_kernels import launch
 from nanogpt_kernels.launch import Row
 
+from nanogpt_fast import launch_search
 from nanogpt_fast.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +32,7 @@ def test_every_launch_row_can_be_reached_and_moved(launch_op: str):
     """On meta tensors at GPT-2 shapes: some case asks for the row, and its candidates are launch shapes of that op."""
     target = tune.find(launch_op, "124m", torch.bfloat16, 90, 0.0)
     assert target.present in launch.TABLE[launch_op]
-    rows = list(itertools.islice(launch_points.candidates(launch_op, target.present), 40))
+    rows = list(itertools.islice(launch_search.candidates(launch_op, target.present), 40))
     assert rows and target.present not in rows
     for row in rows:
         assert row.blocks.keys() == target.present.blocks.keys() and row.choices.keys() == target.present.choices.keys()
@@ -41,7 +41,7 @@ def test_every_launch_row_can_be_reached_and_moved(launch_op: str):
     with cases.overridden(target.overrides(rows[0])):
         taken = launch.pick(launch_op, torch.empty(1, dtype=torch.bfloat16, device="meta"), 1)
         cases.recorded(target.op, target.at, 90, target.mode == "both")
-    assert launch_points.point(taken) == launch_points.point(rows[0])
+    assert launch_search.point(taken) == launch_search.point(rows[0])
 
 
 def test_no_case_asks_for_an_unknown_row():
@@ -52,14 +52,14 @@ def test_no_case_asks_for_an_unknown_row():
 
 
 def test_grids_name_axes_of_their_rows():
-    for launch_op, axes in launch_points.GRIDS.items():
+    for launch_op, axes in launch_search.GRIDS.items():
         row = launch.TABLE[launch_op][0]
-        assert axes.keys() <= launch_points.point(row).keys(), launch_op
+        assert axes.keys() <= launch_search.point(row).keys(), launch_op
 
 
 def test_candidates_are_near_first_and_all_different():
-    points = [launch_points.point(row) for row in launch_points.candidates("x", ROW)]
-    changed = [sum(p[name] != value for name, value in launch_points.point(ROW).items()) for p in points]
+    points = [launch_search.point(row) for row in launch_search.candidates("x", ROW)]
+    changed = [sum(p[name] != value for name, value in launch_search.point(ROW).items()) for p in points]
     assert set(changed) == {1, 2} and changed == sorted(changed)
     assert len({tuple(p.items()) for p in points}) == len(points)
     assert {p["fused"] for p in points} == {True, False} and {p["ROWS"] for p in points} == {2, 4, 8}
@@ -69,8 +69,8 @@ def test_candidates_are_near_first_and_all_different():
 def test_a_row_is_printed_as_it_is_pasted():
     at = cases.setting("norm", "124m")
     target = tune.Target("norm_fwd", "norm", "forward", at, 90, ROW, {})
-    moved = launch_points.moved(ROW, {"ROWS": 8, "fused": False, "num_warps": 2, "max_registers": 128})
-    text = launch_points.pasted(moved, target, "0.900 of the row before")
+    moved = launch_search.moved(ROW, {"ROWS": 8, "fused": False, "num_warps": 2, "max_registers": 128})
+    text = tune.pasted(moved, target, "0.900 of the row before")
     row = eval(text.rstrip(","), {"Row": Row})
     assert (row.arch, row.blocks, row.num_warps, row.num_stages) == (90, dict(ROWS=8, BLOCK=8), 2, 2)
     assert row.max_registers == 128
@@ -110,9 +110,9 @@ class FakeRace:
 
 def test_the_search_walks_to_the_best_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(tune, "Race", FakeRace)
-    start = launch_points.moved(ROW, {"ROWS": 1, "num_warps": 4})
+    start = launch_search.moved(ROW, {"ROWS": 1, "num_warps": 4})
     target = tune.Target("norm_fwd", "norm", "forward", cases.setting("norm", "124m"), 90, start, {})
-    monkeypatch.setitem(launch_points.GRIDS, "norm_fwd", {})
+    monkeypatch.setitem(launch_search.GRIDS, "norm_fwd", {})
     pool: Any = FakePool()
     text = tune.search(target, 60.0, 24, pool, machine.Lines(tmp_path / "tune.jsonl"))
     row = eval(text.rstrip(","), {"Row": Row})
@@ -124,16 +124,16 @@ def test_the_search_walks_to_the_best_row(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_the_present_row_stays_where_nothing_is_better(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tune, "Race", FakeRace)
-    best = launch_points.moved(ROW, {"ROWS": 8, "num_warps": 1})
+    best = launch_search.moved(ROW, {"ROWS": 8, "num_warps": 1})
     target = tune.Target("norm_fwd", "norm", "forward", cases.setting("norm", "124m"), 90, best, {})
     pool: Any = FakePool()
     row = eval(tune.search(target, 60.0, 8, pool, machine.Lines(None)).rstrip(","), {"Row": Row})
-    assert launch_points.point(row) == launch_points.point(best) and "best of" in row.source
+    assert launch_search.point(row) == launch_search.point(best) and "best of" in row.source
 
 
 def test_shapes_of_a_kernel_that_is_not_used_are_tried_once(capsys: pytest.CaptureFixture):
     target = tune.Target("norm_fwd", "norm", "forward", cases.setting("norm", "124m"), 90, ROW, {})
-    rows = [launch_points.moved(ROW, {"fused": False}), launch_points.moved(ROW, {"fused": False, "ROWS": 2})]
+    rows = [launch_search.moved(ROW, {"fused": False}), launch_search.moved(ROW, {"fused": False, "ROWS": 2})]
     pool: Any = FakePool()
     assert [row for row, _ in tune.compile_rows(pool, target, rows, 0.0, machine.Lines(None))] == rows[:1]
     assert "not launched" in capsys.readouterr().out
@@ -175,10 +175,11 @@ def test_the_interpreter_cannot_compile(monkeypatch: pytest.MonkeyPatch):
 def test_candidates_compile_in_processes_of_their_own():
     """The whole offline path, for one small kernel and for a tile that no kernel can have."""
     code = (
-        "import time, tune, torch, machine, launch_points\n"
+        "import time, tune, torch, machine\n"
+        "from nanogpt_fast import launch_search\n"
         "from compiled import Compilers\n"
         "target = tune.find('adamw', 'tiny', torch.bfloat16, 90, 0.0)\n"
-        "rows = [target.present, launch_points.moved(target.present, {'BLOCK': 3})]\n"
+        "rows = [target.present, launch_search.moved(target.present, {'BLOCK': 3})]\n"
         "with Compilers(1) as pool:\n"
         "    good = tune.compile_rows(pool, target, rows, time.monotonic() + 200, machine.Lines(None))\n"
         "assert [row for row, _ in good] == rows[:1], good\n"

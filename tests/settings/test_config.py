@@ -18,7 +18,7 @@ n_layer n_head n_embd dropout bias activation vocab_size
 learning_rate max_iters weight_decay beta1 beta2 grad_clip skip_step_sigma skip_step_window max_bad_steps
 decay_lr schedule decay_ratio warmup_iters lr_decay_iters min_lr
 wandb_log wandb_project wandb_run_name tensorboard
-device dtype residual_dtype tf32 cuda_graph recompute micro_batch compile kernels backend dry_run on debug profile
+device dtype residual_dtype tf32 cuda_graph recompute micro_batch compile kernels rows backend dry_run on debug profile
 profiler
 """
 

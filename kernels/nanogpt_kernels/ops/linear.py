@@ -18,7 +18,8 @@ from ..registry import once, refuse_tangents, register, without_autocast
 @register("accumulate_weight_grad_(Tensor(a!) main_grad, Tensor dy, Tensor x) -> ()")
 def accumulate_weight_grad_(main_grad: Tensor, dy: Tensor, x: Tensor) -> None:
     """main_grad [N, K] float32 += dy^T x; dy [M, N], x [M, K] of one dtype."""
-    if isinstance(dy, FakeTensor):  # no output to describe; before pytorch/pytorch#179634 addmm's out_dtype refuses it
+    # without data there is no output to describe; before pytorch/pytorch#179634 addmm's out_dtype refuses both
+    if dy.is_meta or isinstance(dy, FakeTensor):
         return
     if dy.dtype == torch.float32:
         main_grad.addmm_(dy.t(), x)
