@@ -16,6 +16,7 @@ from typing import Any
 import built_step
 import torch
 from nanogpt_kernels import launch
+from nanogpt_kernels.registry import NAMESPACE
 from torch import Tensor
 from torch._C import DispatchKey
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,8 +29,7 @@ from nanogpt_fast.settings.config import Config, GPTConfig
 from nanogpt_fast.step import TrainStep
 
 META = torch.device("meta")
-OURS = "nanogpt_kernels"
-WEIGHT_GRADIENT = f"{OURS}::accumulate_weight_grad_"  # on a GPU one product, which adds into float32
+WEIGHT_GRADIENT = f"{NAMESPACE}::accumulate_weight_grad_"  # on a GPU one product, which adds into float32
 
 # How often a launch moves an operand, by kernel and operand, where that is not once. A step accumulates gradients.
 PASSES: dict[tuple[str, str], float] = {
@@ -113,7 +113,7 @@ class _Torch(TorchDispatchMode):
             name = f"{dy.size(1)} x {dy.size(0)} x {x.size(1)}, added into float32"
             self.seen[Launch("product", name, Work(flops, float(2 * into.nbytes + dy.nbytes + x.nbytes)))] += 1
             return func(*args, **kwargs)
-        if func.namespace == OURS:
+        if func.namespace == NAMESPACE:
             with self:
                 return func._op_dk(DispatchKey.Meta, *args, **kwargs)
         with self:  # linear and matmul, down to the products in them

@@ -91,7 +91,8 @@ class _Linear(torch.autograd.Function):
         if dy.dtype == torch.float32:
             ctx.main_grad.addmm_(dy.t(), x_rows)
         elif device_type_of(dy) == "cuda" and not torch.compiler.is_compiling():  # inductor has no addmm with out_dtype
-            torch.addmm(ctx.main_grad, dy.t(), x_rows, out_dtype=torch.float32, out=ctx.main_grad)
+            if not dy.is_meta:  # which addmm's out_dtype refuses before pytorch/pytorch#179634
+                torch.addmm(ctx.main_grad, dy.t(), x_rows, out_dtype=torch.float32, out=ctx.main_grad)
         else:
             ctx.main_grad.add_(dy.t() @ x_rows)
         dx = (dy @ w).view_as(x) if ctx.needs_input_grad[0] else None

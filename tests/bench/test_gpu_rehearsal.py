@@ -85,7 +85,7 @@ def test_rehearsal_of_every_stage_on_a_bare_machine(tmp_path: Path, bare: None, 
     out = tmp_path / "out"
     found = rehearse(out, monkeypatch)
     assert set(found.values()) == {"done"} and list(found) == [s.name for s in gpu_stages.all_stages(out)], found
-    assert any(row["kernel"] == "nanogpt_kernels::attention_fwd" for row in machine.read_lines(out / "kernels.jsonl"))
+    assert any(row["kernel"].endswith("::attention_fwd") for row in machine.read_lines(out / "kernels.jsonl"))
 
 
 def test_pytest_on_a_bare_machine(tmp_path: Path, bare: None):
