@@ -13,6 +13,7 @@ import roof
 import torch
 from work import Work
 
+from nanogpt_fast import timing
 from nanogpt_fast.errors import ConfigError, DataError, DeviceError
 from nanogpt_fast.settings.config import GPTConfig
 
@@ -27,7 +28,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(roof.GEMM_SIZE, "cpu", 16)
     monkeypatch.setitem(roof.SWEEP, "cpu", [(8, 16, 24)])
     monkeypatch.setitem(roof.ROUNDS, "cpu", 1)
-    monkeypatch.setattr(roof.harness, "CPU_SPAN_MS", 0.01)
+    monkeypatch.setattr(timing, "CPU_SPAN_MS", 0.01)
 
 
 def test_products_of_a_model_are_those_of_its_step():
