@@ -177,7 +177,7 @@ def search(target: Target, limit_s: float, most: int, pool: Compilers, lines: ma
 def compare(target: Target, named: list[dict[str, Any]], limit_s: float, pool: Compilers, lines: machine.Lines) -> str:
     """The best of the present row and those that `named` changes it to, to paste."""
     rows, until = [moved(target.present, changes) for changes in named], time.monotonic() + limit_s
-    found = ranked(Arena(target, pool, lines), rows, target.present, COMPARE_ROUNDS, until)
+    found, _ = ranked(Arena(target, pool, lines), rows, target.present, COMPARE_ROUNDS, until)
     best, r = found[0] if found and found[0][1] <= GAIN else (target.present, 1.0)
     return pasted(best, target, f"{r:.3f} of the row before" if r < 1.0 else f"best of {len(rows) + 1}")
 

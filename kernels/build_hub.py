@@ -43,8 +43,8 @@ def __getattr__(name):
 
 
 def build(out: Path) -> Path:
-    """Write the hub's repository to `out`, what was there before removed; its variant's folder is returned."""
-    shutil.rmtree(out, ignore_errors=True)
+    """Write the hub's repository to `out`, its build folder anew; the variant's folder is returned."""
+    shutil.rmtree(out / "build", ignore_errors=True)
     variant = out / "build" / "torch-cuda"
     shutil.copytree(PACKAGE, variant, ignore=shutil.ignore_patterns("__pycache__"))
     (variant / PACKAGE.name).mkdir()

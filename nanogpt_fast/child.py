@@ -1,8 +1,11 @@
 """A process that is given work which may crash or hang it, and says what it does in JSON objects, a line each."""
 
+import ctypes
 import json
 import queue
+import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -11,6 +14,13 @@ from contextlib import suppress
 from typing import Any
 
 DIED = "the process ended with {how} while it ran"
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def die_with_parent() -> None:
+    """Of a child's main: where its parent is killed, so is it, whatever it does then (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Child:
@@ -57,7 +67,7 @@ class Child:
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
-        self._reader.join()
+        self._reader.join(timeout=1.0)  # what it has forked may hold the pipe
 
     def _read(self) -> None:
         assert self._process.stdout is not None

@@ -93,13 +93,23 @@ class Race:
     ) -> list[list[float]]:
         """Milliseconds of the run's call, forward or both ways, with each set of rows."""
         works = self._works(known_by, backward)
-        return self.clock(sets, [[partial(_within, rows, work) for work in works] for rows in sets], rounds, began)
+        found = self.clock(sets, [[partial(_within, rows, work) for work in works] for rows in sets], rounds, began)
+        self._forget(known_by)
+        return found
 
     def cost(self, known_by: str, rows: Rows) -> list[float]:
         """Milliseconds of the run's call with these rows: forward, and both ways; of some runs the same."""
         ways = [self._works(known_by, backward) for backward in (False, True)]
         calls = [[partial(_within, rows, work) for work in works] for works in ways]
-        return [sorted(times)[len(times) // 2] for times in self.clock([rows] * 2, calls, ROUNDS, lambda i: None)]
+        found = [sorted(times)[len(times) // 2] for times in self.clock([rows] * 2, calls, ROUNDS, lambda i: None)]
+        self._forget(known_by)
+        return found
+
+    def _forget(self, known_by: str) -> None:
+        """An update that was timed was made on its own buffers: it is drawn anew."""
+        if known_by not in self.block.calls:
+            self.update.calls.clear()
+            self._expected = "", {}
 
     def _works(self, known_by: str, backward: bool) -> list[Work]:
         """The call on several sets of its inputs, by turns: so they come from memory, as they do in a step."""
@@ -186,6 +196,8 @@ def raced(race: Race, given: dict[str, Any], sets: list[Rows], began: Callable[[
     began(1)  # is the second set wrong? the first is the present rows
     try:
         return race.wrong(sets[1], sets[0], given["small"], given["call"], given["repeats"])
+    except torch.OutOfMemoryError:
+        return f"{FAILS}no room on the GPU to hold it to what it should give"
     except Exception as error:
         _sound(race.device)
         return f"{FAILS}{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]

@@ -122,7 +122,7 @@ class Arena(Protocol):
 @dataclass
 class Walk:
     """How far the search in an arena has come. ratio: the best row's time over the present one's, 1 for that itself;
-    seen: the points tried, which a further walk leaves out; done: nothing near the best row is left to try."""
+    seen: the points decided, which a further walk leaves out; done: nothing near the best row is left to try."""
 
     best: Any
     ratio: float = 1.0
@@ -139,13 +139,16 @@ def ratio(times: Sequence[float], base: Sequence[float]) -> float:
     return statistics.median(t / b for t, b in zip(times, base))
 
 
-def ranked(arena: Arena, rows: list[Any], best: Any, rounds: int, until: float) -> list[tuple[Any, float]]:
-    """(row, its time over best's), quickest first, of those that compile, are right, and were checked by `until`."""
-    right = []
+def ranked(
+    arena: Arena, rows: list[Any], best: Any, rounds: int, until: float
+) -> tuple[list[tuple[Any, float]], list[Any]]:
+    """((row, its time over best's), quickest first, of those that compile and are right; those that there was no time
+    to check by `until`)."""
+    right, left = [], []
     for row in arena.fitting(rows, time.monotonic() + COMPILING * (until - time.monotonic())):
         if time.monotonic() > until:
-            break
-        if problem := arena.right(row):
+            left.append(row)
+        elif problem := arena.right(row):
             arena.tell(row, problem)
         else:
             right.append(row)
@@ -153,7 +156,7 @@ def ranked(arena: Arena, rows: list[Any], best: Any, rounds: int, until: float) 
     found = sorted(zip(right, (ratio(t, base) for t in others)), key=lambda pair: pair[1])
     for row, r in found:
         arena.tell(row, "timed", ratio=r, ms=statistics.median(base) * r, centre=point(best))
-    return found
+    return found, left
 
 
 def search(arena: Arena, until: float, most: int = MOST, walk: Walk | None = None) -> Walk:
@@ -166,8 +169,8 @@ def search(arena: Arena, until: float, most: int = MOST, walk: Walk | None = Non
         around = (row for row in candidates(arena.launch_op, walk.best) if point(row) not in walk.seen)
         batch = list(itertools.islice(around, most))
         walk.done = not batch
-        walk.seen += [point(row) for row in batch]
-        found = ranked(arena, batch, walk.best, ROUNDS, until)
+        found, left = ranked(arena, batch, walk.best, ROUNDS, until)
+        walk.seen += [point(row) for row in batch if row not in left]
         if not found or found[0][1] > GAIN:
             break
         walk.best = found[0][0]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from nanogpt_fast import tuned
-from nanogpt_fast.child import DIED
+from nanogpt_fast.child import DIED, die_with_parent
 from nanogpt_fast.distributed import World, resolve_device, resolve_dtype
 from nanogpt_fast.dry_run import dtype_on, gpu_named
 from nanogpt_fast.errors import ConfigError, DeviceError, run_command
@@ -25,11 +25,18 @@ from nanogpt_fast.hardware import capability_of
 from nanogpt_fast.launch_plan import cases_of, proven
 from nanogpt_fast.launch_race import Compiler, Race, raced, serve
 from nanogpt_fast.launch_search import candidates, shown
-from nanogpt_fast.ops import OLDEST, REFERENCE, Ops, select_ops
+from nanogpt_fast.ops import REFERENCE, Ops, select_ops
 from nanogpt_fast.settings.cli import load_config
 from nanogpt_fast.settings.config import Config, require_range
 from nanogpt_fast.tuning import WHOLE_S, Died, Kept, Remote, Target, Tuning, targets_of
-from nanogpt_fast.verdict import given_to_child, require_triton, setup_of, shape_of_run, taken_by_child
+from nanogpt_fast.verdict import (
+    given_to_child,
+    require_capability,
+    require_triton,
+    setup_of,
+    shape_of_run,
+    taken_by_child,
+)
 
 PROG = "python -m nanogpt_fast.tune"
 
@@ -76,10 +83,11 @@ def main(argv: list[str]) -> int:
     facts = tuned.facts_of(device)
     tuned.take(config.system.rows, "triton", setup, World(device=device), print)
     earlier = tuned.read(facts) if config.system.rows == "tuned" else {}
+    earlier = {key: entry for key, entry in earlier.items() if entry.at == tuned.made_for(setup)}
     given = {**given_to_child(setup, device), "kernels": config.system.kernels}
     racer, compiler = (
-        Remote([sys.executable, "-m", "nanogpt_fast.tune", "--child", json.dumps({**given, "role": role})])
-        for role in ("race", "compile")
+        Remote([sys.executable, "-m", "nanogpt_fast.tune", "--child", json.dumps({**given, "role": role})], does)
+        for role, does in (("race", "times"), ("compile", "compiles"))
     )
     data = config.data
     print(f"tuning on {facts['gpu']} for {config.tune.minutes:g} minutes: {setup.shape.num_params() / 1e6:,.2f}M "
@@ -101,7 +109,7 @@ def tune(tuning: Tuning, facts: dict[str, str], earlier: dict[Any, tuned.Entry],
         key, before = found.target.key, earlier.get(found.target.key)
         kept[key] = found
         of = f"{found.target.case.op}, {'both ways' if found.target.backward else 'forward'}"
-        entry = tuned.entry_of(key, found.row, found.ratio * (before.ratio if before else 1.0), of)
+        entry = tuned.entry_of(key, found.row, found.ratio * (before.ratio if before else 1.0), of, tuning.setup)
         tuned.write(facts, {key: entry})
 
     try:
@@ -121,8 +129,9 @@ def tune(tuning: Tuning, facts: dict[str, str], earlier: dict[Any, tuned.Entry],
     try:
         shipped, now, ratios = tuning.whole()
     except Died as died:
-        shipped, now, ratios = 0.0, 1.0, {}
-        say(f"  all together: {DIED.format(how=died.how)}")
+        tuned.write(facts, {key: earlier.get(key) for key in kept})
+        say(f"  all together: {DIED.format(how=died.how)}; none of these rows is kept")
+        return 0
     for op, ratio in ratios.items():
         say(f"  {op}: {ratio:.3f} of its time with the shipped rows, forward and backward")
     if not now < shipped:
@@ -162,8 +171,7 @@ def listed(config: Config) -> list[str]:
     if not name and device.type != "cuda":
         name = gpu_named("h100")
     capability = (GPUS[name].capability if name else capability_of(device)) or 0
-    if capability < OLDEST:
-        raise DeviceError("the Triton ops are not for this GPU", found=f"compute capability {capability / 10}")
+    require_capability(capability, name or str(device))
     dtype = dtype_on(GPUS[name], config.system.dtype) if name else resolve_dtype(config.system.dtype, device)
     setup = setup_of(config, shape_of_run(config), dtype)
     if not name:
@@ -176,9 +184,8 @@ def listed(config: Config) -> list[str]:
 
 
 def _near(target: Target) -> int:
-    """How many rows a search may try around the present one."""
-    around = candidates(target.key.op, target.present)
-    return sum(not (row.choices.get("atomic") and not target.present.choices["atomic"]) for row in around)
+    """How many rows lie around the present one; a search leaves out those that launch the same."""
+    return sum(1 for _ in candidates(target.key.op, target.present))
 
 
 def child(given: dict[str, Any]) -> int:
@@ -196,4 +203,6 @@ def child(given: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        die_with_parent()
     run_command(main)

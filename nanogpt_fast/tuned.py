@@ -71,11 +71,13 @@ def _driver() -> str:
 
 @dataclass(frozen=True)
 class Entry:
-    """A kept row. row: ops.row_as_json's; ratio: its time over that of the shipped row; of: the call that was timed."""
+    """A kept row. row: ops.row_as_json's; ratio: its time over that of the shipped row; of: the call that was timed;
+    at: made_for's."""
 
     row: dict[str, Any]
     ratio: float
     of: str
+    at: str
     date: str = ""
 
 
@@ -119,9 +121,15 @@ def write(facts: Mapping[str, str], changes: Mapping[Any, Entry | None]) -> None
         log.warning("the tuned launch rows cannot be kept: %s", error)
 
 
-def entry_of(key: Any, row: Any, ratio: float, of: str) -> Entry:
+def entry_of(key: Any, row: Any, ratio: float, of: str, setup: Setup) -> Entry:
     """Of today."""
-    return Entry(row_as_json(key, row), round(ratio, 4), of, datetime.date.today().isoformat())
+    return Entry(row_as_json(key, row), round(ratio, 4), of, made_for(setup), datetime.date.today().isoformat())
+
+
+def made_for(setup: Setup) -> str:
+    """What compiles a kernel otherwise and is in no key: a row that was checked beside dropout need not fit without."""
+    products = f" {torch.get_float32_matmul_precision()}" * (setup.dtype == "float32")
+    return f"{setup.dtype}{products}{', dropout' * (setup.shape.dropout > 0)}{', documents' * setup.documents}"
 
 
 # ---- which rows a run takes ----
@@ -134,24 +142,34 @@ def take(rows: str, kernels: str, setup: Setup, world: World, say: Callable[[str
     ours = "triton" in kernels or (kernels.split(",")[0].strip() == "auto" and world.device.type == "cuda")
     if rows == "shipped" or not ours:
         return
-    found = json.dumps(_found(setup, world.device, say) if world.is_main else [])
-    keep_rows(dict(map(row_from_json, json.loads(_agreed(world, found)))))
+    keep_rows(_found(kernels, setup, world.device, say) if world.is_main else {})
+    agree(world)
     if kernels.split(",")[0].strip() != "auto" and kept_rows():  # of auto the verdict's line says so
         say(f"kernels: {kernels}{words()}")
 
 
-def _found(setup: Setup, device: torch.device, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def _found(kernels: str, setup: Setup, device: torch.device, say: Callable[[str], None]) -> dict[Any, Any]:
     """Those in the cache that the run reaches."""
     try:
-        entries = read(facts_of(device), say)
-        if not entries:
-            return []
-        ours = select_ops("triton", device.type)
-        with keeping({key: row_from_json(entry.row)[1] for key, entry in entries.items()}):
+        entries = {key: entry for key, entry in read(facts_of(device), say).items() if entry.at == made_for(setup)}
+        rows = {key: row_from_json(entry.row)[1] for key, entry in entries.items()}
+        if not rows:
+            return {}
+        ours = select_ops(kernels, device.type, select_ops("triton", device.type))
+        with keeping(rows):
             keys = reached(setup, ours, capability_of(device) or INTERPRETED)
     except (NanogptError, ImportError, RuntimeError, OSError):  # no Triton, no ptxas: whoever needs them says so
-        return []
-    return [entry.row for key, entry in entries.items() if key in keys]
+        return {}
+    except (ValueError, TypeError) as error:  # an op refuses a row
+        say(f"the rows tuned on this GPU are left out ({str(error).splitlines()[0]}): {AGAIN}")
+        return {}
+    return {key: row for key, row in rows.items() if key in keys}
+
+
+def agree(world: World) -> None:
+    """Rank 0's kept rows on every rank."""
+    rows = json.dumps([row_as_json(*pair) for pair in kept_rows().items()])
+    keep_rows(dict(map(row_from_json, json.loads(_agreed(world, rows)))))
 
 
 def _agreed(world: World, text: str) -> str:

@@ -39,8 +39,8 @@ class Died(Exception):
 class Remote:
     """launch_race.serve in a process of its own, begun anew after one that a row has ended."""
 
-    def __init__(self, command: Sequence[str]):
-        self.command, self.starts = command, 0
+    def __init__(self, command: Sequence[str], does: str):
+        self.command, self.does, self.starts, self._how = command, does, 0, ""
         self._child: Child | None = None
 
     def ask(self, what: str, sets: Sequence[dict[Any, Any]], within_s: float = REQUEST_S, **details: Any) -> Any:
@@ -54,19 +54,24 @@ class Remote:
             at = event.get("at", at)
             if "answer" in event:
                 return event["answer"]
-        how = self._child.how
+        self._how = self._child.how
         self.end()
-        raise Died(how, at)
+        raise Died(self._how, at)
 
     def _started(self) -> Child:
         self.starts += 1
-        child = Child(self.command)
-        if self.starts <= STARTS and any("ready" in event for event in child.events(START_S)):
-            return child
-        child.end()
+        how = f"{STARTS} of them, the last with {self._how}"
+        if self.starts <= STARTS:
+            child = Child(self.command)
+            if any("ready" in event for event in child.events(START_S)):
+                return child
+            child.end()
+            how = child.how
         raise DeviceError(
-            "the process that times launch rows does not start" if self.starts <= STARTS else "it was ended too often",
-            found=child.how,
+            f"the process that {self.does} launch rows does not start, or ends too often",
+            where="a child of nanogpt_fast.tune",
+            expected="it answers",
+            found=how,
             hint="`python -m nanogpt_fast.verify` with the same flags says whether the kernels run on this GPU",
         )
 
@@ -121,26 +126,27 @@ class RowArena(Arena):
 
     def fitting(self, rows: list[Any], until: float) -> list[Any]:
         """Those that launch something else than any before; compiled ahead as far as there is time."""
-        good = []
+        good, launched = [], list(self._launched)
         for row in rows:
-            if row.choices.get("atomic") and not self.present.choices["atomic"]:
-                continue  # it gives up reproducible sums
+            if row.choices.get("chunk_rows", 0) > self.present.choices.get("chunk_rows", 0):
+                continue  # more memory than the run was planned with
             try:
                 launches = self._launches(row)
             except Exception:  # an op's contract, a tile that no descriptor can have
                 continue
-            if launches not in self._launched:
-                self._launched.append(launches)
+            if launches not in launched:
+                launched.append(launches)
                 good.append(row)
         calls = [self.target.case.known_by, *self.target.small]
         limit_s = max(1.0, until - time.monotonic())
-        with suppress(Died):  # then it is compiled where it is launched
+        with suppress(Died, DeviceError):  # then it is compiled where it is launched
             sets = [*map(self._rows, good)]
             self.tuning.compiler.ask("compile", sets, limit_s + 10.0, calls=calls, limit_s=limit_s)
         return good
 
     def right(self, row: Any, to_keep: bool = False) -> str:
         """What is wrong with a row; a process that it ended is. to_keep: the same bits as often as verify.py asks."""
+        self._launched.append(self._launches(row))
         target, repeats = self.target, REPEATS if to_keep else TRIED
         sets, small, call = [self._rows(self.present), self._rows(row)], target.small, target.case.known_by
         try:
@@ -208,7 +214,8 @@ class Tuning:
         compiler: Remote,
         say: Callable[[str], None] = print,
     ):
-        self.ours, self.capability, self.racer, self.compiler, self.say = ours, capability, racer, compiler, say
+        self.setup, self.ours, self.capability = setup, ours, capability
+        self.racer, self.compiler, self.say = racer, compiler, say
         self.kept: dict[Any, Any] = kept_rows()
         self.cases = [case for case in cases_of(setup, ours, capability, micro_batches) if case.keys]
         self.small = cases_of(proven(setup), ours, capability)
@@ -248,7 +255,9 @@ class Tuning:
             if target.arena is None:
                 target.arena = RowArena(self, target)
                 if problem := target.arena.right(target.present):
-                    raise Lost(f"its present row is not right here: {problem}")
+                    raise Lost(
+                        problem if problem.startswith(FAILS) else f"its present row is not right here: {problem}"
+                    )
             before = target.walk.best if target.walk else target.present
             target.walk = walk = search(target.arena, until, MOST, target.walk)
             if walk.best != before and (problem := target.arena.right(walk.best, to_keep=True)):

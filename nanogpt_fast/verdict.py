@@ -72,12 +72,18 @@ def shape_of_run(config: Config) -> GPTConfig:
 def require_triton(device: torch.device) -> None:
     """DeviceError where the Triton ops cannot run."""
     select_ops("triton", device.type)
-    if device.type == "cuda" and (capability_of(device) or 0) < OLDEST:
+    if device.type == "cuda":
+        require_capability(capability_of(device) or 0, str(device))
+
+
+def require_capability(capability: int, where: str) -> None:
+    """DeviceError where it is below that of the Triton ops."""
+    if capability < OLDEST:
         raise DeviceError(
             "the Triton ops are not for this GPU",
-            where=str(device),
+            where=where,
             expected=f"compute capability {OLDEST / 10} or later",
-            found=str((capability_of(device) or 0) / 10),
+            found=str(capability / 10),
             hint="--kernels=reference, which --kernels=auto takes here",
         )
 
@@ -229,7 +235,7 @@ def ops_of_run(
     tuned.take(rows, spec, setup, world, say)
     if spec.split(",")[0].strip() != "auto" or world.device.type != "cuda":
         return select_ops(spec, world.device.type)
-    refused = list(OP_NAMES)
+    refused, tuned_rows = list(OP_NAMES), bool(kept_rows())
     able = (capability_of(world.device) or 0) >= OLDEST and os.environ.get("TRITON_INTERPRET") != "1"
     if world.is_main and able:
         try:
@@ -237,6 +243,8 @@ def ops_of_run(
         except (NanogptError, ImportError, RuntimeError, OSError) as error:  # no Triton, no ptxas
             say(f"kernels: reference ({str(error).splitlines()[0]})")
     refused = _agreed(world, refused)
+    if tuned_rows:  # which rank 0 may have found wrong
+        tuned.agree(world)
     if world.any(not able) or len(refused) == len(OP_NAMES):
         return select_ops(spec, "cuda")
     ours = dataclasses.replace(select_ops("triton", "cuda"), **{name: getattr(REFERENCE, name) for name in refused})
@@ -250,9 +258,9 @@ def _refused(setup: Setup, device: torch.device, say: Callable[[str], None], che
     if verdict is None and not check and kept_rows():  # the shipped rows may have been tried
         keep_rows({})
         verdict = remembered(facts_of(setup, device))
-    if verdict is not None:
+    if verdict is not None and not (verdict.wrong and kept_rows()):
         say(f"kernels: {_summary(verdict)}, as tried {verdict.made[:10]}{tuned.words()}")
-    elif check:
+    elif verdict is None and check:
         say("kernels: trying the Triton ops on this GPU, once for this shape, dtype and software ...")
         verdict = judge(setup, device)
         report = remember(verdict)
@@ -263,8 +271,13 @@ def _refused(setup: Setup, device: torch.device, say: Callable[[str], None], che
         if report is not None:
             log.warning("please send %s to the project's issues", report)
         say(f"kernels: {_summary(verdict)}, tried in {verdict.seconds:.0f} s{tuned.words()}")
-    else:
+    elif verdict is None:
         say("kernels: reference; `python -m nanogpt_fast.verify` or a training run tries the Triton ops")
+    if verdict is not None and verdict.wrong and kept_rows():
+        say("kernels: wrong with launch rows tuned on this GPU, so the shipped ones are taken; `python -m "
+            "nanogpt_fast.tune` measures anew")  # fmt: skip
+        keep_rows({})
+        return _refused(setup, device, say, check)
     return list(OP_NAMES) if verdict is None else verdict.refused
 
 

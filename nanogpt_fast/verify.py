@@ -6,6 +6,7 @@ is wrong.
 """
 
 import json
+import sys
 import time
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from nanogpt_fast import tuned
+from nanogpt_fast.child import die_with_parent
 from nanogpt_fast.distributed import World, resolve_device, resolve_dtype
 from nanogpt_fast.errors import DeviceError, run_command
 from nanogpt_fast.ops import OP_NAMES, compile_ahead, keep_rows, row_from_json, select_ops
@@ -75,4 +77,6 @@ def child(given: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        die_with_parent()
     run_command(main)

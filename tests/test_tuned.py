@@ -39,7 +39,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def entry(key: Key = KEY, row: Row = ROW, ratio: float = 0.9) -> tuned.Entry:
-    return tuned.entry_of(key, row, ratio, "norm, forward")
+    return tuned.entry_of(key, row, ratio, "norm, forward", SETUP)
 
 
 # ---- launch.keep ----
@@ -194,6 +194,31 @@ def test_a_model_that_is_sampled_from_takes_rows_whose_verdict_is_known(monkeypa
         assert ("1 launch row tuned" in said[-1]) == tuned_too
         with keeping({KEY: row_from_json(entry().row)[1]}):
             verdict.remember(verdict.Verdict(verdict.facts_of(SETUP, world.device), made="2026-11-27"))
+
+
+def test_rows_with_which_an_op_is_wrong_are_left_and_the_op_is_not(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for module in (verdict, tuned):
+        monkeypatch.setattr(module, "capability_of", lambda device: 90)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    tuned.write(FACTS, {KEY: entry()})
+    world, said = World(device=torch.device("cuda")), []
+    verdict.remember(verdict.Verdict(verdict.facts_of(SETUP, world.device), made="2026-11-27"))
+    with keeping({KEY: row_from_json(entry().row)[1]}):
+        wrong = verdict.Verdict(verdict.facts_of(SETUP, world.device), {"norm": "off"}, made="2026-11-27")
+        verdict.remember(wrong)
+    assert verdict.ops_of_run("auto", SETUP, world, said.append) == ops.TRITON
+    assert kept_rows() == {} and "so the shipped ones are taken" in said[-2] and "tuned" not in said[-1]
+
+
+def test_rows_are_for_the_dtype_and_masks_that_they_were_checked_with():
+    tuned.write(FACTS, {KEY: entry()})
+    for other in (
+        dataclasses.replace(SETUP, documents=True),
+        dataclasses.replace(SETUP, shape=dataclasses.replace(SHAPE, dropout=0.1)),
+    ):
+        tuned.take("tuned", "triton", other, World(), lambda line: None)
+        assert kept_rows() == {}
 
 
 def as_rank(rank: int, folder: Path, found: Any) -> None:

@@ -6,9 +6,11 @@ What is compiled lies in Triton's cache on the disk, where a launch finds it. A 
 `compile_ahead` shares them out, in forked processes, as recorded launches hold what cannot be pickled.
 """
 
+import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -81,8 +83,18 @@ def compile_ahead(work: Callable[[], Any], arch: int, limit_s: float = 120.0) ->
         lead.join()
 
 
+def _alone() -> None:
+    """Of a forked process: it ends when its parent does (Linux), and holds none of its pipes."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+
+
 def _compile_all(work: Callable[[], Any], arch: int) -> None:
     os.setsid()
+    _alone()
     with recording(arch) as calls:
         work()
     groups = distinct(calls, arch)
@@ -96,6 +108,7 @@ def _compile_all(work: Callable[[], Any], arch: int) -> None:
 
 
 def _compile_each(groups: list[list[Call]]) -> None:
+    _alone()
     for call, *_ in groups:
         with suppress(Exception):  # as a launch will say; the others are compiled all the same
             compile_call(call)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import interpreter
@@ -13,6 +14,7 @@ import pytest
 from tune_case import CPU, OP, SETUP, few_rows, soon, target_of, tuning_of
 
 from nanogpt_fast import ops, tune, tuning
+from nanogpt_fast.child import Child
 from nanogpt_fast.errors import DeviceError
 from nanogpt_fast.launch_plan import cases_of, proven
 from nanogpt_fast.ops import row_as_json
@@ -46,7 +48,7 @@ for line in sys.stdin:
 
 
 def child_that(wrong: str = "pass", times: str = "pass") -> Remote:
-    return Remote([sys.executable, "-c", SAYS.format(wrong=wrong, times=times)])
+    return Remote([sys.executable, "-c", SAYS.format(wrong=wrong, times=times)], "times")
 
 
 @pytest.mark.parametrize("where", ["wrong", "times"])
@@ -81,12 +83,45 @@ def test_a_row_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_child_that_does_not_start_is_an_error():
-    remote = Remote([sys.executable, "-c", "import sys; sys.exit('no such GPU')"])
+    remote = Remote([sys.executable, "-c", "import sys; sys.exit('no such GPU')"], "times")
     with pytest.raises(DeviceError, match="does not start") as caught:
         remote.ask("cost", [{}])
     assert "no such GPU" in caught.value.found
     with pytest.raises(Died, match="exit code 3"):
-        Remote([sys.executable, "-c", "print('{\"ready\": 1}', flush=True); input(); exit(3)"]).ask("cost", [{}])
+        ends = "print('{\"ready\": 1}', flush=True); input(); exit(3)"
+        Remote([sys.executable, "-c", ends], "times").ask("cost", [{}])
+
+
+FORKS = """
+import os, sys, time
+sys.path[:0] = sys.argv[1:]
+from nanogpt_kernels.ahead import compile_ahead
+print('{"ready": 1}', flush=True)
+compile_ahead(lambda: (print('{"inside": 1}', flush=True), os.write(2, b"%d" % os.getpid()), time.sleep(60)), 90)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
+def test_a_child_that_is_ended_leaves_no_compiling_behind():
+    """Its compiling is in a session of its own; and what that prints is no event."""
+    child = Child([sys.executable, "-c", FORKS, *(p for p in sys.path if p)])
+    events = child.events(60.0)
+    assert next(events) == {"ready": 1}
+    until = time.monotonic() + 60.0
+    while not (pid := _said(child)) and time.monotonic() < until:
+        time.sleep(0.05)
+    began = time.monotonic()
+    child.end()
+    assert time.monotonic() - began < 5.0
+    while Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
+        assert time.monotonic() - began < 10.0, "it goes on"
+        time.sleep(0.05)
+    assert list(events) == []
+
+
+def _said(child: Child) -> str:
+    child._errors.seek(0)
+    return child._errors.read().decode()
 
 
 def test_the_real_child_answers(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
@@ -119,7 +154,7 @@ from nanogpt_fast.verdict import given_to_child
 
 setup = Setup(GPTConfig(n_layer=1, n_head=2, n_embd=128, block_size=64, vocab_size=500), "bfloat16", rows=128)
 given = given_to_child(setup, torch.device("cpu")) | {"capability": 90, "kernels": "auto", "role": "compile"}
-remote = Remote([sys.executable, "-m", "nanogpt_fast.tune", "--child", json.dumps(given)])
+remote = Remote([sys.executable, "-m", "nanogpt_fast.tune", "--child", json.dumps(given)], "times")
 tuning = Tuning(setup, ops.TRITON, 90, 1, remote, remote)
 target = next(t for t in targets_of(tuning.cases, {}, tuning.small) if t.key.op == "grad_norm")
 rows = [replace(target.present, blocks={"BLOCK": block}) for block in (3, 512, 1024)]

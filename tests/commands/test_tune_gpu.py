@@ -21,6 +21,7 @@ pytestmark = [
 ]
 SHAPE: dict[str, Any] = dict(n_layer=2, n_head=4, n_embd=256, block_size=256, vocab_size=5056, bias=False)
 RUN: dict[str, Any] = dict(device="cuda", dtype="bfloat16", batch_size=8, kernels="reference,adamw=triton", **SHAPE)
+SETUP = Setup(GPTConfig(**SHAPE), rows=8 * 256)
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +32,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def of_the_update() -> tuple[Any, Any]:
     """(launch.Key, the shipped row) of the run's update on this GPU."""
     major, minor = torch.cuda.get_device_capability()
-    cases = cases_of(Setup(GPTConfig(**SHAPE), rows=8 * 256), ops.TRITON, 10 * major + minor)
+    cases = cases_of(SETUP, ops.TRITON, 10 * major + minor)
     ((key, present),) = next(case for case in cases if case.op == "adamw_").forward.items()
     return key, present
 
@@ -41,7 +42,7 @@ def test_a_slow_row_is_beaten_on_this_gpu(capsys: pytest.CaptureFixture):
     shipped one is as quick."""
     facts, (key, present) = tuned.facts_of(torch.device("cuda")), of_the_update()
     poor = replace(present, blocks={"BLOCK": 256}, num_warps=1)
-    tuned.write(facts, {key: tuned.entry_of(key, poor, 1.0, "planted")})
+    tuned.write(facts, {key: tuned.entry_of(key, poor, 1.0, "planted", SETUP)})
     assert tune.main([*(f"--{name}={value}" for name, value in RUN.items()), "--minutes=1.5"]) == 0
     said = capsys.readouterr().out
     found = re.search(r"adamw \(adamw_, size [\d,]+\): (\d\.\d+) of the time by .*: kept", said)
@@ -55,7 +56,7 @@ def test_training_takes_what_is_kept(tmp_path: Path, capsys: pytest.CaptureFixtu
 
     write_dataset(tmp_path)
     facts, (key, present) = tuned.facts_of(torch.device("cuda")), of_the_update()
-    other = tuned.entry_of(key, replace(present, num_warps=4), 1.0, "by hand")
+    other = tuned.entry_of(key, replace(present, num_warps=4), 1.0, "by hand", SETUP)
     tuned.write(facts, {key: other})
     losses = {}
     for rows in ("tuned", "shipped"):

@@ -11,9 +11,10 @@ from nanogpt_kernels import launch
 from torch import Tensor
 from tune_case import FACTS, OP, SETUP, clock, few_rows, one_race, soon, target_of, targets_of, tuning_of
 
-from nanogpt_fast import ops, tune, tuned, tuning
+from nanogpt_fast import launch_search, ops, tune, tuned, tuning
 from nanogpt_fast.errors import ConfigError, DeviceError
 from nanogpt_fast.launch_plan import cases_of
+from nanogpt_fast.launch_race import Race
 from nanogpt_fast.launch_search import LAST_ROUNDS
 from nanogpt_fast.ops import kept_rows
 from nanogpt_fast.tuning import Kept, Target, Tuning
@@ -110,16 +111,49 @@ def test_what_is_wrong_as_it_stands_is_left_alone():
     assert "not right here" in target.lost and not found.kept and "left alone" in said[0]
 
 
-def test_atomic_sums_and_rows_that_launch_the_same_are_not_tried():
+def test_rows_that_launch_the_same_or_take_more_memory_are_not_tried():
     found, _ = tuning_of(ops.TRITON)
-    assert not {"attention_bwd"} & {target.key.op for target in targets_of(found)}  # of no tiles: a choice alone
+    assert not {"attention_bwd"} & {target.key.op for target in targets_of(found)}  # of no tiles: atomic or not
     arena = tuning.RowArena(found, target_of(found))
     present = arena.present
     twin = dataclasses.replace(present, source="the same")
-    atomic = dataclasses.replace(present, choices=present.choices | {"atomic": True}, num_warps=16)
-    arena.present = dataclasses.replace(present, choices=present.choices | {"atomic": False})
+    arena.present = dataclasses.replace(present, choices=present.choices | {"chunk_rows": 4})
+    larger = dataclasses.replace(arena.present, choices=present.choices | {"chunk_rows": 8}, num_warps=16)
     more = dataclasses.replace(present, num_warps=16)
-    assert arena.fitting([twin, atomic, more, more], soon()) == [more]
+    assert arena.fitting([twin, larger, more, more], soon()) == [more]
+
+
+def test_what_there_was_no_time_to_check_is_tried_the_next_time(monkeypatch: pytest.MonkeyPatch):
+    found, _ = tuning_of(ops.TRITON)
+    arena, now = tuning.RowArena(found, target_of(found)), [0.0]
+    monkeypatch.setattr(launch_search.time, "monotonic", lambda: now[0])
+
+    def right(row: Any) -> str:
+        now[0] += 10.0  # seconds, of nine
+        return "wrong"
+
+    monkeypatch.setattr(arena, "right", right)
+    walk = launch_search.search(arena, 9.0)
+    assert (walk.tried, walk.done) == (1, False)
+    walk = launch_search.search(arena, now[0] + 9.0, walk=walk)
+    assert (walk.tried, walk.done) == (2, False)
+
+
+def test_an_update_is_checked_after_it_was_timed():
+    """It works on buffers of its own, which a clock that runs it changes."""
+
+    def runs(rows: Any, calls: Any, rounds: int, began: Callable[[int], None]) -> list[list[float]]:
+        for works in calls:
+            for work in works:
+                work()
+        return [[1.0] * rounds for _ in rows]
+
+    race = Race(SETUP, torch.device("cpu"), ops.REFERENCE, runs)
+    adamw = next(known_by for known_by in _update_calls() if "adamw_" in known_by)
+    for _ in range(2):
+        assert race.wrong({}, {}, [], adamw, 1) == ""
+        race.times(adamw, False, [{}, {}], 1, lambda i: None)
+        race.cost(adamw, {})
 
 
 # ---- the command ----
