@@ -12,17 +12,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import machine  # noqa: F401  (first: it makes the packages importable)
+import machine  # first: it makes the packages importable
 import torch
 from torch import Tensor
 
 from nanogpt_fast import timing
-from nanogpt_fast.agreement import TOLERANCE as TOLERANCE
-from nanogpt_fast.agreement import relative_error as relative_error
-from nanogpt_fast.timing import Arm as Arm
-from nanogpt_fast.timing import interleaved as interleaved
-from nanogpt_fast.timing import make_arm as make_arm
-from nanogpt_fast.timing import make_cpu_arm as make_cpu_arm
 
 MOST_CPU_SETS = 4  # of inputs: they are made anew for every contestant
 

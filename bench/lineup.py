@@ -16,6 +16,8 @@ from cases import CASES
 from harness import Contestant
 from op_inputs import Setting
 
+from nanogpt_fast import agreement
+
 WITHOUT_GPU = ("0 active drivers", "No viable backend")  # what Triton, and torch of cuDNN's attention, say on a CPU
 PEERS = tuple(sorted(path.stem for path in (Path(__file__).parent / "peers").glob("*.py")))
 
@@ -112,7 +114,7 @@ def results(contestant: Contestant, op: str, at: Setting) -> Results:
 def difference(got: Results, expected: Results) -> float:
     """The largest relative error over results that both have (peers lack some); NaN where one is NaN or misshapen."""
     pairs = [pair for mine, theirs in zip(got, expected) for pair in zip(mine, theirs)]
-    errors = [harness.relative_error(a, b) for a, b in pairs if a is not None and b is not None]
+    errors = [agreement.relative_error(a, b) for a, b in pairs if a is not None and b is not None]
     return float("nan") if any(e != e for e in errors) else max(errors)
 
 
@@ -126,7 +128,7 @@ def checked(op: str, at: Setting, lineup: Lineup) -> dict[str, float | str]:
             got = results(lineup.contestants[name], op, at)
             expected = expected or got
             error = difference(got, expected)
-            verdicts[name] = error if error <= harness.TOLERANCE[at.dtype] else f"WRONG: relative error {error:.3g}"
+            verdicts[name] = error if error <= agreement.TOLERANCE[at.dtype] else f"WRONG: relative error {error:.3g}"
         except Exception as problem:
             needs_gpu = at.device.type == "cpu" and any(words in str(problem) for words in WITHOUT_GPU)
             verdicts[name] = f"{'missing: needs a GPU' if needs_gpu else 'failed'}: {first_line(problem)}"

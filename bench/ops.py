@@ -32,6 +32,7 @@ from lineup import PEERS, Lineup, checked, contestants, first_line, peer_contest
 from op_inputs import Setting
 from work import Work
 
+from nanogpt_fast import timing
 from nanogpt_fast.errors import ConfigError, did_you_mean, run_command
 from nanogpt_fast.hardware import cpu_multiplies
 
@@ -77,7 +78,7 @@ def timed(
         try:
             modes = calls_of(contestant, op, at, sets)
             made = {
-                f"{name}|{mode}": harness.make_arm(calls, pool, contestant.capturable, kind)
+                f"{name}|{mode}": timing.make_arm(calls, pool, contestant.capturable, kind)
                 for mode, calls in modes.items()
             }
             how[name] = next(iter(made.values())).how
@@ -85,7 +86,7 @@ def timed(
         except Exception as problem:
             how[name] = f"not timed: {first_line(problem)}"
         harness.release(at.device)
-    spans = harness.interleaved(arms, rounds, lambda: state.update(machine.gpu_state()))
+    spans = timing.interleaved(arms, rounds, lambda: state.update(machine.gpu_state()))
     times = {(name, mode): spans[f"{name}|{mode}"] for name in how for mode in MODES if f"{name}|{mode}" in spans}
     for name in lineup.contestants:
         if (name, "both") in times:

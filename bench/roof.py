@@ -26,6 +26,7 @@ from measured_roof import copying
 from torch import Tensor
 from work import Work
 
+from nanogpt_fast import timing
 from nanogpt_fast.data.dataset import read_meta
 from nanogpt_fast.errors import ConfigError, DataError, run_command
 from nanogpt_fast.gpus import GPUS
@@ -187,8 +188,8 @@ def measure_item(item: Item, device: torch.device, rounds: int) -> dict[str, flo
     """Median and quartiles of its time in ms, and its rate."""
     call = item.make()
     pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-    arm = harness.make_arm([call], pool, device_type=device.type)
-    found = harness.summary(harness.interleaved({"": arm}, rounds)[""])
+    arm = timing.make_arm([call], pool, device_type=device.type)
+    found = harness.summary(timing.interleaved({"": arm}, rounds)[""])
     unit, scale = ("gbps", 1e6) if item.what == "copy" else ("tflops", 1e9)
     rate = item.amount / found["ms"] / scale
     sheet = {"sheet": item.sheet, "of_sheet": rate / item.sheet} if item.sheet else {}

@@ -18,6 +18,7 @@ import harness
 import machine
 import torch
 
+from nanogpt_fast import timing
 from nanogpt_fast.errors import ConfigError, run_command
 
 UNITS = 20  # products of a call, so that a tenth more is two of them
@@ -42,11 +43,11 @@ def against_itself(device: torch.device, rounds: int) -> list[dict[str, Any]]:
     rows = []
     for planted in (1.0, 1.1):
         units = {"a": UNITS, "b": round(UNITS * planted)}
-        arms = {name: harness.make_arm([work(device, n)], pool, device_type=device.type) for name, n in units.items()}
+        arms = {name: timing.make_arm([work(device, n)], pool, device_type=device.type) for name, n in units.items()}
         replays = max(arm.replays for arm in arms.values())
         for arm in arms.values():  # spans of unequal length would feel interruptions unequally
             arm.replays = replays
-        times = harness.interleaved(arms, rounds)
+        times = timing.interleaved(arms, rounds)
         found = harness.paired(times["b"], times["a"], "x")
         rows.append({"planted": planted, **found, "held": held(planted, **found), "rounds": rounds})
     return rows
@@ -70,8 +71,8 @@ def independent(device: torch.device, rounds: int) -> dict[str, Any]:
     specification = cases.specification("norm")
     size = sum(a.numel() * a.element_size() for a in cases.CASES["norm"].inputs(at) if isinstance(a, torch.Tensor))
     sets = [harness.plain(specification).bind(*cases.CASES["norm"].inputs(at)) for _ in range(harness.input_sets(size))]
-    arm = harness.make_arm([bound.forward for bound in sets], torch.cuda.graph_pool_handle())
-    ours = harness.summary(harness.interleaved({"": arm}, rounds)[""])
+    arm = timing.make_arm([bound.forward for bound in sets], torch.cuda.graph_pool_handle())
+    ours = harness.summary(timing.interleaved({"": arm}, rounds)[""])
     theirs: Any = do_bench(sets[0].forward, return_mode="median")
     agreed = ours["q1"] <= theirs <= ours["q3"] or abs(theirs / ours["ms"] - 1.0) < 0.05
     return {"op": "norm", **ours, "do_bench_ms": theirs, "held": agreed}

@@ -36,7 +36,7 @@ from cases import CASES, SHAPES
 from compiled import Compilers, Resources, Task
 from op_inputs import Setting
 
-from nanogpt_fast import launch_search
+from nanogpt_fast import agreement, launch_search, timing
 from nanogpt_fast.errors import ConfigError, did_you_mean, run_command
 from nanogpt_fast.launch_search import GAIN, MOST, SHAPE, candidates, moved, point, ranked, shown
 
@@ -134,7 +134,7 @@ class Race:
             error = lineup.difference(got, self.expected)
         except Exception as problem:
             return ops.first_line(problem)
-        return "" if error <= harness.TOLERANCE[self.target.at.dtype] else f"WRONG: relative error {error:.3g}"
+        return "" if error <= agreement.TOLERANCE[self.target.at.dtype] else f"WRONG: relative error {error:.3g}"
 
     def _contestant(self, row: Any) -> harness.Contestant:
         return replace(self.stock, within=partial(cases.overridden, self.target.overrides(row)))
@@ -144,8 +144,8 @@ class Race:
         arms = {}
         for i, row in enumerate(rows):
             calls = [ops.within(self._contestant(row), call) for call in self.calls]
-            arms[str(i)] = harness.make_arm(calls, self.pool)
-        return list(harness.interleaved(arms, rounds).values())
+            arms[str(i)] = timing.make_arm(calls, self.pool)
+        return list(timing.interleaved(arms, rounds).values())
 
 
 class Arena(launch_search.Arena):

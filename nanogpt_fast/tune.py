@@ -80,10 +80,9 @@ def main(argv: list[str]) -> int:
     ours = ours_of(config)
     torch.set_float32_matmul_precision("high" if config.system.tf32 else "highest")
     setup = setup_of(config, shape_of_run(config), resolve_dtype(config.system.dtype, device))
-    facts = tuned.facts_of(device)
+    facts = tuned.facts_for(setup, device)
     tuned.take(config.system.rows, "triton", setup, World(device=device), print)
     earlier = tuned.read(facts) if config.system.rows == "tuned" else {}
-    earlier = {key: entry for key, entry in earlier.items() if entry.at == tuned.made_for(setup)}
     given = {**given_to_child(setup, device), "kernels": config.system.kernels}
     racer, compiler = (
         Remote([sys.executable, "-m", "nanogpt_fast.tune", "--child", json.dumps({**given, "role": role})], does)
@@ -109,7 +108,7 @@ def tune(tuning: Tuning, facts: dict[str, str], earlier: dict[Any, tuned.Entry],
         key, before = found.target.key, earlier.get(found.target.key)
         kept[key] = found
         of = f"{found.target.case.op}, {'both ways' if found.target.backward else 'forward'}"
-        entry = tuned.entry_of(key, found.row, found.ratio * (before.ratio if before else 1.0), of, tuning.setup)
+        entry = tuned.entry_of(key, found.row, found.ratio * (before.ratio if before else 1.0), of)
         tuned.write(facts, {key: entry})
 
     try:

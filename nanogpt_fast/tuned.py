@@ -1,7 +1,7 @@
 """Launch rows that were measured on this GPU, in the user's cache: `nanogpt_fast.tune` writes them, a run takes them.
 
-A file a GPU and software (`facts_of`), an entry for what one row is kept for. A run takes those that it reaches, rank
-0's on every rank, before its kernels are verified: a verdict is on them too.
+A file a GPU, software and kind of run (`facts_for`), an entry for what one row is kept for. A run takes those that it
+reaches, rank 0's on every rank, before its kernels are verified: a verdict is on them too.
 """
 
 import datetime
@@ -56,6 +56,14 @@ def facts_of(device: torch.device) -> dict[str, str]:
     }
 
 
+def facts_for(setup: Setup, device: torch.device) -> dict[str, str]:
+    """facts_of, and what compiles a kernel otherwise and is in no key: a row that was checked beside dropout need not
+    fit without."""
+    products = f" {torch.get_float32_matmul_precision()}" * (setup.dtype == "float32")
+    masks = f"{', dropout' * (setup.shape.dropout > 0)}{', documents' * setup.documents}"
+    return {**facts_of(device), "run": f"{setup.dtype}{products}{masks}"}
+
+
 @functools.cache
 def _driver() -> str:
     """The NVIDIA driver's version, "" without one."""
@@ -71,13 +79,11 @@ def _driver() -> str:
 
 @dataclass(frozen=True)
 class Entry:
-    """A kept row. row: ops.row_as_json's; ratio: its time over that of the shipped row; of: the call that was timed;
-    at: made_for's."""
+    """A kept row. row: ops.row_as_json's; ratio: its time over that of the shipped row; of: the call that was timed."""
 
     row: dict[str, Any]
     ratio: float
     of: str
-    at: str
     date: str = ""
 
 
@@ -96,7 +102,7 @@ def read(facts: Mapping[str, str], say: Callable[[str], None] = lambda line: Non
         if not path.exists():
             others = list(path.parent.glob(f"{path.stem[:-8]}????????.json"))
             if others:
-                say(f"rows tuned with another driver, torch, Triton, ptxas or kernels are left out: {AGAIN}")
+                say(f"rows tuned with other software, or for another dtype or masks, are left out: {AGAIN}")
             return {}
         found = json.loads(path.read_text())
         entries = [Entry(**entry) for entry in found["rows"]]
@@ -121,15 +127,9 @@ def write(facts: Mapping[str, str], changes: Mapping[Any, Entry | None]) -> None
         log.warning("the tuned launch rows cannot be kept: %s", error)
 
 
-def entry_of(key: Any, row: Any, ratio: float, of: str, setup: Setup) -> Entry:
+def entry_of(key: Any, row: Any, ratio: float, of: str) -> Entry:
     """Of today."""
-    return Entry(row_as_json(key, row), round(ratio, 4), of, made_for(setup), datetime.date.today().isoformat())
-
-
-def made_for(setup: Setup) -> str:
-    """What compiles a kernel otherwise and is in no key: a row that was checked beside dropout need not fit without."""
-    products = f" {torch.get_float32_matmul_precision()}" * (setup.dtype == "float32")
-    return f"{setup.dtype}{products}{', dropout' * (setup.shape.dropout > 0)}{', documents' * setup.documents}"
+    return Entry(row_as_json(key, row), round(ratio, 4), of, datetime.date.today().isoformat())
 
 
 # ---- which rows a run takes ----
@@ -151,8 +151,7 @@ def take(rows: str, kernels: str, setup: Setup, world: World, say: Callable[[str
 def _found(kernels: str, setup: Setup, device: torch.device, say: Callable[[str], None]) -> dict[Any, Any]:
     """Those in the cache that the run reaches."""
     try:
-        entries = {key: entry for key, entry in read(facts_of(device), say).items() if entry.at == made_for(setup)}
-        rows = {key: row_from_json(entry.row)[1] for key, entry in entries.items()}
+        rows = {key: row_from_json(entry.row)[1] for key, entry in read(facts_for(setup, device), say).items()}
         if not rows:
             return {}
         ours = select_ops(kernels, device.type, select_ops("triton", device.type))

@@ -214,8 +214,7 @@ class Tuning:
         compiler: Remote,
         say: Callable[[str], None] = print,
     ):
-        self.setup, self.ours, self.capability = setup, ours, capability
-        self.racer, self.compiler, self.say = racer, compiler, say
+        self.ours, self.capability, self.racer, self.compiler, self.say = ours, capability, racer, compiler, say
         self.kept: dict[Any, Any] = kept_rows()
         self.cases = [case for case in cases_of(setup, ours, capability, micro_batches) if case.keys]
         self.small = cases_of(proven(setup), ours, capability)

@@ -254,13 +254,25 @@ def ops_of_run(
 def _refused(setup: Setup, device: torch.device, say: Callable[[str], None], check: bool) -> list[str]:
     """The ops that plain PyTorch must do."""
     select_ops("triton", "cuda")
-    verdict = remembered(facts_of(setup, device))
-    if verdict is None and not check and kept_rows():  # the shipped rows may have been tried
+    verdict = _found(setup, device, say, check)
+    if kept_rows() and (verdict is None or verdict.wrong):  # with the shipped rows it may be known, or right
+        if verdict is not None:
+            say("kernels: wrong with launch rows tuned on this GPU, so the shipped ones are taken; "
+                "`python -m nanogpt_fast.tune` measures anew")  # fmt: skip
         keep_rows({})
-        verdict = remembered(facts_of(setup, device))
-    if verdict is not None and not (verdict.wrong and kept_rows()):
+        verdict = _found(setup, device, say, check)
+    if verdict is None:
+        say("kernels: reference; `python -m nanogpt_fast.verify` or a training run tries the Triton ops")
+        return list(OP_NAMES)
+    return verdict.refused
+
+
+def _found(setup: Setup, device: torch.device, say: Callable[[str], None], check: bool) -> Verdict | None:
+    """The verdict that is remembered, else one that is found now; without check there may be none."""
+    verdict = remembered(facts_of(setup, device))
+    if verdict is not None:
         say(f"kernels: {_summary(verdict)}, as tried {verdict.made[:10]}{tuned.words()}")
-    elif verdict is None and check:
+    elif check:
         say("kernels: trying the Triton ops on this GPU, once for this shape, dtype and software ...")
         verdict = judge(setup, device)
         report = remember(verdict)
@@ -271,14 +283,7 @@ def _refused(setup: Setup, device: torch.device, say: Callable[[str], None], che
         if report is not None:
             log.warning("please send %s to the project's issues", report)
         say(f"kernels: {_summary(verdict)}, tried in {verdict.seconds:.0f} s{tuned.words()}")
-    elif verdict is None:
-        say("kernels: reference; `python -m nanogpt_fast.verify` or a training run tries the Triton ops")
-    if verdict is not None and verdict.wrong and kept_rows():
-        say("kernels: wrong with launch rows tuned on this GPU, so the shipped ones are taken; `python -m "
-            "nanogpt_fast.tune` measures anew")  # fmt: skip
-        keep_rows({})
-        return _refused(setup, device, say, check)
-    return list(OP_NAMES) if verdict is None else verdict.refused
+    return verdict
 
 
 def ops_known(

@@ -28,6 +28,7 @@ KEY = Key("norm_fwd", 90, 4, 16)
 ROW = Row(90, dict(ROWS=2, BLOCK_C=128), num_warps=2, choices=dict(programs_per_sm=3))
 ELSEWHERE = Key("norm_fwd", 90, 4, 32)
 FACTS = {"gpu": "A GPU", "driver": "1", "torch": "2", "triton": "3", "ptxas": "13", "kernels": "k"}
+OF_RUN = FACTS | {"run": "float32 highest"}
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +40,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def entry(key: Key = KEY, row: Row = ROW, ratio: float = 0.9) -> tuned.Entry:
-    return tuned.entry_of(key, row, ratio, "norm, forward", SETUP)
+    return tuned.entry_of(key, row, ratio, "norm, forward")
 
 
 # ---- launch.keep ----
@@ -166,7 +167,7 @@ def test_a_row_that_no_kernel_has_spoils_its_file():
 
 
 def test_a_run_takes_what_it_reaches(capsys: pytest.CaptureFixture):
-    tuned.write(FACTS, {KEY: entry(), ELSEWHERE: entry(ELSEWHERE)})
+    tuned.write(OF_RUN, {KEY: entry(), ELSEWHERE: entry(ELSEWHERE)})
     said: list[str] = []
     tuned.take("tuned", "triton", SETUP, World(), said.append)
     assert kept_rows().keys() == {KEY} and said == ["kernels: triton, 1 launch row tuned on this GPU"]
@@ -179,15 +180,22 @@ def test_a_run_takes_what_it_reaches(capsys: pytest.CaptureFixture):
     assert {name for name in shipped if shipped[name] != with_rows[name]} == {"launch_rows"}
 
 
-def test_a_model_that_is_sampled_from_takes_rows_whose_verdict_is_known(monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    """One that has a GPU of sm_90, a row tuned for SETUP, and a verdict on the shipped rows: right."""
     assert ops.TRITON
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for module in (verdict, tuned):
         monkeypatch.setattr(module, "capability_of", lambda device: 90)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
-    tuned.write(FACTS, {KEY: entry()})
-    world, said = World(device=torch.device("cuda")), []
+    tuned.write(OF_RUN, {KEY: entry()})
+    world = World(device=torch.device("cuda"))
     verdict.remember(verdict.Verdict(verdict.facts_of(SETUP, world.device), made="2026-11-27"))
+    return world
+
+
+def test_a_model_that_is_sampled_from_takes_rows_whose_verdict_is_known(world: World):
+    said: list[str] = []
     for tuned_too in (False, True):
         assert verdict.ops_of_run("auto", SETUP, world, said.append, check=False) == ops.TRITON
         assert kept_rows().keys() == ({KEY} if tuned_too else set())
@@ -196,14 +204,8 @@ def test_a_model_that_is_sampled_from_takes_rows_whose_verdict_is_known(monkeypa
             verdict.remember(verdict.Verdict(verdict.facts_of(SETUP, world.device), made="2026-11-27"))
 
 
-def test_rows_with_which_an_op_is_wrong_are_left_and_the_op_is_not(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    for module in (verdict, tuned):
-        monkeypatch.setattr(module, "capability_of", lambda device: 90)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
-    tuned.write(FACTS, {KEY: entry()})
-    world, said = World(device=torch.device("cuda")), []
-    verdict.remember(verdict.Verdict(verdict.facts_of(SETUP, world.device), made="2026-11-27"))
+def test_rows_with_which_an_op_is_wrong_are_left_and_the_op_is_not(world: World):
+    said: list[str] = []
     with keeping({KEY: row_from_json(entry().row)[1]}):
         wrong = verdict.Verdict(verdict.facts_of(SETUP, world.device), {"norm": "off"}, made="2026-11-27")
         verdict.remember(wrong)
@@ -212,7 +214,7 @@ def test_rows_with_which_an_op_is_wrong_are_left_and_the_op_is_not(monkeypatch: 
 
 
 def test_rows_are_for_the_dtype_and_masks_that_they_were_checked_with():
-    tuned.write(FACTS, {KEY: entry()})
+    tuned.write(OF_RUN, {KEY: entry()})
     for other in (
         dataclasses.replace(SETUP, documents=True),
         dataclasses.replace(SETUP, shape=dataclasses.replace(SHAPE, dropout=0.1)),
@@ -235,7 +237,7 @@ def test_two_ranks_take_rank_0_s_rows(tmp_path: Path, monkeypatch: pytest.Monkey
     found, ranks = context.Queue(), []
     for rank, row in enumerate((ROW, dataclasses.replace(ROW, num_warps=8))):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / str(rank)))
-        tuned.write(FACTS, {KEY: entry(row=row)})
+        tuned.write(OF_RUN, {KEY: entry(row=row)})
         ranks.append(context.Process(target=as_rank, args=(rank, tmp_path, found)))
         ranks[-1].start()
     told = sorted(found.get(timeout=60) for _ in ranks)
@@ -246,4 +248,4 @@ def test_two_ranks_take_rank_0_s_rows(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_cache_lies_beside_the_verdicts():
-    assert tuned.path_of(FACTS).parent == user_cache("rows") and tuned.path_of(FACTS).name.startswith("a-gpu-")
+    assert tuned.path_of(OF_RUN).parent == user_cache("rows") and tuned.path_of(OF_RUN).name.startswith("a-gpu-")

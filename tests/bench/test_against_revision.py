@@ -166,11 +166,11 @@ def test_the_self_check_says_what_it_found(
                 seen.append(len(products) - before)
         return {"a": [1.0, 1.0], "b": [seen[-1] / seen[-2]] * 2}
 
-    monkeypatch.setattr(selfcheck.harness, "interleaved", interleaved)
+    monkeypatch.setattr(selfcheck.timing, "interleaved", interleaved)
     assert selfcheck.main(["--device", "cpu", "--rounds", "2", "--out", str(tmp_path)]) == 0
     assert seen == [20, 20, 20, 22]
     assert [row["x"] for row in machine.read_lines(tmp_path / "selfcheck.jsonl")] == [1.0, 1.1]
-    monkeypatch.setattr(selfcheck.harness, "interleaved", lambda *_: {"a": [1.0, 1.0], "b": [1.0, 1.0]})
+    monkeypatch.setattr(selfcheck.timing, "interleaved", lambda *_: {"a": [1.0, 1.0], "b": [1.0, 1.0]})
     assert selfcheck.main(["--device", "cpu"]) == 1
     assert "NOT as planted" in capsys.readouterr().out
 

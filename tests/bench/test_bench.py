@@ -20,11 +20,13 @@ import race
 import step
 import torch
 import tune
-from harness import Arm, Bound, Contestant, plain
+from harness import Bound, Contestant, plain
 from op_inputs import Setting, Shape
 from work import Work
 
+from nanogpt_fast import agreement, timing
 from nanogpt_fast.errors import ConfigError, DeviceError
+from nanogpt_fast.timing import Arm
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = kernel_case.DEVICE
@@ -108,7 +110,7 @@ def test_a_contestant_that_raises_is_reported(capsys: pytest.CaptureFixture):
 
 def test_zeros_prove_nothing():
     with pytest.raises(ValueError, match="zeros"):
-        harness.relative_error(torch.zeros(3), torch.zeros(3))
+        agreement.relative_error(torch.zeros(3), torch.zeros(3))
 
 
 def test_a_missing_and_a_broken_peer_are_reported(monkeypatch: pytest.MonkeyPatch):
@@ -148,8 +150,8 @@ def no_gpu_needed(monkeypatch: pytest.MonkeyPatch) -> None:
         while_busy()
         return {name: [1.0 if "forward" in name else 3.0] * rounds for name in arms}
 
-    monkeypatch.setattr(harness, "make_arm", make_arm)
-    monkeypatch.setattr(harness, "interleaved", interleaved)
+    monkeypatch.setattr(timing, "make_arm", make_arm)
+    monkeypatch.setattr(timing, "interleaved", interleaved)
     monkeypatch.setattr(harness, "input_sets", lambda size, kind: 2)
     monkeypatch.setattr(ops, "floor_of", lambda work, op, at, roof: (0.5, "bytes"))
     monkeypatch.setattr(machine, "gpu_state", lambda: {"sm_mhz": 1980.0})

@@ -1,4 +1,4 @@
-"""bench/harness.py's timing, with a made-up clock and made-up graphs. No time is asserted that a machine took."""
+"""nanogpt_fast.timing, with a made-up clock and made-up graphs. No time is asserted that a machine took."""
 
 import contextlib
 from typing import Any
@@ -6,7 +6,9 @@ from typing import Any
 import harness
 import pytest
 import torch
-from harness import Arm
+
+from nanogpt_fast import timing
+from nanogpt_fast.timing import Arm
 
 
 class FakeEvent:
@@ -74,14 +76,14 @@ def test_an_arm_is_a_graph_or_events(error: Exception | None, clock: type[FakeEv
     monkeypatch.setattr(torch.cuda, "graph", graph)
     if error is not None and "captur" not in str(error):
         with pytest.raises(type(error)):
-            harness.make_arm([call, call], "pool")
+            timing.make_arm([call, call], "pool")
         return
-    arm = harness.make_arm([call, call], "pool")
+    arm = timing.make_arm([call, call], "pool")
     if error:
         assert (arm.how, arm.calls, arm.replays) == ("events", 2, 4)
     else:  # 1 ms a call: 8 calls fill REPLAY_MS, and their replay takes 32 ms
         assert (arm.how, arm.calls, arm.replays) == ("graph", 8, 1) and len(counted) == 8
-    assert harness.make_arm([call], "pool", capturable=False).how == "events"
+    assert timing.make_arm([call], "pool", capturable=False).how == "events"
 
 
 def test_arms_run_in_turn_and_the_first_round_is_dropped(clock: type[FakeEvent]):
@@ -96,10 +98,10 @@ def test_arms_run_in_turn_and_the_first_round_is_dropped(clock: type[FakeEvent])
 
     arms = {"a": Arm(replay("a", 6.0), calls=2, how="graph", replays=1), "b": Arm(replay("b", 5.0), 1, "graph", 2)}
     busy: list[int] = []
-    times = harness.interleaved(arms, 3, lambda: busy.append(len(ran)))
+    times = timing.interleaved(arms, 3, lambda: busy.append(len(ran)))
     assert "".join(ran) == "abb" + "bba" + "abb" + "bba" and busy == [len(ran)]
     assert times == {"a": [3.0] * 3, "b": [5.0] * 3}
-    assert harness.interleaved({}, 3) == {}
+    assert timing.interleaved({}, 3) == {}
 
 
 def test_summary_is_median_and_quartiles():

@@ -1,4 +1,4 @@
-"""That bench/harness.py finds what is there and nothing else, shown on a clock that only the timed calls advance."""
+"""That nanogpt_fast.timing finds what is there and nothing else, shown on a clock that only the timed calls advance."""
 
 import random
 import statistics
@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 import harness
 import pytest
 import torch
-from harness import Arm
+
+from nanogpt_fast import timing
+from nanogpt_fast.timing import Arm
 
 
 class Clock:
@@ -43,18 +45,18 @@ def ratio(times: dict[str, list[float]]) -> tuple[float, float, float]:
 
 
 def arms(clock: Clock, slower: float = 1.0) -> dict[str, Arm]:
-    return {"a": harness.make_cpu_arm([clock.call(1e-3)]), "b": harness.make_cpu_arm([clock.call(1e-3 * slower)])}
+    return {"a": timing.make_cpu_arm([clock.call(1e-3)]), "b": timing.make_cpu_arm([clock.call(1e-3 * slower)])}
 
 
 def test_identical_variants_differ_by_less_than_the_spread(with_clock: Callable):
     clock = with_clock(Clock(noise=0.2))
-    q1, middle, q3 = ratio(harness.interleaved(arms(clock), 31))
+    q1, middle, q3 = ratio(timing.interleaved(arms(clock), 31))
     assert q1 < 1.0 < q3 and abs(middle - 1.0) < q3 - q1
 
 
 def test_a_planted_slowdown_of_a_tenth_is_found(with_clock: Callable):
     clock = with_clock(Clock(noise=0.2))
-    q1, middle, _ = ratio(harness.interleaved(arms(clock, slower=1.1), 31))
+    q1, middle, _ = ratio(timing.interleaved(arms(clock, slower=1.1), 31))
     assert q1 > 1.0 and middle == pytest.approx(1.1, abs=0.03)
 
 
@@ -62,12 +64,12 @@ def test_a_machine_that_drifts_does_not_bias_the_ratio(with_clock: Callable):
     """From round to round it gets slower, to twice the time: one arm after the other would see a third."""
     clock = with_clock(Clock(drift_a_second=0.6))
     lined_up, rounds = arms(clock), 30
-    times = harness.interleaved(lined_up, rounds)
+    times = timing.interleaved(lined_up, rounds)
     assert times["a"][-1] > 1.9 * times["a"][0]
     q1, middle, q3 = ratio(times)
     assert q1 < 1.0 < q3 and middle == pytest.approx(1.0, abs=0.005)
     clock.now = 0.0
-    apart = {name: harness.interleaved({name: arm}, rounds)[name] for name, arm in lined_up.items()}
+    apart = {name: timing.interleaved({name: arm}, rounds)[name] for name, arm in lined_up.items()}
     assert statistics.median(apart["b"]) / statistics.median(apart["a"]) > 1.3
 
 
@@ -75,20 +77,20 @@ def test_the_order_rotates_and_the_first_round_is_dropped(with_clock: Callable):
     clock = with_clock(Clock())
     lined_up = {name: Arm(clock.call(5e-3, name), 2, "cpu") for name in "abc"}
     lined_up["b"].replays = 2
-    times = harness.interleaved(lined_up, 3)
+    times = timing.interleaved(lined_up, 3)
     assert "".join(clock.called) == "abbc" + "bbca" + "cabb" + "abbc"
     assert times == {name: pytest.approx([2.5] * 3) for name in "abc"}
     with pytest.raises(ValueError, match="together"):
-        harness.interleaved({"a": Arm(lambda: None, 1, "cpu"), "b": Arm(lambda: None, 1, "graph")}, 3)
+        timing.interleaved({"a": Arm(lambda: None, 1, "cpu"), "b": Arm(lambda: None, 1, "graph")}, 3)
 
 
 def test_a_cpu_s_span_is_long_enough(with_clock: Callable):
     clock = with_clock(Clock())
-    quick, slow = harness.make_cpu_arm([clock.call(4e-4)] * 2), harness.make_arm([clock.call(0.5)], None, True, "cpu")
+    quick, slow = timing.make_cpu_arm([clock.call(4e-4)] * 2), timing.make_arm([clock.call(0.5)], None, True, "cpu")
     assert (quick.how, quick.calls, quick.replays) == ("cpu", 2, 32)  # 16 turns of 0.8 ms are 12.8 ms, 32 are 25.6
     assert (slow.calls, slow.replays) == (1, 1)
     with pytest.raises(RuntimeError, match="5.0 s a call"):
-        harness.make_cpu_arm([clock.call(5.0)])
+        timing.make_cpu_arm([clock.call(5.0)])
 
 
 def test_inputs_overflow_the_cache_of_the_device(monkeypatch: pytest.MonkeyPatch):

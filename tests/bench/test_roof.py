@@ -82,8 +82,8 @@ def test_beside_the_data_sheet(monkeypatch: pytest.MonkeyPatch):
     assert todo["copy"].sheet == 3350.0 and todo["copy"].facts == {"bytes": 2 << 30}
     assert todo["8192^3"].sheet == 989.0 and todo["2048x13312x2048"].facts["shape"] == [2048, 13312, 2048]
     assert {"4096x4096x4096", "16384x16384x16384"} <= todo.keys()
-    monkeypatch.setattr(roof.harness, "make_arm", lambda *_, **__: None)
-    monkeypatch.setattr(roof.harness, "interleaved", lambda *_: {"": [2.0, 2.0, 2.0]})
+    monkeypatch.setattr(timing, "make_arm", lambda *_, **__: None)
+    monkeypatch.setattr(timing, "interleaved", lambda *_: {"": [2.0, 2.0, 2.0]})
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     item = roof.Item("gemm", "x", {}, 989e9, 989.0, lambda: lambda: None)
     assert roof.measure_item(item, gpu, 3) == {

@@ -40,9 +40,9 @@ def of_the_update() -> tuple[Any, Any]:
 def test_a_slow_row_is_beaten_on_this_gpu(capsys: pytest.CaptureFixture):
     """The update's row in the cache is a poor one, of one warp and tiles of 256. Another is found, and kept unless the
     shipped one is as quick."""
-    facts, (key, present) = tuned.facts_of(torch.device("cuda")), of_the_update()
+    facts, (key, present) = tuned.facts_for(SETUP, torch.device("cuda")), of_the_update()
     poor = replace(present, blocks={"BLOCK": 256}, num_warps=1)
-    tuned.write(facts, {key: tuned.entry_of(key, poor, 1.0, "planted", SETUP)})
+    tuned.write(facts, {key: tuned.entry_of(key, poor, 1.0, "planted")})
     assert tune.main([*(f"--{name}={value}" for name, value in RUN.items()), "--minutes=1.5"]) == 0
     said = capsys.readouterr().out
     found = re.search(r"adamw \(adamw_, size [\d,]+\): (\d\.\d+) of the time by .*: kept", said)
@@ -55,8 +55,8 @@ def test_training_takes_what_is_kept(tmp_path: Path, capsys: pytest.CaptureFixtu
     from tiny_run import train, write_dataset
 
     write_dataset(tmp_path)
-    facts, (key, present) = tuned.facts_of(torch.device("cuda")), of_the_update()
-    other = tuned.entry_of(key, replace(present, num_warps=4), 1.0, "by hand", SETUP)
+    facts, (key, present) = tuned.facts_for(SETUP, torch.device("cuda")), of_the_update()
+    other = tuned.entry_of(key, replace(present, num_warps=4), 1.0, "by hand")
     tuned.write(facts, {key: other})
     losses = {}
     for rows in ("tuned", "shipped"):

@@ -228,13 +228,13 @@ def test_contract(case: str):
 
 def test_registration():
     r, delta, delta_bias, w, b = (x.detach() for x in operands(5, 24, torch.float32, torch.bfloat16))
-    ops, (mean, rstd) = OPS, torch.rand(2, 5, device=DEVICE)
+    mean, rstd = torch.rand(2, 5, device=DEVICE)
     torch.library.opcheck(
-        ops.norm_fwd.default, (r, delta, delta_bias, w, b, EPS, 0.3, SEED, SITE, torch.bfloat16, True)
+        OPS.norm_fwd.default, (r, delta, delta_bias, w, b, EPS, 0.3, SEED, SITE, torch.bfloat16, True)
     )
     for dy, dtype in ((delta, torch.bfloat16), (None, None)):
         arguments = (dy, r, r, mean, rstd, w, SEED, 0.3, SITE, dtype, True, dy is not None, False, True)
-        torch.library.opcheck(ops.norm_bwd.default, arguments)
+        torch.library.opcheck(OPS.norm_bwd.default, arguments)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])

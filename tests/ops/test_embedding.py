@@ -277,10 +277,10 @@ def test_contract(case: str):
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_registration(p: float):
     idx, (wte, wpe) = tokens(2, 3, 7), (w.detach() for w in weights(7, 3, 20))
-    ops, dr = OPS, torch.randn(2, 3, 20, device=DEVICE)
-    torch.library.opcheck(ops.embedding_fwd.default, (idx, wte, wpe, p, SEED, SITE, 0, torch.bfloat16))
-    torch.library.opcheck(ops.embedding_bwd_tokens_.default, (wte, dr, idx, p, SEED, SITE, True))
-    torch.library.opcheck(ops.embedding_bwd_positions_.default, (wpe, dr, idx, 7, p, SEED, SITE, 0, False))
+    dr = torch.randn(2, 3, 20, device=DEVICE)
+    torch.library.opcheck(OPS.embedding_fwd.default, (idx, wte, wpe, p, SEED, SITE, 0, torch.bfloat16))
+    torch.library.opcheck(OPS.embedding_bwd_tokens_.default, (wte, dr, idx, p, SEED, SITE, True))
+    torch.library.opcheck(OPS.embedding_bwd_positions_.default, (wpe, dr, idx, 7, p, SEED, SITE, 0, False))
 
 
 @pytest.mark.parametrize("main_grad", [False, True])

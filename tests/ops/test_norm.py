@@ -221,13 +221,13 @@ def test_contract(case: str):
 
 def test_registration():
     r, w, b = (x.detach() for x in operands(5, 24))
-    ops, (mean, rstd) = OPS, torch.rand(2, 5, device=DEVICE)
+    mean, rstd = torch.rand(2, 5, device=DEVICE)
     for statistics in (False, True):
         arguments = (r, None, None, w, b, 1e-5, 0.0, None, 0, torch.bfloat16, statistics)
-        torch.library.opcheck(ops.norm_fwd.default, arguments)
+        torch.library.opcheck(OPS.norm_fwd.default, arguments)
     for wanted in ([True, True, True, False], [False, True, False, False], [True, False, False, False]):
         arguments = (r, None, r, mean, rstd, w, None, 0.0, 0, None, *wanted)
-        torch.library.opcheck(ops.norm_bwd.default, arguments)
+        torch.library.opcheck(OPS.norm_bwd.default, arguments)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

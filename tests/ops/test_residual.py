@@ -156,12 +156,11 @@ def test_contract():
 
 def test_registration_and_compilation():
     r, delta, delta_bias = operands(5, 24, torch.float32, torch.bfloat16)
-    ops = OPS
     torch.library.opcheck(
-        ops.dropout_add_fwd.default, (r.detach(), delta.detach(), delta_bias.detach(), 0.3, SEED, SITE)
+        OPS.dropout_add_fwd.default, (r.detach(), delta.detach(), delta_bias.detach(), 0.3, SEED, SITE)
     )
     for dtype in (None, torch.bfloat16):
-        torch.library.opcheck(ops.dropout_add_bwd.default, (r.detach(), 0.3, SEED, SITE, dtype, dtype is None))
+        torch.library.opcheck(OPS.dropout_add_bwd.default, (r.detach(), 0.3, SEED, SITE, dtype, dtype is None))
 
     def op(*inputs: Tensor) -> Tensor:
         return ours(0.3)(*inputs)

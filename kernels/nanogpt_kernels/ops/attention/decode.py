@@ -81,8 +81,8 @@ def _cached_attention_kernel(
             k, v = load_keys(new_k_ptr, new_k_ptr + H * D, new_at, T - j, D, BLOCK_D, BLOCK_N, RAGGED=True)
             acc, l, m = attend(
                 acc, l, m, q, k, v, first, j, T, log2_scale, rows, qkv_ptr, seed=0, site=0, threshold=0, first_row=0,
-                T=T,
-                BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, DROPOUT=False, DOCUMENTS=False, PRECISION=PRECISION, MASK="causal",
+                T=T, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, DROPOUT=False, DOCUMENTS=False, PRECISION=PRECISION,
+                MASK="causal",
             )  # fmt: skip
             new_k_ptr += BLOCK_N * (3 * H * D)
         into = cache_ptr + (start + first + rows).to(tl.int64)[:, None] * to_token + d[None, :] * to_d
