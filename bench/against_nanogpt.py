@@ -22,7 +22,7 @@ from typing import Any
 import machine
 from turns import rotated
 
-from nanogpt_fast.errors import run_command
+from nanogpt_fast.command import run_command
 from nanogpt_fast.prepare import main as prepare
 
 ARMS = ("nanogpt", "ours", "ours, nanoGPT's command", "ours, float32")

@@ -24,7 +24,8 @@ import machine
 import torch
 from turns import Apart, Failed, rotated
 
-from nanogpt_fast.errors import ConfigError, DeviceError, did_you_mean, run_command
+from nanogpt_fast.command import run_command
+from nanogpt_fast.errors import ConfigError, DeviceError, did_you_mean
 from nanogpt_fast.hardware import cpu_multiplies
 
 SIDES = ("base", "here")

@@ -22,7 +22,8 @@ import compare_tables as tables
 import page
 from compare_rows import ROOT, Results
 
-from nanogpt_fast.errors import ConfigError, run_command
+from nanogpt_fast.command import run_command
+from nanogpt_fast.errors import ConfigError
 
 RESULTS = ROOT / "bench/results"
 NO_STEPS = "No row of a training step (bench step) is in these results: python bench/run.py --suite step --out DIR"

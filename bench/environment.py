@@ -19,7 +19,7 @@ import roof
 import torch
 
 from nanogpt_fast import assembler
-from nanogpt_fast.errors import run_command
+from nanogpt_fast.command import run_command
 
 PACKAGES = ("torch", "triton", "numpy", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "safetensors", "tyro",
             "liger-kernel", "quack-kernels", "apex", "flash-attn", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13",

@@ -27,7 +27,8 @@ import torch
 from gpu_stages import BENCH, DEAREST, SECONDS, Stage, all_stages, in_rehearsal
 
 from nanogpt_fast import assembler
-from nanogpt_fast.errors import ConfigError, did_you_mean, run_command
+from nanogpt_fast.command import run_command
+from nanogpt_fast.errors import ConfigError, did_you_mean
 
 RESERVE_S = 5.0  # kept for the last table
 LAST_LINES = 15  # of a stage that did not get through, on the console

@@ -25,8 +25,9 @@ import step_arms
 import torch
 from torch import Tensor
 
+from nanogpt_fast.command import run_command
 from nanogpt_fast.distributed import World
-from nanogpt_fast.errors import ConfigError, run_command
+from nanogpt_fast.errors import ConfigError
 from nanogpt_fast.hardware import flops_per_token, resolve_peak
 from nanogpt_fast.model import GPT
 

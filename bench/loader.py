@@ -30,11 +30,11 @@ import numpy as np
 import torch
 from turns import rotated
 
+from nanogpt_fast.command import run_command
 from nanogpt_fast.data.loader import Loader
 from nanogpt_fast.data.orders import NanogptOrder, ShuffleOrder
 from nanogpt_fast.data.token_format import LLMC_LAYOUTS, LLMC_UINT16, LLMC_UINT32
 from nanogpt_fast.data.tokens import TokenSource
-from nanogpt_fast.errors import run_command
 
 SHAPES = [(12, 64), (64, 256), (12, 1024), (64, 1024)]  # (batch, block)
 GPT2 = (64, 1024)  # a micro-batch

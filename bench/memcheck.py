@@ -19,7 +19,7 @@ import ops
 import torch
 from op_inputs import Setting, Shape
 
-from nanogpt_fast.errors import run_command
+from nanogpt_fast.command import run_command
 
 HEADS = (64, 32, 128)  # channels of one
 T = 161  # of tiles of 32 to 128 rows: some whole ones, and one of a single row

@@ -33,7 +33,8 @@ from op_inputs import Setting
 from work import Work
 
 from nanogpt_fast import timing
-from nanogpt_fast.errors import ConfigError, did_you_mean, run_command
+from nanogpt_fast.command import run_command
+from nanogpt_fast.errors import ConfigError, did_you_mean
 from nanogpt_fast.hardware import cpu_multiplies
 
 MODES = ("forward", "both")  # what is timed; backward is their difference

@@ -24,7 +24,8 @@ from report_sections import Rows, every_section
 from roofline import CHOICES, MODELS, compute_and_memory, step_work
 from work import EXPONENTIALS_A_CLOCK, HALF, Work, add_norm_bytes, attention_bytes, gelu_bytes
 
-from nanogpt_fast.errors import ConfigError, DataError, run_command
+from nanogpt_fast.command import run_command
+from nanogpt_fast.errors import ConfigError, DataError
 from nanogpt_fast.gpus import GPUS
 from nanogpt_fast.hardware import flops_per_token
 

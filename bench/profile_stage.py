@@ -17,7 +17,7 @@ from built_step import build, traced
 from explain import bars, explanation
 from measured_roof import roof_of
 
-from nanogpt_fast.errors import run_command
+from nanogpt_fast.command import run_command
 from nanogpt_fast.run import tracing
 
 

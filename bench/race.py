@@ -22,7 +22,8 @@ from cases import CASES, SHAPES
 from op_inputs import Setting
 from torch import Tensor
 
-from nanogpt_fast.errors import ConfigError, did_you_mean, run_command
+from nanogpt_fast.command import run_command
+from nanogpt_fast.errors import ConfigError, did_you_mean
 from nanogpt_fast.proof import Ballast, bits
 
 

@@ -16,7 +16,8 @@ import machine
 import page
 from report_sections import Section, every_section, read
 
-from nanogpt_fast.errors import DataError, run_command
+from nanogpt_fast.command import run_command
+from nanogpt_fast.errors import DataError
 
 LEFT = (
     "",

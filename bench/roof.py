@@ -27,8 +27,9 @@ from torch import Tensor
 from work import Work
 
 from nanogpt_fast import timing
+from nanogpt_fast.command import run_command
 from nanogpt_fast.data.dataset import read_meta
-from nanogpt_fast.errors import ConfigError, DataError, run_command
+from nanogpt_fast.errors import ConfigError, DataError
 from nanogpt_fast.gpus import GPUS
 from nanogpt_fast.hardware import GEMM_SIZE, cpu_multiplies, peak_flops
 from nanogpt_fast.settings.config import GPTConfig

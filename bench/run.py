@@ -32,8 +32,9 @@ from gpu_session import Watch, run_session, take_over
 from gpu_stages import Stage, all_stages
 from report_sections import read
 
+from nanogpt_fast.command import run_command
 from nanogpt_fast.distributed import resolve_device
-from nanogpt_fast.errors import ConfigError, run_command
+from nanogpt_fast.errors import ConfigError
 
 SUITES = ("ops", "step", "train", "loader", "sample", "kernels", "all")
 ALWAYS = ("environment", "compile")  # stages that every suite begins with

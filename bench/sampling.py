@@ -23,7 +23,7 @@ import turns
 from step_arms import Setup
 from step_timing import why
 
-from nanogpt_fast.errors import run_command
+from nanogpt_fast.command import run_command
 
 TINY = 12  # new tokens of --tiny
 

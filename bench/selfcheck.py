@@ -19,7 +19,8 @@ import machine
 import torch
 
 from nanogpt_fast import timing
-from nanogpt_fast.errors import ConfigError, run_command
+from nanogpt_fast.command import run_command
+from nanogpt_fast.errors import ConfigError
 
 UNITS = 20  # products of a call, so that a tenth more is two of them
 EDGE = {"cuda": 2048, "cpu": 192}

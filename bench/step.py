@@ -33,9 +33,10 @@ from step_arms import Setup
 from step_timing import Apart, Ready, said, why
 from turns import rotated
 
+from nanogpt_fast.command import run_command
 from nanogpt_fast.data.recipes import RECIPES
 from nanogpt_fast.distributed import World, join, resolve_dtype
-from nanogpt_fast.errors import ConfigError, did_you_mean, run_command
+from nanogpt_fast.errors import ConfigError, did_you_mean
 from nanogpt_fast.hardware import flops_per_token, measure_gemm, resolve_peak
 from nanogpt_fast.settings.config import Config
 

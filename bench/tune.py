@@ -37,7 +37,8 @@ from compiled import Compilers, Resources, Task
 from op_inputs import Setting
 
 from nanogpt_fast import agreement, launch_search, timing
-from nanogpt_fast.errors import ConfigError, did_you_mean, run_command
+from nanogpt_fast.command import run_command
+from nanogpt_fast.errors import ConfigError, did_you_mean
 from nanogpt_fast.launch_search import GAIN, MOST, SHAPE, candidates, moved, point, ranked, shown
 
 COMPARE_ROUNDS = 15

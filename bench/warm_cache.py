@@ -24,7 +24,7 @@ import step_arms
 import torch
 from op_inputs import Setting
 
-from nanogpt_fast.errors import run_command
+from nanogpt_fast.command import run_command
 
 RACED = ("attention", "qkv_attention", "embedding")  # where a race is likeliest: products, atomics, sorted segments
 

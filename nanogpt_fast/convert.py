@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 import torch
 from tyro.conf import Positional, arg
 
-from nanogpt_fast.errors import ConfigError, run_command
+from nanogpt_fast.command import run_command
+from nanogpt_fast.errors import ConfigError
 from nanogpt_fast.settings.cli import parse
 from nanogpt_fast.weights.canonical import Weights, dataset_meta
 from nanogpt_fast.weights.formats import FORMATS, Format, read, sniff, write

@@ -3,15 +3,12 @@
 For bug reports: user name, host name and home folder are never printed. Exit code 0, or 5 when something is broken.
 """
 
-import getpass
 import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
-import re
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -22,16 +19,18 @@ from typing import Any, Literal
 import torch
 
 from nanogpt_fast import __version__, assembler
+from nanogpt_fast.command import run_command
 from nanogpt_fast.data.dataset import read_meta
 from nanogpt_fast.data.tokenizer import cached_vocab_bpe
 from nanogpt_fast.distributed import World, resolve_device, resolve_dtype
-from nanogpt_fast.errors import DeviceError, NanogptError, run_command
+from nanogpt_fast.errors import DeviceError, NanogptError
 from nanogpt_fast.files import cpu_name, cpuinfo
 from nanogpt_fast.graphs import Graphs
 from nanogpt_fast.hardware import resolve_peak
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import assembler_path, select_ops
 from nanogpt_fast.optim import AdamW, FlatParameters
+from nanogpt_fast.privacy import private, user_name
 from nanogpt_fast.settings import cli
 from nanogpt_fast.settings.config import GPTConfig, OptimConfig
 from nanogpt_fast.step import TrainStep
@@ -206,7 +205,7 @@ def caches() -> Section:
     home = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     places = {
         "TRITON_CACHE_DIR": Path(env.get("TRITON_HOME") or Path.home(), ".triton", "cache"),
-        "TORCHINDUCTOR_CACHE_DIR": Path(temporary, f"torchinductor_{_user()}"),
+        "TORCHINDUCTOR_CACHE_DIR": Path(temporary, f"torchinductor_{user_name()}"),
         "HF_HOME": home / "huggingface",
         "TIKTOKEN_CACHE_DIR": Path(env.get("DATA_GYM_CACHE_DIR") or Path(temporary, "data-gym-cache")),
     }
@@ -309,27 +308,6 @@ def smoke(config: DoctorConfig) -> Section:
 
 
 # ---- the report ----
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # a uid without a name, as in containers
-        return str(os.getuid()) if hasattr(os, "getuid") else "user"
-
-
-def private(value: Any) -> Any:
-    """The same with the home folder as ~, and user and host name replaced where they are part of a path."""
-    if isinstance(value, dict):
-        return {private(key): private(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [private(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    value = re.sub(rf"{re.escape(str(Path.home()))}(?![\w.-])", "~", value)
-    for secret, shown in ((_user(), "$USER"), (socket.gethostname(), "$HOST")):
-        value = re.sub(rf"(?<=[/\\_@]){re.escape(secret)}(?![A-Za-z0-9])", shown, value)
-    return value
 
 
 def as_text(report: dict[str, Any]) -> str:

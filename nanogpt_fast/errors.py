@@ -1,15 +1,25 @@
 """Errors a user can act on: what, where, expected against found, the next command; one exit code a kind.
 
-Every command's main() runs inside `run_command`, which prints such an error without a traceback
+Every command's main() runs inside `command.run_command`, which prints such an error without a traceback
 (with one under --debug) and exits with the code of its kind. What is worth a warning goes to the module's logger,
 which `run_command` shows on stderr.
 """
 
 import difflib
 import logging
+import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
+
+# Control characters but line feed and tab, separators that some terminals break at, overrides of the direction of
+# writing, lone surrogates.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Foreign text (of a model, a file, a name) for a terminal: what could drive one is escaped, as \\x1b."""
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 class NanogptError(Exception):
@@ -24,7 +34,7 @@ class NanogptError(Exception):
     def __init__(self, what: str, *, where: str = "", expected: str = "", found: str = "", hint: str = ""):
         self.what, self.where, self.expected, self.found, self.hint = what, where, expected, found, hint
         rows = [("where", where), ("expected", expected), ("found", found), ("next", hint)]
-        super().__init__("\n".join([what] + [f"  {label + ':':<10}{text}" for label, text in rows if text]))
+        super().__init__(printable("\n".join([what] + [f"  {label + ':':<10}{text}" for label, text in rows if text])))
 
 
 class ConfigError(NanogptError):
@@ -57,6 +67,18 @@ class DivergedError(NanogptError):
     exit_code = 6
 
 
+class HostError(NanogptError):
+    """This machine refuses: a permission, a disk, a file in the way."""
+
+    exit_code = 7
+
+
+class UnforeseenError(NanogptError):
+    """A mistake of ours, or of a library below us."""
+
+    exit_code = 70  # EX_SOFTWARE of sysexits.h
+
+
 class WarningLines(logging.Handler):
     """WARNING: and the text, on whatever sys.stderr is by then: a live progress bar takes its place for a while.
 
@@ -65,31 +87,10 @@ class WarningLines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         with suppress(OSError):
-            print(f"{record.levelname}: {record.getMessage()}", file=sys.stderr, flush=True)
+            print(f"{record.levelname}: {printable(record.getMessage())}", file=sys.stderr, flush=True)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """', did you mean "x"?' for the closest known names, or '' when none is close."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
     return f", did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
-
-
-def run_command(main: Callable[[list[str]], int | None]) -> None:
-    """Run main(argv) and exit: its return value, or the code of the error it raised."""
-    argv = sys.argv[1:]
-    logging.getLogger("nanogpt_fast").addHandler(WarningLines())
-    try:
-        code = main(argv)
-    except NanogptError as error:
-        debug = any(a == "--debug" or (a.startswith("--debug=") and a != "--debug=False") for a in argv)
-        if debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        code = error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
-    except BrokenPipeError:  # stdout closed early, as by `| head`
-        sys.stderr.close()
-        code = 141
-    sys.exit(code or 0)

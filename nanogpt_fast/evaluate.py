@@ -19,13 +19,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
+from nanogpt_fast.command import run_command
 from nanogpt_fast.data.dataset import check_name, read_meta
 from nanogpt_fast.data.documents import read_text
 from nanogpt_fast.data.splits import dataset_folder, open_split
 from nanogpt_fast.data.tokenizer import end_of_text, from_json
 from nanogpt_fast.data.tokens import TokenSource
 from nanogpt_fast.distributed import resolve_device, resolve_dtype
-from nanogpt_fast.errors import ConfigError, DataError, run_command
+from nanogpt_fast.errors import ConfigError, DataError
 from nanogpt_fast.graphs import Graphs
 from nanogpt_fast.model import GPT
 from nanogpt_fast.restore import Restored, build_model, restore

@@ -6,14 +6,52 @@ import json
 import os
 import platform
 import re
+import stat
 from pathlib import Path
 from typing import Any
+
+SMALL = 64 << 20  # bytes: more than any description of a model, a dataset or a run
 
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_small(path: str | Path, limit: int = SMALL) -> bytes:
+    """The bytes of a small file that somebody may have made up: a regular file of at most `limit` bytes.
+
+    Raises OSError, for a pipe or a device too (which could hang, or never end) and for a larger file.
+    """
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with open(fd, "rb") as file:
+        found = os.fstat(fd)
+        if stat.S_ISDIR(found.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        if found.st_size > limit:
+            raise OSError(errno.EFBIG, f"{found.st_size:,} bytes, where at most {limit:,} are read", str(path))
+        return file.read(limit)
+
+
+def load_json(path: str | Path, limit: int = SMALL) -> Any:
+    """The JSON value in a small file. Raises OSError as read_small, ValueError for what is no JSON (NaN and Infinity
+    are none) or is nested too deeply."""
+    return parse_json(read_small(path, limit))
+
+
+def parse_json(data: bytes | str) -> Any:
+    """The JSON value; ValueError for what is none, NaN and Infinity included, or is nested too deeply."""
+    try:
+        return json.loads(data, parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _no_number(word: str) -> Any:
+    raise ValueError(f"{word} is no JSON number")
 
 
 def write_atomic(path: Path, data: bytes) -> None:

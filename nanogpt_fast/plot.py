@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import numpy as np
 from tyro.conf import Positional, arg
 
-from nanogpt_fast.errors import ConfigError, DataError, run_command
+from nanogpt_fast.command import run_command
+from nanogpt_fast.errors import ConfigError, DataError
 from nanogpt_fast.settings import cli
 
 if TYPE_CHECKING:

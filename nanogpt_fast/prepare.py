@@ -3,9 +3,9 @@
 import time
 from pathlib import Path
 
+from nanogpt_fast.command import run_command
 from nanogpt_fast.data.dataset import Meta, is_complete, verify
 from nanogpt_fast.data.preparation import PrepareConfig, prepare
-from nanogpt_fast.errors import run_command
 from nanogpt_fast.settings import cli
 
 _DATASETS = """\

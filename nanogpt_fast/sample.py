@@ -10,8 +10,9 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from nanogpt_fast.command import run_command
 from nanogpt_fast.distributed import resolve_device, resolve_dtype
-from nanogpt_fast.errors import ConfigError, DataError, did_you_mean, run_command
+from nanogpt_fast.errors import ConfigError, DataError, did_you_mean
 from nanogpt_fast.generate import prompt_ids, sample_text
 from nanogpt_fast.graphs import Graphs
 from nanogpt_fast.ops import exact_device

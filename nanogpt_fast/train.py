@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from nanogpt_fast import __version__, distributed
+from nanogpt_fast.command import run_command
 from nanogpt_fast.data.dataset import read_meta
 from nanogpt_fast.data.loader import Loader
 from nanogpt_fast.data.orders import NanogptOrder, ShuffleOrder
@@ -21,7 +22,7 @@ from nanogpt_fast.data.tokenizer import end_of_text, from_json
 from nanogpt_fast.data.tokens import TokenSource, check_fingerprint
 from nanogpt_fast.distributed import World
 from nanogpt_fast.dry_run import describe
-from nanogpt_fast.errors import CheckpointError, DeviceError, NanogptError, run_command
+from nanogpt_fast.errors import CheckpointError, DeviceError, NanogptError
 from nanogpt_fast.files import write_atomic
 from nanogpt_fast.generate import sample_text
 from nanogpt_fast.graphs import Graphs

@@ -17,9 +17,10 @@ import torch
 
 from nanogpt_fast import tuned
 from nanogpt_fast.child import DIED, die_with_parent
+from nanogpt_fast.command import run_command
 from nanogpt_fast.distributed import World, resolve_device, resolve_dtype
 from nanogpt_fast.dry_run import dtype_on, gpu_named
-from nanogpt_fast.errors import ConfigError, DeviceError, run_command
+from nanogpt_fast.errors import ConfigError, DeviceError
 from nanogpt_fast.gpus import GPUS
 from nanogpt_fast.hardware import capability_of
 from nanogpt_fast.launch_plan import cases_of, proven

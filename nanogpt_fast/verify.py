@@ -15,8 +15,9 @@ import torch
 
 from nanogpt_fast import tuned
 from nanogpt_fast.child import die_with_parent
+from nanogpt_fast.command import run_command
 from nanogpt_fast.distributed import World, resolve_device, resolve_dtype
-from nanogpt_fast.errors import DeviceError, run_command
+from nanogpt_fast.errors import DeviceError
 from nanogpt_fast.ops import OP_NAMES, compile_ahead, keep_rows, row_from_json, select_ops
 from nanogpt_fast.proof import Witness, exercise, rehearse
 from nanogpt_fast.settings.cli import load_config

@@ -21,7 +21,8 @@ from measured_roof import Roof, roof_of
 from roofline import compute_and_memory, step_work
 from work import Work
 
-from nanogpt_fast.errors import DataError, run_command
+from nanogpt_fast.command import run_command
+from nanogpt_fast.errors import DataError
 from nanogpt_fast.run import step_parts
 from nanogpt_fast.run.step_parts import Summary
 from nanogpt_fast.settings.config import GPTConfig

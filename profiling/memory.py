@@ -24,8 +24,9 @@ import built_step
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from nanogpt_fast.command import run_command
 from nanogpt_fast.distributed import resolve_device
-from nanogpt_fast.errors import DataError, DeviceError, run_command
+from nanogpt_fast.errors import DataError, DeviceError
 from nanogpt_fast.memory import peak, plan_of
 from nanogpt_fast.run import ranges, trace_events, tracing
 from nanogpt_fast.run.trace_events import OPS, Event, Places, nest, split_name

@@ -22,7 +22,7 @@ import page_blocks
 import torch
 from op_inputs import GPT2
 
-from nanogpt_fast.errors import run_command
+from nanogpt_fast.command import run_command
 from nanogpt_fast.hardware import flops_per_token
 from nanogpt_fast.memory import RECOMPUTE, RESERVE, Plan, peak
 from nanogpt_fast.ops import REFERENCE, TRITON

@@ -28,7 +28,8 @@ import op_inputs
 import torch
 from torch import Tensor
 
-from nanogpt_fast.errors import DeviceError, run_command
+from nanogpt_fast.command import run_command
+from nanogpt_fast.errors import DeviceError
 from nanogpt_fast.settings.cli import load_config
 
 OPS = ("embedding", "norm", "add_norm", "dropout_add", "attention", "qkv_attention", "mlp", "bias_gelu",

@@ -44,7 +44,8 @@ from work import (
     norm_bytes,
 )
 
-from nanogpt_fast.errors import ConfigError, run_command
+from nanogpt_fast.command import run_command
+from nanogpt_fast.errors import ConfigError
 from nanogpt_fast.gpus import CHOICES, GPUS
 from nanogpt_fast.hardware import flops_per_token
 from nanogpt_fast.settings.config import GPTConfig

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import built_step
 
-from nanogpt_fast.errors import run_command
+from nanogpt_fast.command import run_command
 from nanogpt_fast.run import tracing
 from nanogpt_fast.settings.cli import load_config
 

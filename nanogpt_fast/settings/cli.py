@@ -27,7 +27,8 @@ from typing import Any, NamedTuple, TextIO, TypeVar
 
 import tyro
 
-from nanogpt_fast.errors import ConfigError, did_you_mean, run_command
+from nanogpt_fast.command import run_command
+from nanogpt_fast.errors import ConfigError, did_you_mean
 from nanogpt_fast.settings import nanogpt_config
 from nanogpt_fast.settings.config import SECTION_OF, Config, present_setting
 from nanogpt_fast.settings.options import BOOLS, options_of

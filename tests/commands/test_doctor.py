@@ -10,6 +10,7 @@ import torch
 
 from nanogpt_fast import doctor
 from nanogpt_fast.errors import DeviceError
+from nanogpt_fast.privacy import private
 
 QUICK = doctor.DoctorConfig(device="cpu", dtype="float32", smoke=False)
 
@@ -61,10 +62,8 @@ def test_nothing_private_is_printed(
 
 
 def test_privacy_leaves_words_alone(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(doctor, "_user", lambda: "data")
-    assert doctor.private({"data": ["data/shakespeare", "/home/data/x"]}) == {
-        "data": ["data/shakespeare", "/home/$USER/x"]
-    }
+    monkeypatch.setattr("nanogpt_fast.privacy.user_name", lambda: "data")
+    assert private({"data": ["data/shakespeare", "/home/data/x"]}) == {"data": ["data/shakespeare", "/home/$USER/x"]}
 
 
 def test_the_smoke_run_learns(short_smoke: None):
