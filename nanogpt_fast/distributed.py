@@ -4,13 +4,17 @@ import ctypes
 import logging
 import os
 import platform
+import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nanogpt_fast.command import out_of_memory
 from nanogpt_fast.errors import ConfigError, DeviceError
 from nanogpt_fast.hardware import CPU_INSTRUCTIONS, cpu_multiplies
 
@@ -37,20 +41,38 @@ class World:
     def all_reduce_(self, tensor: Tensor) -> None:
         """Sum over ranks, in place."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            with self._with_all():
+                dist.all_reduce(tensor)
 
     def broadcast_(self, tensor: Tensor) -> None:
         """Rank 0's values to all, in place."""
         if self.size > 1:
-            dist.broadcast(tensor, src=0)
+            with self._with_all():
+                dist.broadcast(tensor, src=0)
 
     def any(self, flag: bool) -> bool:
         """True on every rank when it is True on one."""
         if self.size == 1:
             return flag
         votes = torch.tensor([float(flag)], device=self.device)
-        dist.all_reduce(votes)
+        self.all_reduce_(votes)
         return bool(votes.item())
+
+    @contextmanager
+    def _with_all(self) -> Iterator[None]:
+        """A collective fails here when another rank has died, or does not answer."""
+        try:
+            yield
+        except RuntimeError as error:  # DistBackendError of NCCL is one, gloo's is a plain one
+            if out_of_memory(error):
+                raise
+            raise DeviceError(
+                "another rank does not answer",
+                where=f"rank {self.rank} of {self.size}, in a collective",
+                expected=f"all {self.size} ranks",
+                found=str(error).splitlines()[0][:200] if str(error) else type(error).__name__,
+                hint="the rank that ended first says why; start again with --init_from=resume",
+            ) from error
 
     def close(self) -> None:
         if dist.is_available() and dist.is_initialized():  # also for torchrun with one rank
@@ -145,7 +167,14 @@ def join(device: str, backend: str, gradient_accumulation_steps: int, ramp_start
             found=f"no {' and no '.join(missing)}",
             hint="start with torchrun, or `unset RANK` to train alone",
         )
-    rank, local_rank, size = (int(os.environ[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    rank, local_rank, size = (_number(key) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    if not 0 <= rank < size:
+        raise ConfigError(
+            "the environment describes no rank",
+            where=f"RANK={rank}, WORLD_SIZE={size}",
+            expected="0 <= RANK < WORLD_SIZE",
+            hint="start with torchrun, or `unset RANK` to train alone",
+        )
     for key, count in (("gradient_accumulation_steps", gradient_accumulation_steps), ("batch_ramp", ramp_start)):
         if count % size:
             up, rest = -(-count // size) * size, ":ITERS" if key == "batch_ramp" else ""
@@ -164,5 +193,29 @@ def join(device: str, backend: str, gradient_accumulation_steps: int, ramp_start
             hint="python -m nanogpt_fast.train with the same flags",
         )
     on = _use(resolve_device(f"cuda:{local_rank}") if on.type == "cuda" else on, tf32)
-    dist.init_process_group(backend if on.type == "cuda" else "gloo", rank=rank, world_size=size)
+    try:
+        dist.init_process_group(backend if on.type == "cuda" else "gloo", rank=rank, world_size=size)
+    except (RuntimeError, ValueError) as error:  # an address that is missing, is no address, or does not answer
+        place = ", ".join(f"{key}={os.environ.get(key, '')!r}" for key in ("MASTER_ADDR", "MASTER_PORT"))
+        raise ConfigError(
+            "the ranks cannot meet",
+            where=f"rank {rank} of {size}, {place}",
+            expected="MASTER_ADDR and MASTER_PORT of rank 0, as torchrun sets them",
+            found=str(error).splitlines()[0][:200] if str(error) else type(error).__name__,
+            hint="start with torchrun, or `unset RANK` to train alone",
+        ) from error
     return World(rank, size, on)
+
+
+def _number(key: str) -> int:
+    """What the environment says of a rank. Raises ConfigError."""
+    text = os.environ[key]
+    if not re.fullmatch(r"\d{1,9}", text):
+        raise ConfigError(
+            f"{key} is no number",
+            where="the environment",
+            expected=f"{key} as torchrun sets it",
+            found=f"{key}={text!r}",
+            hint="start with torchrun, or `unset RANK` to train alone",
+        )
+    return int(text)

@@ -8,6 +8,7 @@ anything else    a path: a run of ours or one step of it, nanoGPT's ckpt.pt, a H
 
 import dataclasses
 import math
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def restore(init_from: str, out_dir: str, data_dir: str = "data") -> Restored:
 
 
 def _resume(out_dir: Path, data_dir: str) -> Restored:
-    if checkpoint.list_steps(out_dir):
+    if checkpoint.readable_steps(out_dir):
         return _from_native(out_dir, data_dir)
     if (out_dir / "ckpt.pt").is_file():
         found = formats.read(out_dir / "ckpt.pt")
@@ -100,14 +101,15 @@ def _resume(out_dir: Path, data_dir: str) -> Restored:
         where=f"--out_dir={out_dir}",
         expected=f"{out_dir}/checkpoints/step_..., or nanoGPT's {out_dir}/ckpt.pt",
         found=f"neither; runs beside it: {', '.join(runs)}" if runs else "neither",
-        hint=f"--out_dir={runs[0]}" if runs else "train first: python -m nanogpt_fast.train --config quickstart",
+        hint=checkpoint.bring_back(out_dir)
+        or "name the run by --out_dir, or train first: python -m nanogpt_fast.train --config quickstart",
     )
 
 
 def _best(out_dir: Path, data_dir: str) -> Restored:
     path = checkpoint.best(out_dir)
     if path is None:
-        steps = checkpoint.list_steps(out_dir)
+        steps = checkpoint.readable_steps(out_dir)
         raise CheckpointError(
             "there is no best checkpoint",
             where=f"--out_dir={out_dir}",
@@ -122,7 +124,10 @@ def _runs_near(out_dir: Path) -> list[str]:
     """Up to 5 folders beside out_dir that hold a run, the latest written first."""
     parent = out_dir.parent
     folders = [p for p in (parent.iterdir() if parent.is_dir() else []) if p.is_dir() and p != out_dir]
-    runs = [p for p in folders if checkpoint.list_steps(p) or (p / "ckpt.pt").is_file()]
+    runs = []
+    for folder in folders:
+        with suppress(OSError):  # not ours to look into
+            runs += [folder] * bool(checkpoint.list_steps(folder) or (folder / "ckpt.pt").is_file())
     return [str(p) for p in sorted(runs, key=lambda p: p.stat().st_mtime, reverse=True)][:5]
 
 

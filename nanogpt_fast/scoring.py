@@ -26,6 +26,10 @@ FORWARD_TOKENS = {"cpu": 3072, "cuda": 16384, "mps": 16384}
 FORWARD_LOGITS = 2**28  # elements; GPT-2's vocabulary then allows 5336 tokens, 1 GiB of float32
 
 
+class BrokenOff(Exception):
+    """The loss of a split is not known: somebody asked to stop before all of it was scored."""
+
+
 @dataclass(frozen=True)
 class Score:
     """What a model made of some targets."""
@@ -115,8 +119,10 @@ def estimate_loss(
     generator: torch.Generator,
     mode: Mode = "random",
     forward: Forward | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-    """{split: mean loss}, split after split in the order of sources.
+    """{split: mean loss}, split after split in the order of sources. BrokenOff once stop(), asked before each forward,
+    says so.
 
     random: nanoGPT's estimate, eval_iters batches a split drawn from generator. full: every token of val once, and the
     estimate for train, whose whole is too long for an evaluation (9 billion tokens of OpenWebText). forward: see score.
@@ -129,7 +135,10 @@ def estimate_loss(
             batches = random_targets(source, model.config.vocab_size, generator=generator, **settings)
         else:
             batches = all_targets(source, model.config.vocab_size, batch_size=stack * batch_size, block_size=block_size)
-        losses[split] = score(model, batches, forward=forward).loss
+        result = score(model, itertools.takewhile(lambda _: not stop(), batches), forward=forward)
+        if stop():
+            raise BrokenOff
+        losses[split] = result.loss
     return losses
 
 

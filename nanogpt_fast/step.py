@@ -88,6 +88,7 @@ class TrainStep:
         self._loss = torch.zeros((), device=self.device)  # summed over the micro-batches
         self._report = torch.zeros(len(Report._fields), dtype=torch.float64, device=exact)
         self._update = self.graphs.replayed("the update", self._apply)
+        self.whole = True  # False while an update is under way: what an error leaves then is no step's state
 
     def __call__(self, batch: Tensor, iteration: int, stop: bool = False) -> StepResult:
         """Train on the batch; `stop` is this rank's vote, whose sum the report carries."""
@@ -118,7 +119,9 @@ class TrainStep:
             world.all_reduce_(self.optimizer.flat.grad)
             world.all_reduce_(report[SHARED])
         report[LOSS] /= world.size
+        self.whole = False
         self._update()
+        self.whole = True
         self._figures = report.clone()  # the next step writes over the report
         return StepResult(self._figures[LOSS], self._figures[GRAD_NORM])
 

@@ -136,7 +136,7 @@ def test_nothing_to_resume_names_what_was_looked_for_and_the_runs_nearby(tmp_pat
     formats.write(char_weights(), tmp_path / "out-shakespeare", "native")
     with pytest.raises(CheckpointError) as error:
         restore("resume", str(tmp_path / "out"))
-    assert error.value.hint == f"--out_dir={tmp_path / 'out-shakespeare'}"
+    assert str(tmp_path / "out-shakespeare") in error.value.found and "out-shakespeare" not in error.value.hint
 
 
 def test_a_path_without_weights(tmp_path: Path):

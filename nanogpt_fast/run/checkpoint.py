@@ -18,6 +18,7 @@ import math
 import os
 import platform
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,11 +33,18 @@ from nanogpt_fast import __version__
 from nanogpt_fast.errors import CheckpointError
 from nanogpt_fast.files import sync
 from nanogpt_fast.run.manifest import Chunks, read_json, read_manifest, verify, write_files
-from nanogpt_fast.run.rundir import aside, clean_stale, publish
+from nanogpt_fast.run.rundir import aside, clean_stale, publish, replaced
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 REQUIRED, OPTIONAL = (MODEL, STATE), (OPTIMIZER,)
 log = logging.getLogger(__name__)
+# What trainers read of a state.json's `state`, which may lack any; other keys are not ours to judge.
+_STATE_KINDS: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(("samples_seen", "optimizer_step", "good_steps"), (int, "a whole number >= 0")),
+    **dict.fromkeys(("best_val_loss", "val_loss", "loss_scale", "elapsed_s"), ((int, float), "a number")),
+    **dict.fromkeys(("fingerprint", "tokenizer", "config", "draws"), (dict, "an object")),
+    "recent_losses": (list, "a list of losses"),
+}
 _STEP = re.compile(r"step_(\d{8}|[1-9]\d{8,})")
 
 
@@ -60,6 +68,12 @@ def list_steps(out_dir: Path) -> dict[int, Path]:
     folder = out_dir / "checkpoints"
     named = [(p, _STEP.fullmatch(p.name)) for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
     return dict(sorted((int(match[1]), path) for path, match in named if match))
+
+
+def readable_steps(out_dir: Path) -> dict[int, Path]:
+    """list_steps, and a step whose replacement was killed before it had its name; for whoever reads."""
+    named = {int(name.removeprefix("step_")): path for name, path in replaced(out_dir / "checkpoints").items()}
+    return dict(sorted({**named, **list_steps(out_dir)}.items()))
 
 
 def save(out_dir: Path, checkpoint: Checkpoint, *, keep_last: int) -> Path:
@@ -126,15 +140,15 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(state["step"], state["model_args"], model, optimizer, state["state"])
 
 
-def newest(out_dir: Path) -> tuple[Checkpoint, list[str]]:
-    """The latest checkpoint that verifies, and a line for each later one that does not.
+def newest(out_dir: Path) -> tuple[Checkpoint, Path, list[str]]:
+    """The latest checkpoint that verifies, its directory, and a line for each later one that does not.
 
     Raises CheckpointError when none does, with each one's reason.
     """
     skipped = []
-    for path in reversed(list_steps(out_dir).values()):
+    for path in reversed(readable_steps(out_dir).values()):
         try:
-            return load(path), skipped
+            return load(path), path, skipped
         except CheckpointError as error:
             skipped.append(f"skipped {path.name} because {_in_one_line(error)}")
     foreign = out_dir / "ckpt.pt"
@@ -145,7 +159,7 @@ def newest(out_dir: Path) -> tuple[Checkpoint, list[str]]:
         found="".join(f"\n    {line}" for line in skipped) or "none",
         hint=f"{foreign} is nanoGPT's: start from it with --init_from={foreign}"
         if foreign.exists()
-        else "start anew with --init_from=scratch, or point --out_dir at the run to go on with",
+        else bring_back(out_dir) or "start anew with --init_from=scratch, or point --out_dir at the run to go on with",
     )
 
 
@@ -154,8 +168,8 @@ def best(out_dir: Path) -> Path | None:
 
     Looks at sizes and state.json, without hashing the tensors.
     """
-    step = _best_step(_val_losses(out_dir))
-    return None if step is None else list_steps(out_dir)[step]
+    step = _best_step(_val_losses(readable_steps(out_dir)))
+    return None if step is None else readable_steps(out_dir)[step]
 
 
 def set_aside_later(out_dir: Path, step: int) -> Path | None:
@@ -174,6 +188,16 @@ def set_aside_later(out_dir: Path, step: int) -> Path | None:
         os.rename(path, folder / path.name)
     sync(out_dir)
     return folder
+
+
+def bring_back(out_dir: Path) -> str:
+    """The command that puts back the newest checkpoints that a later run set aside; "" where there are none."""
+    folders = sorted(out_dir.glob("checkpoints.abandoned-*"), key=lambda folder: folder.stat().st_mtime)
+    if not any(folder.glob("step_*") for folder in folders):
+        return ""
+    return f"an earlier run's are in {folders[-1]}; back with them: " + shlex.join(
+        ["mv", *map(str, sorted(folders[-1].glob("step_*"))), str(out_dir / "checkpoints")]
+    )
 
 
 def _encode(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
@@ -198,11 +222,23 @@ def _read_state(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """state.json, already verified; its step is the truth that the manifest's and the directory's name must match."""
     state = read_json(path / STATE)
     if not (
-        isinstance(state.get("step"), int)
+        type(state.get("step")) is int
+        and state["step"] >= 0
         and isinstance(state.get("model_args"), dict)
         and isinstance(state.get("state"), dict)
     ):
         raise CheckpointError(f"{STATE} is damaged", where=str(path / STATE), expected="step, model_args and state")
+    for key, (kinds, meaning) in _STATE_KINDS.items():
+        value = state["state"].get(key)
+        wrong = isinstance(value, bool) or not isinstance(value, kinds) or (isinstance(value, int) and value < 0)
+        if value is not None and wrong:
+            raise CheckpointError(
+                f"{STATE} is damaged",
+                where=f"{path / STATE}: state.{key}",
+                expected=meaning,
+                found=repr(value)[:80],
+                hint="use an earlier checkpoint: --init_from=resume finds the newest sound one",
+            )
     name = _STEP.fullmatch(path.name)
     found = {"manifest.json": manifest.get("step"), "directory name": int(name[1]) if name else state["step"]}
     for where, step in found.items():
@@ -216,10 +252,10 @@ def _read_state(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def _val_losses(out_dir: Path) -> dict[int, float]:
+def _val_losses(steps: dict[int, Path]) -> dict[int, float]:
     """{step: validation loss} of the checkpoints that look sound (files there, sizes right); inf when not evaluated."""
     losses = {}
-    for step, path in list_steps(out_dir).items():
+    for step, path in steps.items():
         try:
             manifest = read_manifest(path, REQUIRED, OPTIONAL)
             verify(path, manifest, [STATE])
@@ -238,9 +274,9 @@ def _best_step(losses: dict[int, float]) -> int | None:
 
 def _prune(out_dir: Path, saved: int, keep_last: int) -> None:
     """Rename what may go to `.trash-...`: deleted in place, a kill would leave half a directory with a good name."""
-    losses = {step: loss for step, loss in _val_losses(out_dir).items() if step <= saved}
-    keep = {_best_step(losses), *list(losses)[-keep_last:]}
     steps = list_steps(out_dir)
+    losses = {step: loss for step, loss in _val_losses(steps).items() if step <= saved}
+    keep = {_best_step(losses), *list(losses)[-keep_last:]}
     for step in losses.keys() - keep:
         if not steps[step].is_symlink():
             os.rename(steps[step], aside(steps[step], "trash"))

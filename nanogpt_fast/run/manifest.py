@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_fast.errors import CheckpointError
-from nanogpt_fast.files import sha256_of
+from nanogpt_fast.files import read_small, sha256_of
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -91,8 +91,8 @@ def read_manifest(folder: Path, required: Collection[str], optional: Collection[
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; CheckpointError when it is none."""
     try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        value = json.loads(read_small(path))  # NaN, which JSON has not, is a loss that an older version saved
+    except (ValueError, RecursionError, OSError) as error:
         raise CheckpointError(f"{path.name} is damaged", where=str(path), expected="JSON", found=str(error)) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path.name} is damaged", where=str(path), expected="a JSON object")

@@ -132,6 +132,17 @@ def publish(tmp: Path, final: Path) -> None:
     sync(final.parent)
 
 
+def replaced(folder: Path) -> dict[str, Path]:
+    """{name: directory} of what stands aside for a newer one of its name that never came: a kill between publish's two
+    renames. Whole all the same, so readers take it; clean_stale, which may write, gives it its name back."""
+    found = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        match = _ASIDE.fullmatch(path.name)
+        if match and match[1] == "replaced" and not os.path.lexists(folder / match[2]):
+            found[match[2]] = path
+    return found
+
+
 def clean_stale(folder: Path) -> list[str]:
     """Remove or restore what dead processes of this host left in `folder`; the lines say what was done.
 

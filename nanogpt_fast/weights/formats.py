@@ -128,10 +128,9 @@ def read_native(path: Path) -> tuple[Weights, Path]:
     if (path / checkpoint.STATE).is_file():
         found = checkpoint.load(path)
     else:
-        found, skipped = checkpoint.newest(path)
+        found, path, skipped = checkpoint.newest(path)
         for line in skipped:
             log.warning(line)
-        path = checkpoint.list_steps(path)[found.step]
     known = {f.name for f in fields(GPTConfig)}
     config = model_config(str(path), **{key: value for key, value in found.model_args.items() if key in known})
     found, state = check_model(found, config), found.state

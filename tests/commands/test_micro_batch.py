@@ -10,7 +10,7 @@ from tiny_run import VOCAB, metrics, train, write_dataset
 from torch import Tensor
 
 from nanogpt_fast import dry_run
-from nanogpt_fast import train as train_command
+from nanogpt_fast import parts
 from nanogpt_fast.distributed import World
 from nanogpt_fast.errors import ConfigError, DeviceError
 from nanogpt_fast.memory import batch_flags, peak, plan_of
@@ -40,7 +40,7 @@ def room_for(batch_size: int, sequences: int = 8) -> int:
 def test_the_largest_that_fits_is_trained_with_and_kept(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(train_command, "free_memory", lambda _: room_for(4))
+    monkeypatch.setattr(parts, "free_memory", lambda _: room_for(4))
     train(folder, batch_size=1, gradient_accumulation_steps=8, micro_batch="auto")
     out = capsys.readouterr().out
     assert re.search(
@@ -60,7 +60,7 @@ def test_the_largest_that_fits_is_trained_with_and_kept(
 
 def test_ranks_take_what_fits_on_each(monkeypatch: pytest.MonkeyPatch):
     config = Config().replace(**TINY, batch_size=1, gradient_accumulation_steps=16, micro_batch="auto")
-    monkeypatch.setattr(train_command, "free_memory", lambda _: 10**9)
+    monkeypatch.setattr(parts, "free_memory", lambda _: 10**9)
 
     def other_rank_fits_two(self: World, votes: Tensor) -> None:
         if not votes.is_meta:  # a predicted step's gradient is
@@ -69,16 +69,16 @@ def test_ranks_take_what_fits_on_each(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(World, "all_reduce_", other_rank_fits_two)
     args = config.shape(VOCAB), REFERENCE, torch.float32, World(0, 2), lambda _: None
-    data = train_command.fit_micro_batch(config, *args).data
+    data = parts.fit_micro_batch(config, *args).data
     assert (data.batch_size, data.gradient_accumulation_steps) == (2, 8)
 
 
 def test_a_batch_ramp_keeps_its_tokens(monkeypatch: pytest.MonkeyPatch):
     """12 sequences growing to 24: the largest divisor of both; the ramp counts the new micro-batches."""
     config = Config().replace(**TINY, batch_size=2, gradient_accumulation_steps=12, batch_ramp="6:100")
-    monkeypatch.setattr(train_command, "free_memory", lambda _: 10**9)
+    monkeypatch.setattr(parts, "free_memory", lambda _: 10**9)
     args = config.shape(VOCAB), REFERENCE, torch.float32, World(), lambda _: None
-    data = train_command.fit_micro_batch(config, *args).data
+    data = parts.fit_micro_batch(config, *args).data
     assert (data.batch_size, data.gradient_accumulation_steps, data.batch_ramp) == (12, 2, "1:100")
     before, after = (BatchSchedule.of(d) for d in (config.data, data))
     assert before.tokens_before(1) == after.tokens_before(1) == 12 * 8
@@ -86,11 +86,11 @@ def test_a_batch_ramp_keeps_its_tokens(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_what_cannot_be_chosen_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(train_command, "free_memory", lambda _: room_for(1) - 100)
+    monkeypatch.setattr(parts, "free_memory", lambda _: room_for(1) - 100)
     with pytest.raises(DeviceError, match=r"not even one sequence(?s:.*)--recompute=mlp"):
         train(folder, batch_size=2, gradient_accumulation_steps=4, micro_batch="auto")
     assert not (folder / "out/config.toml").exists()
-    monkeypatch.setattr(train_command, "free_memory", lambda _: None)
+    monkeypatch.setattr(parts, "free_memory", lambda _: None)
     with pytest.raises(DeviceError, match="set --batch_size"):
         train(folder, micro_batch="auto")
     with pytest.raises(ConfigError, match="draws by batch_size"):
@@ -113,7 +113,7 @@ def test_a_config_from_before_recompute_loads_and_resumes(folder: Path, monkeypa
         return found
 
     monkeypatch.setattr(checkpoint, "load", older)
-    assert train_command.main(["--config", str(path), "--init_from=resume", "--max_iters=25"]) == 0
+    assert parts.main(["--config", str(path), "--init_from=resume", "--max_iters=25"]) == 0
     assert max(metrics(folder, "train", "loss")) == 25
 
 

@@ -54,7 +54,7 @@ def assert_sound(out_dir: Path, at_least: int, why: str) -> int:
     for path in list_steps(out_dir).values():
         assert_whole(load(path))
     clean_stale(out_dir / "checkpoints")
-    checkpoint, skipped = newest(out_dir)
+    checkpoint, _, skipped = newest(out_dir)
     assert_whole(checkpoint)
     assert (skipped, checkpoint.step >= at_least) == ([], True), f"{why}: step {checkpoint.step} of {at_least}"
     leftovers = [p.name for p in (out_dir / "checkpoints").iterdir() if p.name.startswith(".")]

@@ -68,7 +68,7 @@ def test_damage_is_found_named_and_stepped_over(tmp_path, name, word):
     text = refusal(path)
     assert f"{name} is {word}" in text
     assert str(path / name) in text
-    checkpoint, skipped = newest(tmp_path)
+    checkpoint, _, skipped = newest(tmp_path)
     assert checkpoint.step == 10
     assert_whole(checkpoint)
     assert len(skipped) == 1
@@ -191,7 +191,7 @@ def test_broken_ones_are_neither_the_best_nor_pruned_nor_counted(tmp_path):
     """Also how a run goes on after stepping over a damaged checkpoint: it is moved aside, kept as evidence."""
     first, broken = save_steps(tmp_path, 10, 20)
     truncate(broken, "model.safetensors")
-    checkpoint, _ = newest(tmp_path)
+    checkpoint, _, _ = newest(tmp_path)
     for step in (30, 40):
         checkpoint.step = step
         save(tmp_path, checkpoint, keep_last=2)

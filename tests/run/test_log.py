@@ -1,5 +1,6 @@
 """RunLog: lines, metrics.jsonl, TensorBoard; what fails is said once and never ends the training."""
 
+import errno
 import json
 import math
 import os
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from nanogpt_fast.errors import ConfigError
-from nanogpt_fast.run.log import RunLog
+from nanogpt_fast.run.log import MetricsFile, RunLog
 from nanogpt_fast.settings.config import LogConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,16 +95,43 @@ def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 @needs_dev_full
 def test_a_full_disk_is_said_once(tmp_path: Path, capsys, caplog: pytest.LogCaptureFixture):
-    """The real error, from the kernel. close() too: a file that could not be flushed fails there again."""
-    log = open_log(tmp_path)
+    """The real error, from the kernel."""
+    log, path = open_log(tmp_path), tmp_path / "metrics.jsonl"
     assert log._file is not None
     with FULL.open("w") as full:
-        os.dup2(full.fileno(), log._file.fileno())
+        os.dup2(full.fileno(), log._file._file.fileno())
     for _ in range(3):
         write_some(log)
+    rows = log._file._waiting.count(b"\n")
     log.close()
-    assert caplog.messages == ["metrics.jsonl: No space left on device; training goes on without it"]
+    assert rows > 3 and caplog.messages == [
+        f"{path}: No space left on device; training goes on, its rows wait for room",
+        f"{path}: {rows} rows are lost",
+    ]
     assert capsys.readouterr().out.count("iter 0") == 3
+
+
+def test_rows_that_found_no_room_are_written_when_there_is_some(tmp_path: Path, caplog, monkeypatch):
+    """Half a row went to the disk before it was full: the rest follows, and nothing stands twice."""
+    metrics, room = MetricsFile(tmp_path / "metrics.jsonl"), [7]
+    raw = metrics._file
+
+    class Disk:
+        def write(self, data: bytes) -> int:
+            if not room[0]:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return raw.write(data[: room[0]]) or 0
+
+    monkeypatch.setattr(metrics, "_file", Disk())
+    metrics.write('{"iter": 0}\n')
+    room[0] = 0
+    metrics.write('{"iter": 1}\n')
+    metrics.write('{"iter": 2}\n')
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"iter": 0}\n' and "wait for room" in caplog.text
+    room[0] = 5
+    metrics.write('{"iter": 3}\n')
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(f'{{"iter": {i}}}\n' for i in range(4))
+    assert "no row is lost" in caplog.text and len(caplog.messages) == 2
 
 
 CONSOLE = """
@@ -111,7 +139,7 @@ import logging, sys
 from pathlib import Path
 from nanogpt_fast.errors import WarningLines
 from nanogpt_fast.settings.config import LogConfig
-from nanogpt_fast.run.log import RunLog
+from nanogpt_fast.run.log import MetricsFile, RunLog
 logging.getLogger("nanogpt_fast").addHandler(WarningLines())
 log = RunLog(Path(sys.argv[1]), LogConfig(), {}, total=3)
 sys.stdin.readline()  # the reader of our pipe is gone by now

@@ -1,0 +1,133 @@
+"""What a run holds and what of it is on the disk: one place decides whether it is worth keeping, and saves it.
+
+Held between two steps: the parameters, the moments, and where the run stands in its order (Position). It is kept at
+evaluations, at signals, and before any error ends the run, unless it is not healthy.
+"""
+
+import logging
+import math
+import shlex
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from nanogpt_fast.data.loader import Draws
+from nanogpt_fast.distributed import World
+from nanogpt_fast.errors import CheckpointError
+from nanogpt_fast.run import checkpoint, ranges
+from nanogpt_fast.run.ranges import span
+from nanogpt_fast.settings.config import Config
+from nanogpt_fast.step import TrainStep
+
+log = logging.getLogger(__name__)
+MAX_FAILED_SAVES = 3
+
+
+class Position(NamedTuple):
+    """Where the run stands between two steps: what a checkpoint says of it, and a resume begins with."""
+
+    step: int  # iterations whose updates the parameters have behind them
+    samples: int  # handed out to all ranks until there
+    draws: Draws | None  # of nanoGPT's order: the generator's state, and the micro-batch drawn in advance
+
+
+class Keeper:
+    """Saves rank 0's state to out_dir; on other ranks save() does nothing.
+
+    facts: what every checkpoint says of the run (fingerprint, tokenizer). say, elapsed: the run's log.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        step: TrainStep,
+        position: Position,
+        facts: dict[str, Any],
+        say: Callable[[str], None],
+        elapsed: Callable[[], float],
+    ):
+        self.config, self.world, self.step, self.position, self.facts = config, world, step, position, facts
+        self._say, self._elapsed = say, elapsed
+        self.saved_step = position.step if config.run.init_from == "resume" else -1  # -1: nothing of this run
+        self.last_loss = 0.0  # of the newest step
+        self.evaluated: tuple[int, float] | None = None  # (iteration, val loss) of the last evaluation
+        self.best_val_loss = math.inf
+        self._failed = 0
+
+    @property
+    def healthy(self) -> bool:
+        """Whether what is held is worth keeping: whole (no update was broken off), finite, and so were the losses that
+        it came to last. Refused updates are none."""
+        losses = [self.last_loss, self.evaluated[1] if self.evaluated else 0.0]
+        if not (self.step.whole and all(map(math.isfinite, losses))):
+            return False
+        return bool(torch.isfinite(self.step.optimizer.flat.master.sum()))
+
+    @property
+    def unsaved(self) -> int:
+        """Steps since the last checkpoint."""
+        return self.position.step - max(self.saved_step, 0)
+
+    def save(self, must: bool = False) -> None:
+        """Write the checkpoint of the steps done; a full disk is survived a few times, unless `must`."""
+        if not self.world.is_main:
+            return
+        optimizer, (step, samples, draws) = self.step.optimizer, self.position
+        tensors, numbers = optimizer.state_dict()
+        state = {
+            **numbers,
+            **self.step.guard.state_dict(),
+            "samples_seen": samples,
+            "best_val_loss": None if math.isinf(self.best_val_loss) else self.best_val_loss,
+            "val_loss": self.evaluated[1] if self.evaluated and self.evaluated[0] == step else None,
+            "elapsed_s": self._elapsed(),
+            **self.facts,
+            "config": self.config.flat(),
+        }
+        if draws is not None and self.world.size == 1:  # the other ranks have generators of their own
+            state["draws"] = draws.to_json()
+        model, flat = self.step.model, optimizer.flat
+        content = checkpoint.Checkpoint(step, asdict(model.config), flat.named(flat.master), tensors, state)
+        try:
+            with span(ranges.CHECKPOINT):
+                path = checkpoint.save(self._out_dir, content, keep_last=self.config.run.keep_last)
+        except CheckpointError as error:
+            self._failed += 1
+            if must or self._failed >= MAX_FAILED_SAVES:
+                raise
+            log.warning("%s\n  training goes on; the next evaluation tries again", error)
+        else:
+            self._failed, self.saved_step = 0, step
+            self._say(f"saving checkpoint to {path}")
+
+    def before_leaving(self, must: bool = False) -> None:
+        """The run ends here: save the steps since the last checkpoint if they are healthy, and say how to go on.
+
+        Raises where that fails and `must`; else something worse ends the run, and this only warns.
+        """
+        if not self.world.is_main:
+            return
+        try:
+            if self.unsaved and self.healthy:
+                self.save(must=True)
+        except Exception as error:  # the device is gone, or the disk
+            if must:
+                raise
+            log.warning("the last %d steps could not be saved: %s", self.unsaved, str(error).partition("\n")[0])
+        done, saved = self.position.step, self.saved_step
+        kept = "" if not self.unsaved else f"; saved until iteration {saved - 1}" if saved > 0 else "; nothing is saved"
+        if done:
+            self._say(f"stopped after iteration {done - 1}{kept}. To continue:\n  {self.command(resume=saved >= 0)}")
+
+    def command(self, resume: bool) -> str:
+        """What to type to go on with this run, or to start it again."""
+        words = ["python", "-m", "nanogpt_fast.train", "--config", str(self._out_dir / "config.toml")]
+        return shlex.join([*words, "--init_from=resume"] if resume else words)
+
+    @property
+    def _out_dir(self) -> Path:
+        return Path(self.config.run.out_dir)

@@ -1,0 +1,178 @@
+"""The parts of a run, from its configuration: data, weights, model, optimizer, order. train.py puts them together."""
+
+import dataclasses
+import logging
+import math
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from nanogpt_fast.data.dataset import read_meta
+from nanogpt_fast.data.loader import Draws
+from nanogpt_fast.data.orders import NanogptOrder, ShuffleOrder
+from nanogpt_fast.data.preparation import ensure
+from nanogpt_fast.data.splits import dataset_folder, open_split
+from nanogpt_fast.data.tokens import TokenSource, check_fingerprint
+from nanogpt_fast.distributed import World
+from nanogpt_fast.errors import CheckpointError, DeviceError
+from nanogpt_fast.hardware import free_memory
+from nanogpt_fast.memory import RESERVE, largest_batch, peak, plan_of, readable, relief
+from nanogpt_fast.model import GPT
+from nanogpt_fast.ops import Ops
+from nanogpt_fast.optim import AdamW, FlatParameters
+from nanogpt_fast.restore import Restored, restore
+from nanogpt_fast.settings.config import Config, GPTConfig
+
+log = logging.getLogger(__name__)
+
+
+def open_data(config: Config, stack: ExitStack, say: Any) -> tuple[dict[str, TokenSource], int | None, dict[str, Any]]:
+    """(sources by split, the dataset's vocabulary if it says one, its tokenizer)."""
+    ensure(config.data.dataset, config.data.data_dir)
+    train = stack.enter_context(open_split(config.data, "train"))
+    val = open_split(config.data, "val", required=True) if config.run.eval_only else open_split(config.data, "val")
+    sources = {"train": train}
+    if val is not None:
+        sources["val"] = stack.enter_context(val)
+    folder = dataset_folder(config.data)
+    meta = read_meta(folder) if folder else None
+    if meta is None or meta.tokenizer.get("kind") == "gpt2":
+        return sources, None, {"kind": "gpt2"}
+    say(f"found vocab_size = {meta.vocab_size} (inside {folder})")
+    return sources, meta.vocab_size, meta.tokenizer
+
+
+def load_weights(config: Config, say: Any) -> Restored:
+    """The weights that --init_from names."""
+    restored = restore(config.run.init_from, config.run.out_dir, config.data.data_dir)
+    if config.run.init_from != "resume":
+        say(f"Initializing from {restored.source}")
+        return restored
+    say(f"Resuming training from {restored.source}")
+    then, place = restored.run_config, {"init_from", "out_dir", "data_dir", "eval_only", "debug"}
+    place |= {"profile", "profiler", *vars(config.model)}
+    changed = {k: v for k, v in config.flat().items() if k in then and then[k] != v and k not in place}
+    if changed:
+        say("changed since the checkpoint: " + ", ".join(f"{k} {then[k]} -> {v}" for k, v in changed.items()))
+    return restored
+
+
+def fit_micro_batch(config: Config, shape: GPTConfig, ops: Ops, dtype: torch.dtype, world: World, say: Any) -> Config:
+    """The configuration with the largest micro-batch that fits on every rank, its tokens an iteration as they were."""
+    plan = plan_of(config, shape, ops, dtype, world.device, world.size)
+    free = free_memory(world.device)
+    if free is None:
+        raise DeviceError(
+            "how much memory is free is not known here, so --micro_batch=auto cannot choose",
+            where=str(world.device),
+            expected="CUDA, MPS, or Linux",
+            hint="leave --micro_batch out, and set --batch_size",
+        )
+    fits = torch.zeros(world.size, dtype=torch.int64, device=world.device)
+    fits[world.rank] = largest_batch(plan, (1 - RESERVE) * free) or 0
+    world.all_reduce_(fits)
+    batch_size = int(fits.min())
+    if not batch_size:
+        one = plan.with_batch(1)
+        raise DeviceError(
+            "not even one sequence a micro-batch fits",
+            where=f"{world.device}, block_size = {config.data.block_size}, recompute = {plan.recompute!r}",
+            expected=f"{readable(sum(peak(one).values()))}, by prediction",
+            found=f"{readable(free)} free, of which {RESERVE:.0%} are kept back",
+            hint=relief(one, (1 - RESERVE) * free),
+        )
+    resolved = plan.with_batch(batch_size)
+    say(
+        f"micro-batch of {batch_size} sequences, {resolved.micro_batches} a rank and iteration: the largest whose "
+        f"predicted peak, {readable(sum(peak(resolved).values()))}, fits into {readable(free)} free less {RESERVE:.0%}"
+    )
+    first, full = (n * world.size // batch_size for n in (plan.first, plan.sequences))
+    ramp = f"{first}:{plan.ramp}" if plan.ramp else ""
+    return config.replace(batch_size=batch_size, gradient_accumulation_steps=full, batch_ramp=ramp, micro_batch="")
+
+
+def build_model(
+    config: Config, shape: GPTConfig, restored: Restored | None, generator: torch.Generator, ops: Ops, say: Any
+) -> GPT:
+    """The model on the CPU in float32, initialised or loaded, in training mode."""
+    loaded_shape = restored.config if restored else shape
+    wide = torch.float32 if config.system.residual_dtype == "float32" else None
+    model = GPT(dataclasses.replace(loaded_shape, dropout=shape.dropout), ops, wide, config.system.recompute)
+    if restored is None or config.data.data_order == "nanogpt":  # nanoGPT draws the weights even to overwrite them
+        model.init_weights(generator)
+    if restored is not None:
+        model.load_state_dict(restored.model)
+    say(f"number of parameters: {model.num_params() / 1e6:.2f}M")
+    if shape.block_size < model.config.block_size:
+        model.crop_block_size(shape.block_size)
+        say(f"positions cropped from {loaded_shape.block_size} to {shape.block_size}")
+    return model.train()
+
+
+def build_optimizer(
+    config: Config, model: GPT, restored: Restored | None, dtype: torch.dtype, world: World, say: Any
+) -> AdamW:
+    """Move the parameters into flat buffers on the device, and AdamW over them, its state restored on resume."""
+    flat = FlatParameters(model, dtype, world.device)
+    world.broadcast_(flat.master)
+    if flat.params is not flat.master:
+        flat.params.copy_(flat.master)
+    optimizer = AdamW(flat, config.optim, model.ops, scale_loss=dtype == torch.float16)
+    for text, wanted in (("decayed", True), ("non-decayed", False)):
+        shapes = [shape for shape in flat.shapes.values() if (len(shape) > 1) == wanted]
+        say(f"num {text} parameter tensors: {len(shapes)}, with {sum(s.numel() for s in shapes):,} parameters")
+    if config.run.init_from == "resume" and restored is not None and not restored.optimizer:
+        log.warning("the checkpoint has no optimizer state; AdamW starts anew")
+    elif config.run.init_from == "resume" and restored is not None and restored.optimizer:
+        rows = model.config.block_size
+        cropped = {k: t[:rows] if k.endswith("wpe.weight") else t for k, t in restored.optimizer.items()}
+        optimizer.load_state_dict(cropped, {"optimizer_step": restored.step, **restored.state})
+    return optimizer
+
+
+def agree_on_start(world: World, start: int) -> None:
+    """Ranks read checkpoints by themselves; on a slow shared disk they could see different ones."""
+    first = torch.tensor([start], device=world.device)
+    world.broadcast_(first)
+    if world.any(int(first) != start):
+        raise CheckpointError(
+            "the ranks found different checkpoints",
+            where=f"rank {world.rank}",
+            expected=f"iteration {int(first)}, as rank 0",
+            found=f"iteration {start}",
+            hint="see that every node reads the same --out_dir, then start again",
+        )
+
+
+def best_val_loss_of(resumed: Restored | None) -> float:
+    """The lowest validation loss so far; infinity where none is known, or an older version saved NaN."""
+    saved = resumed.state.get("best_val_loss") if resumed else None
+    return saved if saved is not None and math.isfinite(saved) else math.inf
+
+
+def draws_of(
+    resumed: Restored | None, order: ShuffleOrder | NanogptOrder, batch_size: int, world: World
+) -> Draws | None:
+    """Where nanoGPT's order goes on; None where it begins anew: a run that is not resumed, a nanoGPT checkpoint (which
+    has no generator in it), another batch_size, several ranks (of which one alone is saved)."""
+    if resumed is None or world.size > 1 or not isinstance(order, NanogptOrder):
+        return None
+    starts = order.source.files[0].n_tokens - order.block_size
+    draws = Draws.from_json(resumed.state.get("draws"), batch_size, starts)
+    if draws is None:
+        log.warning("the checkpoint does not say where nanoGPT's order goes on: its draws begin anew, as nanoGPT's do")
+    return draws
+
+
+def order_data(
+    config: Config, source: TokenSource, resumed: Restored | None, generator: torch.Generator
+) -> tuple[ShuffleOrder | NanogptOrder, dict[str, Any]]:
+    """(the order samples come in, the data's fingerprint, which on resume must be the checkpoint's)."""
+    fingerprint = source.fingerprint()
+    saved = resumed.state.get("fingerprint") if resumed else None
+    if saved and not config.data.ignore_fingerprint:
+        check_fingerprint(saved, fingerprint)
+    if config.data.data_order == "nanogpt":
+        return NanogptOrder(source, config.data.block_size, generator), fingerprint
+    return ShuffleOrder(source, config.data.block_size, config.run.seed), fingerprint
