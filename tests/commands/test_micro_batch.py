@@ -9,8 +9,7 @@ import torch
 from tiny_run import VOCAB, metrics, train, write_dataset
 from torch import Tensor
 
-from nanogpt_fast import dry_run
-from nanogpt_fast import parts
+from nanogpt_fast import dry_run, parts
 from nanogpt_fast.distributed import World
 from nanogpt_fast.errors import ConfigError, DeviceError
 from nanogpt_fast.memory import batch_flags, peak, plan_of
@@ -19,6 +18,7 @@ from nanogpt_fast.run import checkpoint
 from nanogpt_fast.schedule import BatchSchedule
 from nanogpt_fast.settings.cli import load_config
 from nanogpt_fast.settings.config import Config
+from nanogpt_fast.train import main
 
 TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=VOCAB, data_order="shuffle")
 CPU = torch.device("cpu")
@@ -113,7 +113,7 @@ def test_a_config_from_before_recompute_loads_and_resumes(folder: Path, monkeypa
         return found
 
     monkeypatch.setattr(checkpoint, "load", older)
-    assert parts.main(["--config", str(path), "--init_from=resume", "--max_iters=25"]) == 0
+    assert main(["--config", str(path), "--init_from=resume", "--max_iters=25"]) == 0
     assert max(metrics(folder, "train", "loss")) == 25
 
 
