@@ -24,7 +24,7 @@ def describe(config: Config) -> str:
     known = meta.vocab_size if meta and meta.tokenizer.get("kind") != "gpt2" else GPT2_PADDED
     shape, model = config.shape(config.model.vocab_size or known), "a new model"
     if config.run.init_from != "scratch":
-        restored = restore(config.run.init_from, config.run.out_dir, config.data.data_dir)
+        restored = restore(config.run.init_from, config.run.out_dir, config.data.data_dir, config.run.resume_step)
         shape = shape_of(config, restored, None, lambda _: None)
         model = restored.source
     if config.system.on:

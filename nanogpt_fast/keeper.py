@@ -120,7 +120,9 @@ class Keeper:
             log.warning("the last %d steps could not be saved: %s", self.unsaved, str(error).partition("\n")[0])
         done, saved = self.position.step, self.saved_step
         kept = "" if not self.unsaved else f"; saved until iteration {saved - 1}" if saved > 0 else "; nothing is saved"
-        if done:
+        if not done:
+            self._say("stopped before the first step: there is nothing to save")
+        else:
             self._say(f"stopped after iteration {done - 1}{kept}. To continue:\n  {self.command(resume=saved >= 0)}")
 
     def command(self, resume: bool) -> str:

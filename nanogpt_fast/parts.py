@@ -45,12 +45,12 @@ def open_data(config: Config, stack: ExitStack, say: Any) -> tuple[dict[str, Tok
 
 def load_weights(config: Config, say: Any) -> Restored:
     """The weights that --init_from names."""
-    restored = restore(config.run.init_from, config.run.out_dir, config.data.data_dir)
+    restored = restore(config.run.init_from, config.run.out_dir, config.data.data_dir, config.run.resume_step)
     if config.run.init_from != "resume":
         say(f"Initializing from {restored.source}")
         return restored
     say(f"Resuming training from {restored.source}")
-    then, place = restored.run_config, {"init_from", "out_dir", "data_dir", "eval_only", "debug"}
+    then, place = restored.run_config, {"init_from", "resume_step", "out_dir", "data_dir", "eval_only", "debug"}
     place |= {"profile", "profiler", *vars(config.model)}
     changed = {k: v for k, v in config.flat().items() if k in then and then[k] != v and k not in place}
     if changed:

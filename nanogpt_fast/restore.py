@@ -63,8 +63,9 @@ class Restored:
         return tokenizer
 
 
-def restore(init_from: str, out_dir: str, data_dir: str = "data") -> Restored:
-    """The weights that init_from names. Raises CheckpointError; ConfigError for scratch, which has none."""
+def restore(init_from: str, out_dir: str, data_dir: str = "data", step: int = 0) -> Restored:
+    """The weights that init_from names; step: of this checkpoint, for resume. Raises CheckpointError; ConfigError for
+    scratch, which has none."""
     if init_from == "scratch":
         raise ConfigError(
             "a model from scratch has no weights to load",
@@ -72,7 +73,7 @@ def restore(init_from: str, out_dir: str, data_dir: str = "data") -> Restored:
             expected=f"resume, best, {', '.join(HUB)} or a path",
         )
     if init_from == "resume":
-        return _resume(Path(out_dir), data_dir)
+        return _resume(Path(out_dir), data_dir, step)
     if init_from == "best":
         return _best(Path(out_dir), data_dir)
     on_hub = init_from.removeprefix("openai-community/") in HUB
@@ -89,8 +90,18 @@ def restore(init_from: str, out_dir: str, data_dir: str = "data") -> Restored:
     return _from_weights(formats.read(init_from), source, data_dir)
 
 
-def _resume(out_dir: Path, data_dir: str) -> Restored:
-    if checkpoint.readable_steps(out_dir):
+def _resume(out_dir: Path, data_dir: str, step: int) -> Restored:
+    steps = checkpoint.readable_steps(out_dir)
+    if step and step not in steps:
+        raise CheckpointError(
+            f"there is no checkpoint of step {step}",
+            where=f"--out_dir={out_dir}, --resume_step={step}",
+            expected="one of the run's steps",
+            found=", ".join(map(str, steps)) or "none",
+        )
+    if step:
+        return _from_native(steps[step], data_dir)
+    if steps:
         return _from_native(out_dir, data_dir)
     if (out_dir / "ckpt.pt").is_file():
         found = formats.read(out_dir / "ckpt.pt")

@@ -162,7 +162,7 @@ def begin_out_dir(config: Config, shape: GPTConfig, start: int) -> None:
         print(f"checkpoints of an earlier run, which this one does not continue, are now in {moved}")
     if kept := set_rows_aside(out_dir / "metrics.jsonl", continues):
         print(f"figures that this run does not continue are now in {kept}")
-    write_atomic(out_dir / "config.toml", to_toml(config.replace(dry_run=False, profile="")).encode())
+    write_atomic(out_dir / "config.toml", to_toml(config.replace(dry_run=False, profile="", resume_step=0)).encode())
 
 
 # ---- what is said before and after ----

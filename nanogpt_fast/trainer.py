@@ -191,13 +191,17 @@ class Trainer:
             raise self._diverged(f"no update in {in_a_row} iterations in a row, {why}", where)
 
     def _diverged(self, what: str, where: str) -> DivergedError:
-        saved = checkpoint.list_steps(self.out_dir)
+        saved, best = checkpoint.list_steps(self.out_dir), checkpoint.best(self.out_dir)
+        back = ""  # to before the loss went up, where that was saved
+        if best and best != saved[max(saved)]:
+            back = f" --resume_step={int(best.name.removeprefix('step_'))}"
+        rate = f"--learning_rate={self.config.optim.learning_rate / 3:.2g}"
         return DivergedError(
             what,
             where=where,
             expected="finite losses and gradients, no spike; no such update was applied",
-            found=f"the last good checkpoint is {saved[max(saved)]}" if saved else "no checkpoint yet",
-            hint=f"{self.keeper.command(resume=bool(saved))} --learning_rate={self.config.optim.learning_rate / 3:.2g}",
+            found=f"the last good checkpoint is {best or saved[max(saved)]}" if saved else "no checkpoint yet",
+            hint=f"{self.keeper.command(resume=bool(saved))}{back} {rate}",
         )
 
     def _out_of_memory(self, error: Exception) -> DeviceError:
@@ -209,7 +213,7 @@ class Trainer:
             "the device ran out of memory",
             where=f"{device}, batch_size = {data.batch_size}, block_size = {data.block_size}, "
             f"recompute = {plan.recompute!r}",
-            found=str(error).splitlines()[0],
+            found=next(iter(str(error).splitlines()), type(error).__name__),
             hint=relief(plan, None if there is None else (1 - RESERVE) * there, self.world.size),
         )
 

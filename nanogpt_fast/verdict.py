@@ -61,7 +61,7 @@ class Verdict:
 def shape_of_run(config: Config) -> GPTConfig:
     """The shape that a training run with these flags would have."""
     if config.run.init_from != "scratch":
-        restored = restore(config.run.init_from, config.run.out_dir, config.data.data_dir)
+        restored = restore(config.run.init_from, config.run.out_dir, config.data.data_dir, config.run.resume_step)
         return shape_of(config, restored, None, lambda _: None)
     folder = dataset_folder(config.data)
     meta = read_meta(folder) if folder else None

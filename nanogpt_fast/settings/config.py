@@ -31,6 +31,7 @@ class RunConfig:
     eval_only: bool = False  # stop right after the first evaluation
     eval_mode: Literal["random", "full"] = "random"  # random batches as nanoGPT, or the whole validation split in order
     always_save_checkpoint: bool = True  # save after each evaluation, not only when val loss improves
+    resume_step: int = 0  # with --init_from=resume: this checkpoint, instead of the newest; later ones are set aside
     keep_last: int = 2  # checkpoints kept besides the best one (at least 2)
     sample_at_end: int = 0  # characters/tokens of a sample printed when training ends, 0 for none
     seed: int = 1337  # weights, data order, dropout
@@ -41,7 +42,8 @@ class RunConfig:
         require_range(
             self.keep_last >= 2, "keep_last", ">= 2: the last one may be cut off while it is written", self.keep_last
         )
-        require_range(self.sample_at_end >= 0, "sample_at_end", ">= 0", self.sample_at_end)
+        for key in ("sample_at_end", "resume_step"):
+            require_range(getattr(self, key) >= 0, key, ">= 0", getattr(self, key))
         require_range(0 <= self.seed < 2**63, "seed", "0 <= seed < 2^63", self.seed)
 
 
@@ -265,6 +267,12 @@ class Config:
     system: SystemConfig = field(default_factory=SystemConfig)
 
     def __post_init__(self) -> None:
+        if self.run.resume_step and self.run.init_from != "resume":
+            raise ConfigError(
+                "--resume_step is for --init_from=resume",
+                where=f"resume_step = {self.run.resume_step}, init_from = {self.run.init_from!r}",
+                expected="both, or neither",
+            )
         window, last = self.system.window, self.optim.max_iters
         if window and (window.stop > last + 1 or self.run.eval_only):
             raise ConfigError(
