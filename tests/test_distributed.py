@@ -105,6 +105,19 @@ def test_collectives_of_one_process_are_the_identity():
     world.close()
 
 
+def test_a_rank_that_is_lost_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch):
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("[pair.cc:537] Read error [127.0.0.1]:16537: Connection reset by peer.")
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", broken)
+    monkeypatch.setattr(torch.distributed, "broadcast", broken)
+    world = World(1, 2)
+    for collective in (world.all_reduce_, world.broadcast_, lambda _: world.any(True)):
+        with pytest.raises(DeviceError, match="another rank does not answer") as error:
+            collective(torch.zeros(1))
+        assert "rank 1 of 2" in error.value.where and "Connection reset" in error.value.found
+
+
 # ---- joining ----
 
 
@@ -141,6 +154,28 @@ def test_half_an_environment_is_an_error(environment: pytest.MonkeyPatch):
     environment.setenv("RANK", "0")
     with pytest.raises(ConfigError, match="no LOCAL_RANK and no WORLD_SIZE"):
         join("cpu", "nccl", 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"RANK": "x"}, "RANK is no number"),
+        ({"RANK": "-1"}, "RANK is no number"),
+        ({"WORLD_SIZE": "0"}, "describes no rank"),
+        ({"RANK": "1"}, "describes no rank"),
+        ({}, "cannot meet"),
+        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "ten"}, "cannot meet"),
+    ],
+    ids=str,
+)
+def test_an_environment_of_no_rank(environment: pytest.MonkeyPatch, changes: dict[str, str], what: str):
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        environment.delenv(name, raising=False)
+    for name, value in ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"} | changes).items():
+        environment.setenv(name, value)
+    with pytest.raises(ConfigError, match=what) as error:
+        join("cpu", "nccl", 1)
+    assert "torchrun" in error.value.hint
 
 
 def test_more_ranks_than_gpus(environment: pytest.MonkeyPatch):

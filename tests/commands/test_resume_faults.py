@@ -15,8 +15,7 @@ from tiny_checkpoint import save_steps
 from tiny_run import metrics, train, write_dataset
 
 from nanogpt_fast import evaluate
-from nanogpt_fast.distributed import World
-from nanogpt_fast.errors import CheckpointError, DeviceError
+from nanogpt_fast.errors import CheckpointError
 from nanogpt_fast.hardware import Peak, flops_per_token
 from nanogpt_fast.meter import Meter
 from nanogpt_fast.restore import restore
@@ -278,18 +277,3 @@ def test_a_state_of_the_wrong_kind_is_stepped_over(folder: Path, key: str, value
         checkpoint.load(path)
     assert f"state.{key}" in error.value.where
     assert restore("resume", str(folder / "out")).step == 10
-
-
-def test_a_rank_that_is_lost_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch):
-    def broken(*_: Any, **__: Any) -> None:
-        raise GLOO
-
-    monkeypatch.setattr("torch.distributed.all_reduce", broken)
-    monkeypatch.setattr("torch.distributed.broadcast", broken)
-    world = World(1, 2)
-    for collective in (world.all_reduce_, world.broadcast_):
-        with pytest.raises(DeviceError, match="another rank does not answer") as error:
-            collective(torch.zeros(1))
-        assert "rank 1 of 2" in error.value.where and "Connection reset" in error.value.found
-    with pytest.raises(DeviceError):
-        world.any(True)
