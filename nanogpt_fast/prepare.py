@@ -16,8 +16,9 @@ datasets:
   openwebtext, fineweb, finewebedu
                     streamed from the Hugging Face hub (extra `data`)
   text              your own: --source FILE, FOLDER or GLOB (.txt .md .py, and
-                    with --field .jsonl .parquet); any other NAME with --source
-                    is the same, under that name"""
+                    with --field the rows of .jsonl .json .csv .parquet; packed
+                    too: .gz .zst); any other NAME with --source is the same,
+                    under that name"""
 
 
 def _summary(config: PrepareConfig, meta: Meta, seconds: float | None) -> str:
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> int:
         meta = verify(config.folder)
         print(f"{config.folder}: {sum(len(split.files) for split in meta.splits.values())} files are as prepared")
         return 0
-    there = is_complete(config.folder) and not config.force
+    there = not config.force and is_complete(config.folder)
     began = time.perf_counter()
     meta = prepare(config)
     print(_summary(config, meta, None if there else time.perf_counter() - began))
@@ -50,4 +51,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, again="the same command goes on where it stopped")

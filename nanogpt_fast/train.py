@@ -186,7 +186,7 @@ def open_data(config: Config, stack: ExitStack, say: Any) -> tuple[dict[str, Tok
     if val is not None:
         sources["val"] = stack.enter_context(val)
     folder = dataset_folder(config.data)
-    meta = read_meta(folder) if folder else None
+    meta = read_meta(folder, config.model.vocab_size) if folder else None
     if meta is None or meta.tokenizer.get("kind") == "gpt2":
         return sources, None, {"kind": "gpt2"}
     say(f"found vocab_size = {meta.vocab_size} (inside {folder})")

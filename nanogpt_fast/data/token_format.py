@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nanogpt_fast.data.recipes import prepare_command
 from nanogpt_fast.errors import DataError
 
 HEADER_BYTES = 1024
@@ -61,7 +62,9 @@ def inspect(path: str) -> TokenFile:
 def _sniff(path: str, head: bytes, size: int) -> tuple[str, str, int, int]:
     """(layout, dtype, bytes of header, tokens that the header claims or -1)."""
     if size == 0:
-        raise DataError("a token file is empty", where=path, found="0 bytes", hint=prepare_hint(path))
+        raise DataError(
+            "a token file is empty", where=path, found="0 bytes", hint=prepare_command(os.path.dirname(path))
+        )
     if head.startswith(b"\x93NUMPY"):
         return _sniff_npy(path, head)
     words = np.frombuffer(head[: min(len(head), HEADER_BYTES) // 4 * 4], "<i4").tolist() + [0] * 3
@@ -85,11 +88,14 @@ def _sniff(path: str, head: bytes, size: int) -> tuple[str, str, int, int]:
             where=path,
             expected=" or ".join(map(str, LLMC_LAYOUTS)) + ", or no header at all (nanoGPT)",
             found=str(magic) + (" (llm.c: a model, tokenizer, state or evaluation file)" if dated else ""),
-            hint=prepare_hint(path),
+            hint=prepare_command(os.path.dirname(path)),
         )
     if len(head) >= 64 and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in head):
         raise DataError(
-            "a token file holds text, not tokens", where=path, found=repr(head[:40].decode()), hint=prepare_hint(path)
+            "a token file holds text, not tokens",
+            where=path,
+            found=repr(head[:40].decode()),
+            hint=prepare_command(os.path.dirname(path)),
         )
     return "nanogpt", "<u2", 0, -1
 
@@ -102,7 +108,7 @@ def _sniff_npy(path: str, head: bytes) -> tuple[str, str, int, int]:
         shape, _, dtype = reader(stream)
     except (ValueError, KeyError) as error:
         raise DataError(
-            "a .npy header cannot be read", where=path, found=str(error), hint=prepare_hint(path)
+            "a .npy header cannot be read", where=path, found=str(error), hint=prepare_command(os.path.dirname(path))
         ) from error
     if len(shape) != 1 or dtype.str not in ("<u2", "<u4", "<i4"):
         raise DataError(
@@ -123,7 +129,3 @@ def unreadable(path: str, error: OSError, hint: str) -> DataError:
     gone = isinstance(error, FileNotFoundError)
     what = "a token file is gone" if gone else "a token file cannot be read"
     return DataError(what, where=path, found=error.strerror or str(error), hint=hint)
-
-
-def prepare_hint(path: str) -> str:
-    return f"python -m nanogpt_fast.prepare {os.path.basename(os.path.dirname(path)) or 'NAME'}"

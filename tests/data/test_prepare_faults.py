@@ -16,22 +16,23 @@ from nanogpt_fast.data.preparation import PrepareConfig, prepare
 
 # The command itself, with small steps that take long enough to be hit.
 DRIVER = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # under nohup it is inherited as ignored
 from nanogpt_fast import prepare
 from nanogpt_fast.data import encode, preparation, token_writer
 from nanogpt_fast.command import run_command
 encode.BATCH_CHARS, preparation.COMMIT_TOKENS = 2000, 5000
 commit = token_writer.TokenWriter.commit
-def slow_commit(self, documents, state):
-    commit(self, documents, state)
-    print(documents, flush=True)
+def slow_commit(self):
+    commit(self)
+    print(self._mark[0], flush=True)
     time.sleep(float(sys.argv.pop()))
 token_writer.TokenWriter.commit = slow_commit
 sys.argv += ["0.05"] * 1000
 if __name__ == "__main__":
-    run_command(lambda argv: prepare.main(argv[:5]))
+    run_command(lambda argv: prepare.main(argv[:5]), again="the same command goes on where it stopped")
 """
-STOPPED = "interrupted (SIGINT): nothing was left half done"
+STOPPED = "interrupted (SIGINT): the same command goes on where it stopped"
 ARGV = ["mine", "--source=corpus.jsonl", "--tokenizer=char", "--out=made/mine"]  # and --num_proc
 
 
