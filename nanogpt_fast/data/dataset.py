@@ -257,10 +257,11 @@ def _from_pickle(path: Path) -> Meta:
 
 def _tokenizer(itos: Any, size: int) -> dict[str, Any]:
     """What from_json reads of an itos that has a string for every id; else unknown: nanoGPT trains without one too."""
-    texts = itos if isinstance(itos, list | tuple) else []
+    texts: list[Any] = list(itos) if isinstance(itos, list | tuple) else []
     if isinstance(itos, dict) and len(itos) == size:
         texts = [itos.get(i) for i in range(size)]
-    if len(texts) != size or not all(isinstance(text, str) for text in texts):
+    strings = [text for text in texts if isinstance(text, str)]
+    if len(texts) != size or len(strings) != size:
         return {"kind": "unknown"}
-    single = all(len(text) == 1 for text in texts) and len(set(texts)) == size
-    return {"kind": "char" if single else "strings", "itos": list(texts)}
+    single = len(set(strings)) == size and all(len(text) == 1 for text in strings)
+    return {"kind": "char" if single else "strings", "itos": strings}

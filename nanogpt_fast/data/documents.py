@@ -4,7 +4,6 @@ Everything is read as documents: `read(documents, state)` goes on after that man
 preparation can resume. Empty documents are left out.
 """
 
-import functools
 import glob
 import hashlib
 import http.client
@@ -87,7 +86,7 @@ class FileDocuments:
     def nbytes(self) -> int:
         return sum(_stat(path).st_size for path in self.paths)
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
         """Of one text its content, as it is read twice anyway; of many files their names, sizes and times."""
         if not self.one:
@@ -179,8 +178,8 @@ def hub_documents(repository: str, subset: str, field: str = "text", revision: s
             raise DataError("the datasets library is missing", hint="pip install 'nanogpt-fast[data]'") from error
         if not constants.HF_HUB_OFFLINE:  # one try: the library's own take half a minute to say that nobody is there
             get_session().head(constants.ENDPOINT, timeout=DOWNLOAD_TIMEOUT)
-        options = {"name": subset or None, "revision": revision or None}
-        return datasets.load_dataset(repository, **options, split="train", streaming=True)
+        name, branch = subset or None, revision or None
+        return datasets.load_dataset(repository, name=name, revision=branch, split="train", streaming=True)
 
     return HubDocuments(open_stream, f"hf:{repository} {subset}".strip(), field)
 

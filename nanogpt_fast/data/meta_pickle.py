@@ -116,7 +116,7 @@ def _read(data: bytes) -> Any:
             del stack[-_TUPLES[name] :]
             stack.append(tuple(items))
         elif name in ("GLOBAL", "STACK_GLOBAL"):
-            words = argument.split(" ") if name == "GLOBAL" else [stack.pop(), stack.pop()][::-1]
+            words = _instance(argument, str).split(" ") if name == "GLOBAL" else [stack.pop(), stack.pop()][::-1]
             dotted = ".".join(_instance(word, str) for word in words)
             if dotted not in _KNOWN:
                 raise ValueError(f"opcode {name} at byte {position} names {dotted[:80]!r}: only plain data are read")

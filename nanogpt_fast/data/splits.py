@@ -9,10 +9,14 @@ from typing import Literal, overload
 
 from nanogpt_fast.data.dataset import check_split, read_meta
 from nanogpt_fast.data.recipes import RECIPE_NAMES, prepare_command
+from nanogpt_fast.data.token_format import refuse_wide
 from nanogpt_fast.data.tokenizer import KINDS
 from nanogpt_fast.data.tokens import TokenSource
 from nanogpt_fast.errors import ConfigError, DataError, did_you_mean
 from nanogpt_fast.settings.config import DataConfig
+
+LOOKED_AT = 100_000  # tokens, of a dataset that says nothing of its ids
+FEW_IDS = 1000  # GPT-2's tokens of any text of that length go beyond
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +38,12 @@ def open_split(data: DataConfig, split: Literal["train", "val"], *, required: bo
     folder = os.path.dirname(looked)
     check_split(Path(folder), split, paths, whole="{split}" not in data.dataset)
     if paths:
+        source = TokenSource(paths)
+        if not os.path.exists(os.path.join(folder, "meta.json")):
+            refuse_wide(source.files[0])
         if split == "train":
-            _warn_of_ids(Path(folder))
-        return TokenSource(paths)
+            _warn_of_ids(Path(folder), source)
+        return source
     if split == "val" and not required:
         log.warning("no validation tokens (%s): evaluation is off", looked)
         return None
@@ -55,7 +62,7 @@ def open_split(data: DataConfig, split: Literal["train", "val"], *, required: bo
     )
 
 
-def _warn_of_ids(folder: Path) -> None:
+def _warn_of_ids(folder: Path, source: TokenSource) -> None:
     """Say before hours of training what will be missed after them."""
     try:
         meta = read_meta(folder)
@@ -64,6 +71,12 @@ def _warn_of_ids(folder: Path) -> None:
         return
     if meta and meta.tokenizer["kind"] not in KINDS:
         log.warning("%s does not say what text the ids stand for: samples of the model cannot be decoded", folder)
+    if meta is None and (largest := source.largest_of(LOOKED_AT)) < FEW_IDS:
+        log.warning(
+            "%s has no meta.json and no meta.pkl: without --vocab_size its ids are taken for GPT-2's 50,257, though the "
+            "first %s go up to %d only. If they are characters', put their meta.pkl back",
+            folder, f"{min(LOOKED_AT, source.files[0].n_tokens):,}", largest,
+        )  # fmt: skip
 
 
 def dataset_folder(data: DataConfig) -> Path | None:

@@ -13,8 +13,10 @@ import numpy as np
 
 from nanogpt_fast.data.recipes import prepare_command
 from nanogpt_fast.errors import DataError
+from nanogpt_fast.files import open_regular
 
 HEADER_BYTES = 1024
+SAMPLE_BYTES = 4096  # looked at, at a file's beginning and in its middle
 LLMC_UINT16, LLMC_UINT32 = 20240520, 20240801  # magic numbers
 LLMC_LAYOUTS = {LLMC_UINT16: (1, "<u2"), LLMC_UINT32: (7, "<u4")}  # magic: (version, dtype)
 
@@ -34,7 +36,7 @@ class TokenFile:
 def inspect(path: str) -> TokenFile:
     """Open, sniff and measure one token file; DataError says what is wrong with it."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             head, identity = file.read(4 * HEADER_BYTES), identity_of(os.fstat(file.fileno()))
     except OSError as error:
         raise unreadable(path, error, f"look at it with: ls -l {path}") from error
@@ -119,6 +121,31 @@ def _sniff_npy(path: str, head: bytes) -> tuple[str, str, int, int]:
             hint="save it as np.save(path, tokens.astype(np.uint16))",
         )
     return "npy", dtype.str, stream.tell(), shape[0]
+
+
+def refuse_wide(file: TokenFile) -> None:
+    """DataError for a headerless file whose tokens look like the halves of four-byte ids: every second is next to zero
+    in all that is looked at, and the others are not. For files that nothing else says the form of."""
+    if file.layout != "nanogpt":
+        return
+    try:
+        with open_regular(file.path) as opened:
+            sample = opened.read(SAMPLE_BYTES)
+            opened.seek(file.identity[0] // 2 // 8 * 8)
+            sample += opened.read(SAMPLE_BYTES)
+    except OSError as error:
+        raise unreadable(file.path, error, f"look at it with: ls -l {file.path}") from error
+    low, high = np.frombuffer(sample[: len(sample) // 4 * 4], "<u2").reshape(-1, 2).T
+    if file.identity[0] % 4 or len(low) < 64 or high.max() > 15 or low.max() <= 15 or len(np.unique(low)) < 8:
+        return
+    raise DataError(
+        "a headerless token file seems to hold four-byte ids",
+        where=file.path,
+        expected="uint16 ids, as nanoGPT writes them",
+        found=f"every second of {2 * len(low):,} ids looked at is at most {high.max()}",
+        hint="if they are uint32: save them as .npy, python -c \"import numpy as n; n.save('train.npy', "
+        "n.fromfile('train.bin', '<u4'))\"; if not, prepare the text with nanogpt_fast, whose meta.json says so",
+    )
 
 
 def identity_of(stat: os.stat_result) -> tuple[int, int, int]:
