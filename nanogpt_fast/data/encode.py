@@ -205,7 +205,8 @@ def encode_batches(batches: Iterable[Batch], encoder: Encoder, num_proc: int) ->
 def _pool(encoder: Encoder, num_proc: int) -> ProcessPoolExecutor | None:
     context = multiprocessing.get_context("spawn")  # forking a process that has threads (datasets has) can deadlock
     try:
-        return ProcessPoolExecutor(num_proc, mp_context=context, initializer=_start_worker, initargs=(encoder,))
+        with _signals_held():  # the resource tracker starts here, which would take SIGHUP
+            return ProcessPoolExecutor(num_proc, mp_context=context, initializer=_start_worker, initargs=(encoder,))
     except (OSError, ImportError) as error:  # semaphores live in /dev/shm
         log.warning("no processes can be shared work with here (%s): this one encodes alone", error)
         return None

@@ -73,8 +73,8 @@ def _warn_of_ids(folder: Path, source: TokenSource) -> None:
         log.warning("%s does not say what text the ids stand for: samples of the model cannot be decoded", folder)
     if meta is None and (largest := source.largest_of(LOOKED_AT)) < FEW_IDS:
         log.warning(
-            "%s has no meta.json and no meta.pkl: without --vocab_size its ids are taken for GPT-2's 50,257, though the "
-            "first %s go up to %d only. If they are characters', put their meta.pkl back",
+            "%s has no meta.json and no meta.pkl: without --vocab_size its ids are taken for GPT-2's 50,257, though "
+            "the first %s go up to %d only. If they are characters', put their meta.pkl back",
             folder, f"{min(LOOKED_AT, source.files[0].n_tokens):,}", largest,
         )  # fmt: skip
 
