@@ -26,7 +26,8 @@ _STORE = {"MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"}
 _LOAD = {"GET", "BINGET", "LONG_BINGET"}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _SCALAR = {"numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"}
-_KNOWN = {"numpy.dtype", "_codecs.encode", "collections.OrderedDict"} | _SCALAR
+_BUILTIN = {f"{module}.{kind.__name__}": kind for module in ("__builtin__", "builtins") for kind in (set, frozenset)}
+_KNOWN = {"numpy.dtype", "_codecs.encode", "collections.OrderedDict", *_SCALAR, *_BUILTIN}
 _PLAIN = (str, int, float, bytes, type(None))
 
 
@@ -146,6 +147,8 @@ def _stand_in(name: str, arguments: tuple[Any, ...]) -> Any:
         return np.frombuffer(held, dtype.order.replace("|", "=") + dtype.code, count=1)[0].item()
     if name == "_codecs.encode":
         return _instance(arguments[0], str).encode("latin-1")
+    if name in _BUILTIN:
+        return _BUILTIN[name](map(_key, arguments[0] if arguments else ()))
     return _pairs([part for row in arguments[0] for part in row]) if arguments else {}  # an OrderedDict
 
 

@@ -40,6 +40,7 @@ from nanogpt_fast.errors import ConfigError, DataError, did_you_mean
 from nanogpt_fast.settings.config import require_range
 
 INLINE_BYTES = 32 << 20  # below this much text (2.5 s of GPT-2 encoding) worker processes cost more than they save
+TOLD_SECONDS = 10.0  # between lines of progress where there is no terminal
 COMMIT_TOKENS = 10_000_000  # an interrupted preparation loses at most so many
 
 
@@ -260,7 +261,7 @@ def _encode(
 
 
 class _Meter:
-    """What a pass over the text has come to: a bar on a terminal, else a line every ten seconds.
+    """What a pass over the text has come to: a bar on a terminal, else a line every TOLD_SECONDS.
 
     total: about so many bytes or characters, None when not known.
     """
@@ -292,7 +293,7 @@ class _Meter:
             self.task, completed=done, total=total, description=f"{self.name}: {text}" if text else self.name
         )
         now = time.perf_counter()
-        if not self.console.is_terminal and now - self.told > 10:
+        if not self.console.is_terminal and now - self.told >= TOLD_SECONDS:
             self.told = now
             share = f" {min(done / total, 1):.0%}" if total else ""
             print(f"{self.name}{share}: {text}" if text else f"{self.name}{share}", file=self.console.file, flush=True)

@@ -247,13 +247,14 @@ class TokenWriter:
         """
         for name, split in self.splits.items():
             if not split.tokens:
-                self._forget()
+                hint = self._more_text()
+                self.committed, self._mark = 0, (0, None, dict.fromkeys(SPLITS, 0))  # nothing that is worth resuming
                 raise DataError(
                     f"the {name} split got no tokens",
                     where=source,
                     expected="text for both splits",
                     found=", ".join(f"{n}: {s.tokens:,} tokens" for n, s in self.splits.items()),
-                    hint=self._more_text(),
+                    hint=hint,
                 )
         with disk_errors(self.folder):
             for split in self.splits.values():
@@ -297,11 +298,6 @@ class TokenWriter:
             write_json(self.folder / "meta.json", meta.to_json())
         shutil.rmtree(partial, ignore_errors=True)
         return meta
-
-    def _forget(self) -> None:
-        """Nothing of this is worth resuming."""
-        self.committed = 0
-        self._mark = (0, None, dict.fromkeys(SPLITS, 0))
 
     def _more_text(self) -> str:
         """What gives both splits something: of few documents, the share that the one nearest to val is in."""

@@ -270,6 +270,17 @@ def test_what_is_renamed_was_synced_before(tmp_path: Path, quick_fsync: list[str
     ]
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to name descriptors")
+def test_what_a_journal_promises_was_synced_before(tmp_path: Path, quick_fsync: list[str]) -> None:
+    writer = TokenWriter(tmp_path, "bin", 10, SETTINGS)
+    for split in ("train", "val"):
+        writer.write(split, ids(0, 1))
+    writer.mark(1, None)
+    writer.commit()
+    until = quick_fsync.index("rename journal.json")
+    assert {"sync train.bin", "sync val.bin", "sync journal.json.tmp"} == set(quick_fsync[:until])
+
+
 def test_stale_files_of_a_folder_without_any(tmp_path: Path) -> None:
     (tmp_path / "input.txt").touch()
     assert stale_files(tmp_path) == []
