@@ -7,6 +7,7 @@ npy       a 1-D array of uint16, uint32 or int32, as build-nanogpt saves it
 
 import io
 import os
+import reprlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,19 +109,23 @@ def _sniff_npy(path: str, head: bytes) -> tuple[str, str, int, int]:
         version = np.lib.format.read_magic(stream)
         reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, _, dtype = reader(stream)
-    except (ValueError, KeyError) as error:
+        count = shape[0] if len(shape) == 1 else -1
+    except Exception as error:  # what numpy, ast and tokenize raise between them
         raise DataError(
-            "a .npy header cannot be read", where=path, found=str(error), hint=prepare_command(os.path.dirname(path))
+            "a .npy header cannot be read",
+            where=path,
+            found=str(error)[:300],
+            hint=prepare_command(os.path.dirname(path)),
         ) from error
-    if len(shape) != 1 or dtype.str not in ("<u2", "<u4", "<i4"):
+    if count < 0 or dtype.str not in ("<u2", "<u4", "<i4"):
         raise DataError(
             "a .npy file does not hold tokens",
             where=path,
             expected="one dimension of uint16, uint32 or int32, little-endian",
-            found=f"shape {shape}, {dtype.name} ({dtype.str})",
+            found=reprlib.repr(f"shape {shape}, {dtype}"),
             hint="save it as np.save(path, tokens.astype(np.uint16))",
         )
-    return "npy", dtype.str, stream.tell(), shape[0]
+    return "npy", dtype.str, stream.tell(), count
 
 
 def refuse_wide(file: TokenFile) -> None:

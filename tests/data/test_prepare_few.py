@@ -60,7 +60,7 @@ def test_train_gets_a_document_too() -> None:
     source = documents.TextDocuments([f"text {i}" for i in range(4)], "a test")
     seed = next(seed for seed in range(1000) if all(encode.is_val(number, seed, 0.85) for number in range(4)))
     assert len(encode.val_of_few(source, seed, 0.85) or ()) == 3
-    assert encode.val_of_few(source, 2357, 0.5) is None
+    assert encode.val_of_few(documents.TextDocuments(["text"] * 30, "a test"), 2357, 0.5) is None
 
 
 @pytest.mark.parametrize("argv", [["one.txt"], ["few.jsonl"]])
