@@ -151,10 +151,10 @@ def _already_there(folder: Path, settings: dict[str, Any]) -> Meta | None:
     if not stale or (not (folder / "meta.json").exists() and (folder / PARTIAL).exists()):
         return None  # the second: cut off while publishing
     meta = read_meta(folder)
-    if meta is not None and meta.settings == settings:
+    if meta is not None and meta.settings == settings and not _grown(folder, meta):
         if not is_complete(folder):  # a token file is gone or cut short
             return None
-        if meta.splits and not any((folder / PARTIAL).glob("*.bin")):  # killed after meta.json was written
+        if not any((folder / PARTIAL).glob("*.bin")):  # killed after meta.json was written
             shutil.rmtree(folder / PARTIAL, ignore_errors=True)
         return meta
     changed = {key: value for key, value in settings.items() if meta and meta.settings.get(key) != value}
@@ -163,8 +163,14 @@ def _already_there(folder: Path, settings: dict[str, Any]) -> Meta | None:
         where=", ".join(str(path) for path in stale[:4]),
         expected=", ".join(f"{key} {value}" for key, value in changed.items()),
         found=", ".join(f"{key} {meta.settings.get(key)}" for key in changed) if meta else "",
-        hint="replace them with --force, or write elsewhere with --out FOLDER",
+        hint="write elsewhere with --out FOLDER; --force replaces them",
     )
+
+
+def _grown(folder: Path, meta: Meta) -> bool:
+    """Whether a token file is longer than prepared: somebody's own, which is not replaced unasked."""
+    sizes = {folder / file.name: file.bytes for split in meta.splits.values() for file in split.files}
+    return any(path.is_file() and path.stat().st_size > size for path, size in sizes.items())
 
 
 def _open_source(config: PrepareConfig) -> Documents:

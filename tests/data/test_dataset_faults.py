@@ -16,6 +16,7 @@ from nanogpt_fast.data.preparation import PrepareConfig, prepare
 from nanogpt_fast.data.splits import open_split
 from nanogpt_fast.data.tokenizer import from_json
 from nanogpt_fast.errors import DataError, NanogptError
+from nanogpt_fast.prepare import main
 from nanogpt_fast.settings.config import DataConfig
 
 DATA = DataConfig(dataset="set", data_dir="data")
@@ -65,6 +66,21 @@ def test_prepare_makes_what_is_missing_again(folder: Path) -> None:
     assert not is_complete(folder)
     make()
     assert is_complete(folder) and open_split(DATA, "train").n_tokens == 270
+
+
+def test_somebodys_own_longer_file_is_not_replaced_unasked(folder: Path) -> None:
+    (folder / "set_train_000001.bin").write_bytes(bytes(5000))
+    with pytest.raises(DataError, match=r"--out FOLDER; --force replaces them"):
+        make()
+    assert (folder / "set_train_000001.bin").stat().st_size == 5000
+    make(force=True)
+    assert is_complete(folder)
+
+
+def test_a_damaged_meta_json_does_not_keep_force_from_its_work(folder: Path, capsys: Any) -> None:
+    (folder / "meta.json").write_text("{")
+    main(["set", "--source=text.txt", "--tokenizer=char", "--force"])
+    assert is_complete(folder) and "already prepared" not in capsys.readouterr().out
 
 
 def test_a_pattern_may_choose_some_shards_but_no_damaged_one(folder: Path) -> None:
