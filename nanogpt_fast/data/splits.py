@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Literal, overload
 
-from nanogpt_fast.data.dataset import check_split, read_meta
+from nanogpt_fast.data.dataset import Meta, check_split, read_meta
 from nanogpt_fast.data.recipes import RECIPE_NAMES, prepare_command
 from nanogpt_fast.data.token_format import refuse_wide
 from nanogpt_fast.data.tokenizer import KINDS
@@ -42,7 +42,7 @@ def open_split(data: DataConfig, split: Literal["train", "val"], *, required: bo
         if not os.path.exists(os.path.join(folder, "meta.json")):
             refuse_wide(source.files[0])
         if split == "train":
-            _warn_of_ids(Path(folder), source)
+            _warn_of_ids(Path(folder))
         return source
     if split == "val" and not required:
         log.warning("no validation tokens (%s): evaluation is off", looked)
@@ -62,7 +62,7 @@ def open_split(data: DataConfig, split: Literal["train", "val"], *, required: bo
     )
 
 
-def _warn_of_ids(folder: Path, source: TokenSource) -> None:
+def _warn_of_ids(folder: Path) -> None:
     """Say before hours of training what will be missed after them."""
     try:
         meta = read_meta(folder)
@@ -71,11 +71,15 @@ def _warn_of_ids(folder: Path, source: TokenSource) -> None:
         return
     if meta and meta.tokenizer["kind"] not in KINDS:
         log.warning("%s does not say what text the ids stand for: samples of the model cannot be decoded", folder)
-    if meta is None and (largest := source.largest_of(LOOKED_AT)) < FEW_IDS:
+
+
+def warn_of_few_ids(meta: Meta | None, source: TokenSource, vocab_size: int) -> None:
+    """Where neither a meta file nor --vocab_size says what the ids are, and they are to be taken for GPT-2's."""
+    if meta is None and not vocab_size and (largest := source.largest_of(LOOKED_AT)) < FEW_IDS:
+        looked = min(LOOKED_AT, source.files[0].n_tokens)
         log.warning(
-            "%s has no meta.json and no meta.pkl: without --vocab_size its ids are taken for GPT-2's 50,257, though "
-            "the first %s go up to %d only. If they are characters', put their meta.pkl back",
-            folder, f"{min(LOOKED_AT, source.files[0].n_tokens):,}", largest,
+            "no meta.json or meta.pkl, no --vocab_size: the ids are taken for GPT-2's 50,257, though the first %d go up "
+            "to %d only; if they are characters', put their meta.pkl back", looked, largest,
         )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from nanogpt_fast.data.dataset import MAX_PICKLE, check_files, is_complete, read_meta
 from nanogpt_fast.data.preparation import PrepareConfig, prepare
-from nanogpt_fast.data.splits import open_split
+from nanogpt_fast.data.splits import open_split, warn_of_few_ids
 from nanogpt_fast.data.tokenizer import from_json
 from nanogpt_fast.errors import DataError, NanogptError
 from nanogpt_fast.prepare import main
@@ -260,8 +260,8 @@ def test_ids_without_texts_are_warned_of_before_training(folder: Path, caplog: A
     caplog.clear()
     (folder / "meta.pkl").unlink()
     with caplog.at_level(logging.WARNING):
-        open_split(DATA, "train")
-    assert "no meta.json and no meta.pkl" in caplog.text and "go up to 9 only" in caplog.text
+        warn_of_few_ids(None, open_split(DATA, "train"), 0)
+    assert "no meta.json or meta.pkl" in caplog.text and "go up to 9 only" in caplog.text
 
 
 @pytest.mark.parametrize("data", [b"}" * 5000 + b".", b"](" * 10 + b"t.", b"(" + b"\x85" * 100_000 + b"."])
