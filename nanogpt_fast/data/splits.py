@@ -78,8 +78,8 @@ def warn_of_few_ids(meta: Meta | None, source: TokenSource, vocab_size: int) -> 
     if meta is None and not vocab_size and (largest := source.largest_of(LOOKED_AT)) < FEW_IDS:
         looked = min(LOOKED_AT, source.files[0].n_tokens)
         log.warning(
-            "no meta.json or meta.pkl, no --vocab_size: the ids are taken for GPT-2's 50,257, though the first %d go up "
-            "to %d only; if they are characters', put their meta.pkl back", looked, largest,
+            "no meta.json or meta.pkl, no --vocab_size: the ids are taken for GPT-2's 50,257, though the first %d go "
+            "up to %d only; if they are characters', put their meta.pkl back", looked, largest,
         )  # fmt: skip
 
 
