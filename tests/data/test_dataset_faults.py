@@ -106,7 +106,7 @@ def test_a_preparation_cut_off_while_publishing_is_refused_and_goes_on(folder: P
     assert (folder / "val.bin").exists() and not (folder / "meta.json").exists()
     for split in ("train", "val"):
         with pytest.raises(DataError, match="did not finish") as error:
-            open_split(DATA, split)  # type: ignore[call-overload]
+            open_split(DATA, split)
         assert "python -m nanogpt_fast.prepare set --source FILE" in str(error.value)
     monkeypatch.setattr(os, "replace", real)
     monkeypatch.setattr("nanogpt_fast.data.preparation._encode", lambda *_: pytest.fail("encoded again"))
