@@ -20,7 +20,7 @@ from nanogpt_fast.weights.canonical import GPT2_PADDED
 def describe(config: Config) -> str:
     """--dry_run: the resolved configuration, and what it asks for."""
     folder = dataset_folder(config.data)
-    meta = read_meta(folder) if folder else None
+    meta = read_meta(folder, config.model.vocab_size) if folder else None
     known = meta.vocab_size if meta and meta.tokenizer.get("kind") != "gpt2" else GPT2_PADDED
     shape, model = config.shape(config.model.vocab_size or known), "a new model"
     if config.run.init_from != "scratch":

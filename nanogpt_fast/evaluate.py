@@ -21,8 +21,9 @@ import torch
 
 from nanogpt_fast.command import run_command
 from nanogpt_fast.data.dataset import check_name, read_meta
-from nanogpt_fast.data.documents import read_text
+from nanogpt_fast.data.encode import cut
 from nanogpt_fast.data.splits import dataset_folder, open_split
+from nanogpt_fast.data.text_files import read_chunks
 from nanogpt_fast.data.tokenizer import end_of_text, from_json
 from nanogpt_fast.data.tokens import TokenSource
 from nanogpt_fast.distributed import resolve_device, resolve_dtype
@@ -193,13 +194,15 @@ def open_sources(
 ) -> tuple[dict[str, TokenSource], dict[str, Any] | None]:
     """({split: tokens}, tokenizer of the data). Raises DataError for data of another tokenizer than the model's."""
     if config.file:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        tokens = restored.tokenizer().encode_ordinary(read_text(Path(config.file)))
-        path = folder / Path(config.file).name
-        tokens.astype("<u2").tofile(path)
-        if not tokens.size:
-            raise DataError("the text is empty", where=config.file)
-        return {path.name: stack.enter_context(TokenSource([str(path)]))}, restored.tokenizer_json
+        path = Path(stack.enter_context(tempfile.TemporaryDirectory()), "tokens.bin")
+        source, tokenizer = Path(config.file).expanduser(), restored.tokenizer()
+        texts = ((text, False) for text in read_chunks(source))
+        with open(path, "wb") as tokens:
+            for text, _ in cut(texts, tokenizer.boundary):
+                tokenizer.encode_ordinary(text).astype("<u2").tofile(tokens)
+            if not tokens.tell():
+                raise DataError("the text is empty", where=config.file)
+        return {source.name: stack.enter_context(TokenSource([str(path)]))}, restored.tokenizer_json
     data = DataConfig(dataset=config.dataset, data_dir=config.data_dir)
     splits = [name.strip() for name in config.split.split(",")]
     sources = {name: open_split(data, name, required=True) for name in splits}  # type: ignore[call-overload]

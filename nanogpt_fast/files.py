@@ -8,7 +8,7 @@ import platform
 import re
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 SMALL = 64 << 20  # bytes: more than any description of a model, a dataset or a run
 
@@ -19,20 +19,27 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def open_regular(path: str | Path) -> BinaryIO:
+    """The file, opened to be read. OSError as open() gives, and for what could hang or never end: a pipe, a device."""
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode):
+        return open(fd, "rb")
+    os.close(fd)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
 def read_small(path: str | Path, limit: int = SMALL) -> bytes:
     """The bytes of a small file that somebody may have made up: a regular file of at most `limit` bytes.
 
     Raises OSError, for a pipe or a device too (which could hang, or never end) and for a larger file.
     """
-    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with open(fd, "rb") as file:
-        found = os.fstat(fd)
-        if stat.S_ISDIR(found.st_mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        if not stat.S_ISREG(found.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
-        if found.st_size > limit:
-            raise OSError(errno.EFBIG, f"{found.st_size:,} bytes, where at most {limit:,} are read", str(path))
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise OSError(errno.EFBIG, f"{size:,} bytes, where at most {limit:,} are read", str(path))
         return file.read(limit)
 
 

@@ -12,7 +12,7 @@ from nanogpt_fast.data.dataset import read_meta
 from nanogpt_fast.data.loader import Draws
 from nanogpt_fast.data.orders import NanogptOrder, ShuffleOrder
 from nanogpt_fast.data.preparation import ensure
-from nanogpt_fast.data.splits import dataset_folder, open_split
+from nanogpt_fast.data.splits import dataset_folder, open_split, warn_of_few_ids
 from nanogpt_fast.data.tokens import TokenSource, check_fingerprint
 from nanogpt_fast.distributed import World
 from nanogpt_fast.errors import CheckpointError, DeviceError
@@ -35,8 +35,8 @@ def open_data(config: Config, stack: ExitStack, say: Any) -> tuple[dict[str, Tok
     sources = {"train": train}
     if val is not None:
         sources["val"] = stack.enter_context(val)
-    folder = dataset_folder(config.data)
-    meta = read_meta(folder) if folder else None
+    meta = read_meta(folder, config.model.vocab_size) if (folder := dataset_folder(config.data)) else None
+    warn_of_few_ids(meta, train, config.model.vocab_size)
     if meta is None or meta.tokenizer.get("kind") == "gpt2":
         return sources, None, {"kind": "gpt2"}
     say(f"found vocab_size = {meta.vocab_size} (inside {folder})")

@@ -1,8 +1,11 @@
 """Sample from a model: `python -m nanogpt_fast.sample --out_dir=out --start="..."`. Flags are nanoGPT's."""
 
+import errno
+import io
 import math
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,8 +14,10 @@ import torch
 import tyro
 
 from nanogpt_fast.command import run_command
+from nanogpt_fast.data.text_files import decoded
 from nanogpt_fast.distributed import resolve_device, resolve_dtype
-from nanogpt_fast.errors import ConfigError, DataError, did_you_mean
+from nanogpt_fast.errors import ConfigError, did_you_mean
+from nanogpt_fast.files import read_small
 from nanogpt_fast.generate import prompt_ids, sample_text
 from nanogpt_fast.graphs import Graphs
 from nanogpt_fast.ops import exact_device
@@ -20,6 +25,8 @@ from nanogpt_fast.restore import build_model, restore
 from nanogpt_fast.settings import cli
 from nanogpt_fast.settings.config import require_range
 from nanogpt_fast.verdict import ops_known
+
+PROMPT_BYTES = 16 << 20  # of a prompt's file; it is held whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,20 +60,22 @@ class SampleConfig:
 
 
 def read_prompt(start: str) -> str:
-    """--start, or the text of the file it names. Raises ConfigError, DataError."""
+    """--start, or the text of the file it names: UTF-8, at most PROMPT_BYTES. Raises ConfigError, DataError."""
     if not start.startswith("FILE:"):
         return start
-    path = Path(start.removeprefix("FILE:"))
+    path = Path(start.removeprefix("FILE:")).expanduser()
     try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError("the prompt is not UTF-8 text", where=f"{path}, byte {error.start}") from None
-    except OSError as error:
-        near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        return "".join(decoded(io.BytesIO(read_small(path, PROMPT_BYTES)), str(path)))
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        near = []
+        with suppress(OSError, ValueError):
+            near = [p.name for p in path.parent.iterdir() if p.name != path.name]
+        long = getattr(error, "errno", None) == errno.EFBIG
         raise ConfigError(
             f"the prompt file cannot be read{did_you_mean(path.name, near)}",
             where=f"--start={start}",
-            found=error.strerror or str(error),
+            found=getattr(error, "strerror", None) or str(error),
+            hint="a model sees its last block_size tokens alone: tail -c 100000 FILE > PROMPT" if long else "",
         ) from None
 
 

@@ -64,7 +64,7 @@ def shape_of_run(config: Config) -> GPTConfig:
         restored = restore(config.run.init_from, config.run.out_dir, config.data.data_dir, config.run.resume_step)
         return shape_of(config, restored, None, lambda _: None)
     folder = dataset_folder(config.data)
-    meta = read_meta(folder) if folder else None
+    meta = read_meta(folder, config.model.vocab_size) if folder else None
     known = meta.vocab_size if meta and meta.tokenizer.get("kind") != "gpt2" else GPT2_PADDED
     return config.shape(config.model.vocab_size or known)
 

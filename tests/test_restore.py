@@ -10,7 +10,7 @@ import torch
 from random_weights import random_weights, same_tensors
 from twin import Twin
 
-from nanogpt_fast.data.dataset import nanogpt_pickle
+from nanogpt_fast.data.meta_pickle import nanogpt_pickle
 from nanogpt_fast.data.tokenizer import CharTokenizer
 from nanogpt_fast.errors import CheckpointError, ConfigError, DataError
 from nanogpt_fast.restore import build_model, restore

@@ -1,25 +1,29 @@
 """A dataset folder's description: meta.json, written last and never by halves, or nanoGPT's meta.pkl.
 
-meta.pkl is read without unpickling: unpickling runs whatever code the file asks for. `read_pickle` walks the
-opcodes and knows only those that build dicts of strings and numbers.
+What meta.json lists is held against the folder by `check_files`, for train, evaluate and prepare alike.
 """
 
 import dataclasses
-import json
-import pickle
-import pickletools
+import logging
+import os
 import re
+import reprlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nanogpt_fast.data.meta_pickle import read_pickle
+from nanogpt_fast.data.recipes import prepare_command
 from nanogpt_fast.errors import DataError
-from nanogpt_fast.files import sha256_of
+from nanogpt_fast.files import load_json, read_small, sha256_of
 
 FORMAT = 1
-_STORE = {"MEMOIZE", "BINPUT", "LONG_BINPUT"}
-_LOAD = {"BINGET", "LONG_BINGET"}
-_VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
+PARTIAL = ".partial"  # where a preparation grows
+MAX_VOCAB = 2**31 - 1  # ids are read as int32
+MAX_PICKLE = 32 << 20  # bytes
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,27 +69,81 @@ def check_name(name: str) -> str:
     return name
 
 
-def nanogpt_pickle(itos: list[str]) -> bytes:
-    """The meta.pkl that nanoGPT's train.py and sample.py read for a character dataset."""
-    stoi = {char: i for i, char in enumerate(itos)}
-    return pickle.dumps({"vocab_size": len(itos), "itos": dict(enumerate(itos)), "stoi": stoi}, protocol=4)
+def read_meta(folder: Path, vocab_size: int = 0) -> Meta | None:
+    """meta.json of a dataset folder, else its meta.pkl, else None. Raises DataError on a damaged one.
 
-
-def read_meta(folder: Path) -> Meta | None:
-    """meta.json of a dataset folder, else its meta.pkl, else None. Raises DataError on a damaged one."""
-    if (path := folder / "meta.json").exists():
+    vocab_size: the user's, who then needs no meta.pkl: one that cannot be used is passed over.
+    """
+    if os.path.lexists(path := folder / "meta.json"):
         return _from_json(path)
-    if (path := folder / "meta.pkl").exists():
-        return _from_pickle(path)
+    if os.path.lexists(path := folder / "meta.pkl"):
+        try:
+            return _from_pickle(path)
+        except DataError:
+            if not vocab_size:
+                raise
+            return Meta(vocab_size=vocab_size, tokenizer={"kind": "unknown"}, source="a meta.pkl that cannot be used")
     return None
+
+
+def check_files(folder: Path, meta: Meta, split: str = "", there: Iterable[str] | None = None) -> None:
+    """Hold a folder's token files (of one split only, where named) against what meta.json says of them.
+
+    there: the names that would be read instead of all that are listed. Raises DataError for one that is missing, has
+    another size or is not listed.
+    """
+    listed = {file.name: file for name, rows in meta.splits.items() if split in ("", name) for file in rows.files}
+    names = listed if there is None else list(there)
+    for name in dict.fromkeys([*names, *listed] if there is None else names):
+        path, known = folder / name, listed.get(name)
+        if known is None:
+            if listed:
+                raise DataError(
+                    "a token file is not among those that were prepared",
+                    where=str(path),
+                    expected=f"the {len(listed)} file(s) that {folder / 'meta.json'} lists",
+                    hint=f"move it into another folder, or name the files: --dataset='{folder}/..._{{split}}_*.bin'",
+                )
+            continue
+        size = path.stat().st_size if path.is_file() else None
+        if size != known.bytes:
+            raise DataError(
+                "a token file is missing" if size is None else "a token file is not as it was prepared",
+                where=str(path),
+                expected=f"{known.bytes} bytes, as {folder / 'meta.json'} has it",
+                found="no such file" if size is None else f"{size} bytes",
+                hint=f"put it back, or make the dataset again: {prepare_command(folder, meta.source)}",
+            )
+
+
+def check_split(folder: Path, split: str, paths: Iterable[str], *, whole: bool) -> None:
+    """check_files for the paths that would be read as this split; whole: they must be all that are listed.
+
+    Raises DataError for a folder that a preparation has not finished, too: what lies there is a part, or a mixture.
+    """
+    if not (folder / "meta.json").exists():
+        if (folder / PARTIAL).is_dir():
+            raise DataError(
+                "the preparation of this dataset did not finish",
+                where=str(folder),
+                expected="meta.json, which it writes last",
+                found=f"{folder / PARTIAL}",
+                hint=f"the same command goes on where it stopped, {prepare_command(folder)}",
+            )
+        return
+    meta = _from_json(folder / "meta.json")
+    if whole:
+        check_files(folder, meta, split)
+    check_files(folder, meta, split, [os.path.basename(path) for path in paths])
 
 
 def is_complete(folder: Path) -> bool:
     """Whether meta.json is there with every file it lists, in its size. Raises DataError on a damaged meta.json."""
     meta = read_meta(folder)
-    files = [file for split in meta.splits.values() for file in split.files] if meta else []
-    paths = {folder / file.name: file.bytes for file in files}
-    return bool(paths) and all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
+    try:
+        return meta is not None and bool(meta.splits) and check_files(folder, meta) is None
+    except DataError:
+        return False
 
 
 def verify(folder: Path) -> Meta:
@@ -94,99 +152,116 @@ def verify(folder: Path) -> Meta:
     if meta is None or not meta.splits:
         found = "no meta.json" if meta is None else "nanoGPT's meta.pkl, which lists no files"
         raise DataError("there is nothing to verify", where=str(folder), expected="meta.json", found=found)
+    check_files(folder, meta)
     for file in (file for split in meta.splits.values() for file in split.files):
-        path = folder / file.name
-        size = path.stat().st_size if path.is_file() else None
-        sides = (f"{file.bytes} bytes", f"{size} bytes" if size is not None else "no such file")
-        if size == file.bytes:
-            sides = (f"SHA-256 {file.sha256}", f"SHA-256 {sha256_of(path)}")
-        if sides[0] != sides[1]:
+        if (found := sha256_of(folder / file.name)) != file.sha256:
             raise DataError(
                 "a token file is not as it was prepared",
-                where=str(path),
-                expected=sides[0],
-                found=sides[1],
-                hint="prepare it again with --force",
+                where=str(folder / file.name),
+                expected=f"SHA-256 {file.sha256}",
+                found=f"SHA-256 {found}",
+                hint=f"put it back, or make the dataset again: {prepare_command(folder, meta.source)} --force",
             )
     return meta
 
 
-def _damaged(path: Path, found: str, expected: str = "") -> DataError:
-    hint = f"delete {path} and prepare the dataset again"
+def _unusable(path: Path, found: str, expected: str = "") -> DataError:
+    """No hint to delete it: a meta file may be the only copy of a vocabulary."""
+    command = prepare_command(path.parent, suffix="-again")
+    hint = f"put the file back as it was, or prepare the text again, beside it: {command}"
+    if path.name == "meta.pkl":
+        hint = f"--vocab_size=N trains without it, N the number of ids; or prepare the text again, beside it: {command}"
     return DataError(f"{path.name} cannot be used", where=str(path), expected=expected, found=found, hint=hint)
 
 
 def _from_json(path: Path) -> Meta:
     try:
-        value = json.loads(path.read_bytes())
-        written = value["format"]
-        if written != FORMAT:
-            raise _damaged(path, f"format {written!r} (made by {value.get('created_by', '?')})", f"format {FORMAT}")
-        splits = {
-            split: Split(tokens=int(row["tokens"]), files=tuple(FileEntry(**file) for file in row["files"]))
-            for split, row in value["splits"].items()
-        }
-        meta = Meta(
-            vocab_size=int(value["vocab_size"]),
-            tokenizer=dict(value["tokenizer"]),
-            splits=splits,
-            source=value.get("source", ""),
-            created_by=value.get("created_by", ""),
-            settings=value.get("settings", {}),
-        )
+        return meta_from_json(load_json(path))
     except KeyError as error:
-        raise _damaged(path, f"no key {error}") from error
+        raise _unusable(path, f"no key {error}", "JSON as `prepare` writes it") from error
     except (ValueError, TypeError, AttributeError, OSError) as error:
-        raise _damaged(path, str(error), "JSON as `prepare` writes it") from error
-    for file in (file for split in splits.values() for file in split.files):
-        if Path(file.name).name != file.name:  # meta.json may come from elsewhere: never read outside its folder
-            raise _damaged(path, f"file name {file.name!r}", "names inside the dataset folder")
-    return meta
+        found = getattr(error, "strerror", None) or str(error)
+        raise _unusable(path, found, "JSON as `prepare` writes it") from error
+
+
+def meta_from_json(value: Any) -> Meta:
+    """The Meta that to_json() gave. Raises ValueError, TypeError, KeyError or AttributeError for anything else."""
+    written = _of(value, dict, "the whole")["format"]
+    if written != FORMAT:
+        made_by = reprlib.repr(value.get("created_by", "?"))
+        raise ValueError(f"format {reprlib.repr(written)} (made by {made_by}) where {FORMAT} is known")
+    splits = {
+        name: Split(
+            tokens=_whole(row["tokens"], "tokens"),
+            files=tuple(
+                FileEntry(
+                    name=_file_name(file["name"]),
+                    bytes=_whole(file["bytes"], "bytes"),
+                    sha256=_of(file["sha256"], str, "sha256"),
+                )
+                for file in _of(row["files"], list, "files")
+            ),
+        )
+        for name, row in _of(value["splits"], dict, "splits").items()
+    }
+    vocab_size, tokenizer = _whole(value["vocab_size"], "vocab_size"), _of(value["tokenizer"], dict, "tokenizer")
+    if not 1 <= vocab_size <= MAX_VOCAB:
+        raise ValueError(f"vocab_size is {vocab_size}, expected 1 .. {MAX_VOCAB}")
+    _of(tokenizer.get("kind"), str, "the tokenizer's kind")
+    itos = tokenizer.get("itos", [])
+    if not all(isinstance(text, str) for text in _of(itos, list, "itos")) or len(itos) > vocab_size:
+        raise ValueError(f"itos is not a list of at most {vocab_size} strings")
+    return Meta(
+        vocab_size=vocab_size,
+        tokenizer=tokenizer,
+        splits=splits,
+        source=_of(value.get("source", ""), str, "source"),
+        created_by=_of(value.get("created_by", ""), str, "created_by"),
+        settings=_of(value.get("settings", {}), dict, "settings"),
+    )
+
+
+def _of(value: Any, wanted: type, what: str) -> Any:
+    if isinstance(value, wanted):
+        return value
+    raise ValueError(f"{what} is {reprlib.repr(value)}, expected {wanted.__name__}")
+
+
+def _whole(value: Any, what: str) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63:
+        return value
+    raise ValueError(f"{what} is {reprlib.repr(value)}, expected a whole number >= 0")
+
+
+def _file_name(value: Any) -> str:
+    """meta.json may come from elsewhere: never read outside its folder."""
+    name = _of(value, str, "a file's name")
+    if name in ("", ".", "..") or Path(name).name != name or "\0" in name or len(os.fsencode(name)) > 255:
+        raise ValueError(f"file name {reprlib.repr(name)}, expected a name inside the dataset folder")
+    return name
 
 
 def _from_pickle(path: Path) -> Meta:
+    expected = "nanoGPT's dict of vocab_size, itos, stoi"
     try:
-        value = read_pickle(path.read_bytes())
-    except ValueError as error:
-        raise _damaged(path, str(error), "nanoGPT's dict of vocab_size, itos, stoi") from error
-    if not isinstance(value, dict) or not isinstance(value.get("vocab_size"), int):
-        raise _damaged(path, "no vocab_size in it", "nanoGPT's dict of vocab_size, itos, stoi")
-    size, itos = value["vocab_size"], value.get("itos")
-    tokenizer: dict[str, Any] = {"kind": "unknown"}  # training needs vocab_size alone, as nanoGPT's does
-    if isinstance(itos, dict) and list(itos) == list(range(size)):
-        tokenizer = {"kind": "char", "itos": list(itos.values())}
-    return Meta(vocab_size=size, tokenizer=tokenizer, source="nanoGPT meta.pkl")
+        value = read_pickle(read_small(path, MAX_PICKLE))
+    except (ValueError, OSError) as error:
+        raise _unusable(path, getattr(error, "strerror", None) or str(error), expected) from error
+    size = value.get("vocab_size") if isinstance(value, dict) else None
+    if not isinstance(size, int) or isinstance(size, bool):
+        raise _unusable(path, "no vocab_size in it", expected)
+    if not 1 <= size <= MAX_VOCAB:
+        raise _unusable(path, f"vocab_size {reprlib.repr(size)}", f"1 .. {MAX_VOCAB}")
+    return Meta(vocab_size=size, tokenizer=_tokenizer(value.get("itos"), size), source="nanoGPT meta.pkl")
 
 
-def read_pickle(data: bytes) -> Any:
-    """The value of a pickle (protocols 2 to 5) of dicts, strings and ints; ValueError names any other opcode."""
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[Any, Any] = {}
-    try:
-        for opcode, argument, position in pickletools.genops(data):
-            name = opcode.name
-            if name in ("PROTO", "FRAME"):
-                continue
-            if name in _VALUES:
-                stack.append(argument)
-            elif name in _STORE:
-                memo[len(memo) if argument is None else argument] = stack[-1]
-            elif name in _LOAD:
-                stack.append(memo[argument])
-            elif name == "EMPTY_DICT":
-                stack.append({})
-            elif name == "MARK":
-                marks.append(len(stack))
-            elif name in ("SETITEM", "SETITEMS"):
-                start = marks.pop() if name == "SETITEMS" else len(stack) - 2
-                items = stack[start:]
-                del stack[start:]
-                stack[-1].update(zip(items[::2], items[1::2], strict=True))
-            elif name == "STOP":
-                return stack.pop()
-            else:
-                raise ValueError(f"opcode {name} at byte {position}: only dicts of strings and ints are read")
-    except (IndexError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"not a well-formed pickle ({error})") from error
-    raise ValueError("the pickle has no end")
+def _tokenizer(itos: Any, size: int) -> dict[str, Any]:
+    """What from_json reads of an itos that has a string for every id; else unknown: nanoGPT trains without one too."""
+    texts: list[Any] = list(itos) if isinstance(itos, list | tuple) else []
+    if isinstance(itos, dict) and len(itos) == size:
+        texts = [itos.get(i) for i in range(size)]
+    strings = [text for text in texts if isinstance(text, str)]
+    if len(texts) != size or len(strings) != size:
+        return {"kind": "unknown"}
+    single = len(set(strings)) == size and all(len(text) == 1 for text in strings)
+    return {"kind": "char" if single else "strings", "itos": strings}

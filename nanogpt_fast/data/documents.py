@@ -8,7 +8,7 @@ import glob
 import hashlib
 import http.client
 import itertools
-import json
+import logging
 import os
 import platform
 import sys
@@ -18,16 +18,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from nanogpt_fast.data.text_files import BY_NAME, PACKED, SUFFIXES, field_of, has_rows, kind_of, read_chunks, read_rows
 from nanogpt_fast.errors import DataError, did_you_mean
 from nanogpt_fast.files import write_atomic
 
-PLAIN = (".txt", ".md", ".py")
-SUFFIXES = (*PLAIN, ".jsonl", ".parquet")
 DOWNLOAD_TIMEOUT = 20.0  # seconds without a byte
 # Installed code, tests and caches are not the library; _sysconfigdata* holds the paths of the machine that built it.
 STDLIB_SKIP = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 STDLIB_CAP = 16 * 2**20  # bytes; Python 3.11 has 9.8 MB, prepared in a second
 PRINTABLE = b"\n" + bytes(range(32, 127))
+
+log = logging.getLogger(__name__)
+
+
+Part = tuple[str, bool]  # some text of a document, never empty, and whether the document ends with it
 
 
 class Documents(Protocol):
@@ -36,15 +40,19 @@ class Documents(Protocol):
     description: str  # for meta.json
 
     @property
+    def one(self) -> bool: ...  # a single text, which is no collection of documents
+    @property
     def nbytes(self) -> int | None: ...  # about so many bytes in all, None when not known
     @property
     def fingerprint(self) -> str: ...  # changes with the content; resuming compares it
-    def read(self, documents: int = 0, state: Any = None) -> Iterator[str]: ...
+    def read(self, documents: int = 0, state: Any = None) -> Iterator[Part]: ...
     def state(self) -> Any: ...  # JSON, where the stream stands; None when the number of documents is enough
 
 
 class TextDocuments:
     """Documents already in memory."""
+
+    one = False
 
     def __init__(self, texts: list[str], description: str):
         self.texts, self.description = texts, description
@@ -60,45 +68,65 @@ class TextDocuments:
             digest.update(f"{len(text)}:".encode() + text.encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
-    def read(self, documents: int = 0, state: Any = None) -> Iterator[str]:
-        return itertools.islice(filter(None, self.texts), documents, None)
+    def read(self, documents: int = 0, state: Any = None) -> Iterator[Part]:
+        return ((text, True) for text in itertools.islice(filter(None, self.texts), documents, None))
 
     def state(self) -> None:
         return None
 
 
 class FileDocuments:
-    """Files: a plain text file is one document, .jsonl and .parquet hold one in each row's `field`."""
+    """Files: a plain text file is one document, .jsonl, .json, .csv and .parquet hold one in each row's `field`."""
 
     def __init__(self, paths: list[Path], description: str, field: str = "text"):
         self.paths, self.description, self.field = paths, description, field
+        self.one = len(paths) == 1 and not has_rows(paths[0])
 
     @property
     def nbytes(self) -> int:
-        return sum(path.stat().st_size for path in self.paths)
+        return sum(_stat(path).st_size for path in self.paths)
 
     @property
     def fingerprint(self) -> str:
-        rows = [(path.name, (s := path.stat()).st_size, s.st_mtime_ns) for path in self.paths]
-        return hashlib.sha256(repr(rows).encode()).hexdigest()
+        """Of one text its content, as it is read twice anyway; of many files their names, sizes and times."""
+        if not self.one:
+            rows = [(path.name, (s := _stat(path)).st_size, s.st_mtime_ns) for path in self.paths]
+            return hashlib.sha256(repr(rows).encode("utf-8", "surrogateescape")).hexdigest()
+        digest = hashlib.sha256(f"{sum(map(len, read_chunks(self.paths[0])))}:".encode())
+        for text in read_chunks(self.paths[0]):
+            digest.update(text.encode())
+        return digest.hexdigest()
 
-    def read(self, documents: int = 0, state: Any = None) -> Iterator[str]:
-        return itertools.islice(filter(None, self._all()), documents, None)
-
-    def _all(self) -> Iterator[str]:
+    def read(self, documents: int = 0, state: Any = None) -> Iterator[Part]:
         for path in self.paths:
-            try:
-                if path.suffix == ".jsonl":
-                    yield from _read_jsonl(path, self.field)
-                elif path.suffix == ".parquet":
-                    yield from _read_parquet(path, self.field)
+            rows = ((text, True) for text in read_rows(path, self.field) if text)
+            for part in rows if has_rows(path) else _whole(read_chunks(path)):
+                if not documents:
+                    yield part
                 else:
-                    yield read_text(path)
-            except OSError as error:
-                raise _unreadable(path, error) from error
+                    documents -= part[1]
 
     def state(self) -> None:
         return None
+
+
+def _whole(texts: Iterator[str]) -> Iterator[Part]:
+    """One document's pieces; the last one is known when there is none after it."""
+    before = next(texts, "")
+    for text in texts:
+        yield before, False
+        before = text
+    if before:
+        yield before, True
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        found = error.strerror or str(error)
+        hint = f"ls -l {path}"
+        raise DataError("the source cannot be read", where=str(path), found=found, hint=hint) from error
 
 
 class HubDocuments:
@@ -107,6 +135,7 @@ class HubDocuments:
     `open_stream` returns the datasets.IterableDataset; it is called when reading starts.
     """
 
+    one = False
     nbytes = None
 
     def __init__(self, open_stream: Callable[[], Any], description: str, field: str = "text"):
@@ -114,15 +143,15 @@ class HubDocuments:
         self.fingerprint = description
         self._stream: Any = None
 
-    def read(self, documents: int = 0, state: Any = None) -> Iterator[str]:
+    def read(self, documents: int = 0, state: Any = None) -> Iterator[Part]:
         # A stream raises what its HTTP, file system and Arrow layers raise: no common base but Exception.
         try:
             self._stream = self.open_stream()
             if state is not None:
                 self._stream.load_state_dict(state)  # skips whole files, where counting would download them again
             for row, example in enumerate(self._stream, documents):
-                if text := _field_of(example, self.field, f"{self.description}, document {row}"):
-                    yield text
+                if text := field_of(example, self.field, f"{self.description}, document {row}"):
+                    yield text, True
         except DataError:
             raise
         except Exception as error:
@@ -138,15 +167,19 @@ class HubDocuments:
         return self._stream.state_dict()
 
 
-def hub_documents(repository: str, subset: str, field: str = "text") -> HubDocuments:
+def hub_documents(repository: str, subset: str, field: str = "text", revision: str = "") -> HubDocuments:
     """The train split of a dataset on the Hugging Face hub, streamed (extra `data`)."""
 
     def open_stream() -> Any:
         try:
             import datasets
+            from huggingface_hub import constants, get_session
         except ImportError as error:
             raise DataError("the datasets library is missing", hint="pip install 'nanogpt-fast[data]'") from error
-        return datasets.load_dataset(repository, name=subset or None, split="train", streaming=True)
+        if not constants.HF_HUB_OFFLINE:  # one try: the library's own take half a minute to say that nobody is there
+            get_session().head(constants.ENDPOINT, timeout=DOWNLOAD_TIMEOUT)
+        name, branch = subset or None, revision or None
+        return datasets.load_dataset(repository, name=name, revision=branch, split="train", streaming=True)
 
     return HubDocuments(open_stream, f"hf:{repository} {subset}".strip(), field)
 
@@ -169,19 +202,28 @@ def stdlib_documents() -> TextDocuments:
 
 
 def find_files(source: str) -> list[Path]:
-    """The files a --source means: a file, every text file under a folder, or a glob's matches; sorted."""
+    """The files a --source means: a file, every text file under a folder, or a glob's matches; sorted.
+
+    What a folder has besides is warned of by name, but for hidden files.
+    """
     path = Path(source).expanduser()
-    if path.is_dir():
-        inside = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
-        found = sorted(p for p in inside if p.suffix in SUFFIXES and p.is_file())
-        expected = f"files ending in {', '.join(SUFFIXES)}"
-    elif path.exists():
-        return [path]
-    else:
-        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
-        expected = "a file, a folder or a glob"
+    try:
+        if path.is_dir():
+            inside = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
+            files = sorted(p for p in inside if p.is_file())
+            found = [p for p in files if kind_of(p) in SUFFIXES]
+            _warn_of_skipped(path, [p for p in files if kind_of(p) not in SUFFIXES])
+            expected = f"files ending in {', '.join(SUFFIXES)}, or these with {' or '.join(PACKED)} behind"
+        elif path.exists():
+            return [path]
+        else:
+            found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+            expected = "a file, a folder or a glob"
+        near = [] if found or not path.parent.is_dir() else [p.name for p in path.parent.iterdir()]
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise DataError("--source cannot be read", where=repr(source)[:300], found=why) from error
     if not found:
-        near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(
             f"--source matches no file{did_you_mean(path.name, near)}",
             where=f"{source!r} in {Path.cwd()}",
@@ -191,75 +233,13 @@ def find_files(source: str) -> list[Path]:
     return found
 
 
-def read_text(path: Path) -> str:
-    """A UTF-8 file's text, line ends as \\n (as Python's text mode, and so nanoGPT's prepare.py, reads it)."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    return _decode(data, str(path)).replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _decode(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            "the text is not UTF-8",
-            where=f"{where}, byte {error.start}",
-            found=f"0x{data[error.start]:02x} ({error.reason})",
-            hint="convert it: iconv -f ISO-8859-1 -t UTF-8 IN > OUT (with the encoding it has)",
-        ) from error
-
-
-def _unreadable(path: Path, error: OSError) -> DataError:
-    hint = f"ls -l {path}"
-    return DataError("the source cannot be read", where=str(path), found=error.strerror or str(error), hint=hint)
-
-
-def _field_of(row: Any, field: str, where: str) -> str:
-    if not isinstance(row, dict) or field not in row:
-        names = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        hint = "name the field that holds the text: --field=NAME"
-        raise DataError(f"no field {field!r}", where=where, expected=field, found=names, hint=hint)
-    if not isinstance(row[field], str):
-        raise DataError(f"field {field!r} is not text", where=where, expected="a string", found=repr(row[field])[:80])
-    return row[field]
-
-
-def _read_jsonl(path: Path, field: str) -> Iterator[str]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(_decode(line, where))
-            except json.JSONDecodeError as error:
-                found = f"column {error.colno}: {error.msg}"
-                hint = f"sed -n {number}p {path}"
-                raise DataError("the line is not JSON", where=where, found=found, hint=hint) from error
-            yield _field_of(row, field, where)
-
-
-def _read_parquet(path: Path, field: str) -> Iterator[str]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        hint = "pip install 'nanogpt-fast[data]'"
-        raise DataError("pyarrow is needed to read .parquet", where=str(path), hint=hint) from error
-    try:
-        file = parquet.ParquetFile(path)
-        _field_of(dict.fromkeys(file.schema_arrow.names, ""), field, str(path))
-        row = 0
-        for batch in file.iter_batches(batch_size=1024, columns=[field]):
-            for value in batch.column(0).to_pylist():
-                yield _field_of({field: value}, field, f"{path}, row {row}")
-                row += 1
-    except pyarrow.ArrowInvalid as error:
-        found = str(error).splitlines()[0]
-        raise DataError("the file is not parquet, or damaged", where=str(path), found=found) from error
+def _warn_of_skipped(folder: Path, skipped: list[Path]) -> None:
+    if not skipped:
+        return
+    names = ", ".join(str(p.relative_to(folder)) for p in skipped[:5]) + ", ..." * (len(skipped) > 5)
+    by_name = next((kind_of(p) for p in skipped if kind_of(p) in BY_NAME), "")
+    hint = f"; for those rows: --source '{folder}/**/*{by_name}'" if by_name else ""
+    log.warning("%s: %d file(s) are left out, being no text by their names: %s%s", folder, len(skipped), names, hint)
 
 
 def fetch(url: str, path: Path, sha256: str, *, timeout: float = DOWNLOAD_TIMEOUT, otherwise: str = "") -> None:

@@ -1,12 +1,15 @@
 """Preparing a dataset: read the text that a name or --source stands for, encode it, write the folder.
 
-Single texts are split by position (the last tenth is val), as nanoGPT does. Collections are split by document: a
-hash of (seed, document number) decides, so the order never changes and the stream is read once. Documents end with
-<|endoftext|>, in a character dataset with a blank line.
+Single texts are split by position (the last tenth is val), as nanoGPT does, and so is a handful of documents.
+Collections are split by document: a hash of (seed, document number) decides, so the order never changes and the stream
+is read once. Documents end with <|endoftext|>, in a character dataset with a blank line.
 """
 
 import contextlib
+import functools
+import math
 import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,19 +20,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from tyro.conf import Positional, arg
 
 from nanogpt_fast import __version__
-from nanogpt_fast.data.dataset import Meta, check_name, is_complete, read_meta
-from nanogpt_fast.data.documents import (
-    PLAIN,
-    SUFFIXES,
-    Documents,
-    FileDocuments,
-    TextDocuments,
-    fetch,
-    find_files,
-    hub_documents,
-    read_text,
-    stdlib_documents,
-)
+from nanogpt_fast.data.dataset import PARTIAL, Meta, check_name, is_complete, read_meta
+from nanogpt_fast.data.documents import Documents, FileDocuments, fetch, find_files, hub_documents, stdlib_documents
 from nanogpt_fast.data.encode import (
     CHAR_SEPARATOR,
     Encoder,
@@ -37,15 +29,18 @@ from nanogpt_fast.data.encode import (
     batches_by_position,
     document_end,
     encode_batches,
+    is_val,
+    val_of_few,
 )
 from nanogpt_fast.data.recipes import RECIPES, Download, Recipe
-from nanogpt_fast.data.token_writer import PARTIAL, Format, TokenWriter, disk_errors, locked, stale_files
+from nanogpt_fast.data.text_files import has_rows, read_chunks, write_text
+from nanogpt_fast.data.token_writer import Format, TokenWriter, disk_errors, locked, stale_files
 from nanogpt_fast.data.tokenizer import CharTokenizer, Tokenizer, gpt2_tokenizer
 from nanogpt_fast.errors import ConfigError, DataError, did_you_mean
-from nanogpt_fast.files import write_atomic
 from nanogpt_fast.settings.config import require_range
 
 INLINE_BYTES = 32 << 20  # below this much text (2.5 s of GPT-2 encoding) worker processes cost more than they save
+TOLD_SECONDS = 10.0  # between lines of progress where there is no terminal
 COMMIT_TOKENS = 10_000_000  # an interrupted preparation loses at most so many
 
 
@@ -107,26 +102,36 @@ def prepare(config: PrepareConfig, *, wait: float = 0.0) -> Meta:
     folder, recipe = config.folder, config.recipe
     with locked(folder, wait):
         source = _open_source(config)
-        by_position = isinstance(source, TextDocuments) and len(source.texts) == 1
+        val_fraction = config.val_fraction or recipe.val_fraction
+        with _Meter("reading", source.nbytes):  # a text's content is its fingerprint
+            fingerprint = source.fingerprint
+        few = None if source.one or source.nbytes is None else val_of_few(source, config.seed, val_fraction)
         settings: dict[str, Any] = {
-            "fingerprint": source.fingerprint,
+            "fingerprint": fingerprint,
             "tokenizer": config.tokenizer_kind,
             "format": config.format,
-            "split": "position" if by_position else "document",
-            "val_fraction": config.val_fraction or recipe.val_fraction,
+            "split": "position" if source.one or few == frozenset() else "document",
+            "val_fraction": val_fraction,
             "seed": config.seed,
             "field": config.field,
             "max_tokens": config.max_tokens,
         } | ({"shard_tokens": config.shard_tokens} if config.format == "llmc" else {})
         if not config.force and (found := _already_there(folder, settings)):
             return found
-        tokenizer = _make_tokenizer(config, source)
         writer = TokenWriter(folder, config.format, config.shard_tokens, settings)
         try:
-            _encode(config, source, tokenizer, writer, settings)
-            return writer.publish(
-                tokenizer.vocab_size, tokenizer.to_json(), source.description, f"nanogpt_fast {__version__}"
-            )
+            if writer.ready:
+                return writer.finish()
+            tokenizer = _make_tokenizer(config, source)
+            _encode(config, source, tokenizer, writer, few)
+            with _Meter("hashing", None) as meter:
+                return writer.publish(
+                    tokenizer.vocab_size,
+                    tokenizer.to_json(),
+                    source.description,
+                    f"nanogpt_fast {__version__}",
+                    lambda done, total: meter.at(done, total, ""),
+                )
         except BaseException:  # Ctrl-C too
             writer.abandon()
             raise
@@ -146,16 +151,26 @@ def _already_there(folder: Path, settings: dict[str, Any]) -> Meta | None:
     if not stale or (not (folder / "meta.json").exists() and (folder / PARTIAL).exists()):
         return None  # the second: cut off while publishing
     meta = read_meta(folder)
-    if meta is not None and meta.settings == settings:
-        return meta if is_complete(folder) else None  # a token file is gone or cut short
+    if meta is not None and meta.settings == settings and not _grown(folder, meta):
+        if not is_complete(folder):  # a token file is gone or cut short
+            return None
+        if not any((folder / PARTIAL).glob("*.bin")):  # killed after meta.json was written
+            shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+        return meta
     changed = {key: value for key, value in settings.items() if meta and meta.settings.get(key) != value}
     raise DataError(
         "the folder holds token files made otherwise",
         where=", ".join(str(path) for path in stale[:4]),
         expected=", ".join(f"{key} {value}" for key, value in changed.items()),
         found=", ".join(f"{key} {meta.settings.get(key)}" for key in changed) if meta else "",
-        hint="replace them with --force, or write elsewhere with --out FOLDER",
+        hint="write elsewhere with --out FOLDER; --force replaces them",
     )
+
+
+def _grown(folder: Path, meta: Meta) -> bool:
+    """Whether a token file is longer than prepared: somebody's own, which is not replaced unasked."""
+    sizes = {folder / file.name: file.bytes for split in meta.splits.values() for file in split.files}
+    return any(path.is_file() and path.stat().st_size > size for path, size in sizes.items())
 
 
 def _open_source(config: PrepareConfig) -> Documents:
@@ -171,32 +186,30 @@ def _open_source(config: PrepareConfig) -> Documents:
         return _one_text(config, recipe.download)
     if config.source:
         paths = find_files(config.source)
-        if len(paths) == 1 and (paths[0].suffix in PLAIN or paths[0].suffix not in SUFFIXES):
-            return TextDocuments([read_text(paths[0])], config.source)
         return FileDocuments(paths, config.source, config.field)
     if recipe.repository:
-        return hub_documents(recipe.repository, config.subset or recipe.subset, config.field)
+        return hub_documents(recipe.repository, config.subset or recipe.subset, config.field, recipe.revision)
     hint = f"python -m nanogpt_fast.prepare {config.name} --source FILE"
     raise DataError(f"{config.name} needs your text", expected="--source with a file, a folder or a glob", hint=hint)
 
 
-def _one_text(config: PrepareConfig, download: Download) -> TextDocuments:
+def _one_text(config: PrepareConfig, download: Download) -> FileDocuments:
     """--source, else the folder's input.txt (nanoGPT keeps it there), else the download."""
     kept = config.folder / "input.txt"
     if config.source:
         path, *more = find_files(config.source)
-        if more:
+        if more or has_rows(path):
             hint = f"python -m nanogpt_fast.prepare text --source {config.source}"
-            raise DataError(f"{config.name} is one file", found=f"{1 + len(more)} in {config.source}", hint=hint)
-        text = read_text(path)
+            found = f"{1 + len(more)} in {config.source}" if more else f"rows of {path.suffix}"
+            raise DataError(f"{config.name} is one text", found=found, hint=hint)
         if not kept.exists():
             with disk_errors(kept):
-                write_atomic(kept, text.encode())
-        return TextDocuments([text], config.source)
+                write_text(kept, read_chunks(path))
+        return FileDocuments([path], config.source)
     if not kept.exists():
         otherwise = f"download it elsewhere, then: python -m nanogpt_fast.prepare {config.name} --source input.txt"
         fetch(download.url, kept, download.sha256, otherwise=otherwise)
-    return TextDocuments([read_text(kept)], "Tiny Shakespeare")
+    return FileDocuments([kept], "Tiny Shakespeare")
 
 
 def _make_tokenizer(config: PrepareConfig, source: Documents) -> Tokenizer:
@@ -205,50 +218,67 @@ def _make_tokenizer(config: PrepareConfig, source: Documents) -> Tokenizer:
     if source.nbytes is None:
         hint = "--tokenizer=gpt2"
         raise ConfigError("a character vocabulary needs the whole text first; this one is streamed", hint=hint)
-    single = isinstance(source, TextDocuments) and len(source.texts) == 1
-    chars = set() if single else set(CHAR_SEPARATOR)
-    for text in source.read():
-        chars.update(text)
+    chars = set() if source.one else set(CHAR_SEPARATOR)
+    with _Meter("characters", source.nbytes) as meter:
+        for text, _ in source.read():
+            chars.update(text)
+            meter.advance(len(text), f"{len(chars):,} different characters")
     return CharTokenizer(sorted(chars))
 
 
 def _encode(
-    config: PrepareConfig, source: Documents, tokenizer: Tokenizer, writer: TokenWriter, settings: dict[str, Any]
+    config: PrepareConfig, source: Documents, tokenizer: Tokenizer, writer: TokenWriter, few: frozenset[int] | None
 ) -> None:
     """Read, encode and write everything, committing every COMMIT_TOKENS."""
     small = source.nbytes is not None and source.nbytes < INLINE_BYTES
     num_proc = config.num_proc or (1 if small else min(16, max(1, (os.cpu_count() or 2) // 2)))
-    if settings["split"] == "position":
-        assert isinstance(source, TextDocuments)
-        batches = batches_by_position(source.texts[0], settings["val_fraction"], writer.documents)
-        encoder = Encoder(tokenizer)
+    settings, by_position = writer.settings, writer.settings["split"] == "position"
+    seed, val_fraction = config.seed, settings["val_fraction"]
+    encoder = Encoder(tokenizer, () if source.one else document_end(tokenizer))
+    if by_position:
+        chars = sum(len(text) for text, _ in source.read())
+        batches = batches_by_position(
+            source.read(), tokenizer.boundary, int(chars * (1 - val_fraction)), writer.documents
+        )
+        if config.max_tokens:  # val lies behind train: each gets its share
+            limits = {"val": math.ceil(config.max_tokens * val_fraction)}
+            limits["train"] = max(1, config.max_tokens - limits["val"])
+            batches = (b for b in batches if writer.splits[b.pieces[0][0]].tokens < limits[b.pieces[0][0]])
     else:
-        share = (config.seed, settings["val_fraction"])
-        batches = batches_by_document(source, *share, writer.documents, writer.state)
-        encoder = Encoder(tokenizer, document_end(tokenizer))
-    with contextlib.closing(encode_batches(batches, encoder, num_proc)) as encoded, _Meter(source, writer) as meter:
+        val = few.__contains__ if few else functools.partial(is_val, seed=seed, val_fraction=val_fraction)
+        batches = batches_by_document(source, tokenizer.boundary, val, writer.documents, writer.state)
+    encoded_batches = encode_batches(batches, encoder, num_proc)
+    with contextlib.closing(encoded_batches) as encoded, _Meter("tokens", source.nbytes) as meter:
+        first = writer.tokens
         for batch, tokens in encoded:
             for split, ids in tokens.items():
                 writer.write(split, ids)
-            if writer.tokens - writer.committed >= COMMIT_TOKENS:
-                writer.commit(batch.documents, batch.state)
-            meter.update(batch.documents, batch.chars)
-            if config.max_tokens and writer.tokens >= config.max_tokens:
-                break
+            if batch.whole:
+                writer.mark(batch.documents, batch.state)
+                if writer.tokens - writer.committed >= COMMIT_TOKENS:
+                    writer.commit()
+                if not by_position and 0 < config.max_tokens <= writer.tokens:
+                    break
+            documents = "" if by_position else f"{batch.documents:,} documents, "
+            rate = (writer.tokens - first) / meter.seconds
+            meter.advance(batch.chars, f"{documents}{writer.tokens:,} tokens, {rate:,.0f} tokens/s")
     if not writer.tokens:
         raise DataError("the source is empty", where=source.description, found="no text", hint="give another --source")
 
 
 class _Meter:
-    """Documents, tokens and tokens/s while preparing: a bar on a terminal, else a line every ten seconds."""
+    """What a pass over the text has come to: a bar on a terminal, else a line every TOLD_SECONDS.
 
-    def __init__(self, source: Documents, writer: TokenWriter):
-        self.writer, self.first = writer, writer.tokens
+    total: about so many bytes or characters, None when not known.
+    """
+
+    def __init__(self, name: str, total: int | None):
+        self.name = name
         self.began = self.told = time.perf_counter()
         self.console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self.bar = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
-        self.task = self.bar.add_task("", total=source.nbytes)
+        self.task = self.bar.add_task(name, total=total)
 
     def __enter__(self) -> "_Meter":
         self.bar.start()
@@ -257,11 +287,19 @@ class _Meter:
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
-    def update(self, documents: int, chars: int) -> None:
+    @property
+    def seconds(self) -> float:
+        return max(time.perf_counter() - self.began, 1e-9)
+
+    def advance(self, count: int, text: str) -> None:
+        self.at(self.bar.tasks[self.task].completed + count, self.bar.tasks[self.task].total, text)
+
+    def at(self, done: float, total: float | None, text: str) -> None:
+        self.bar.update(
+            self.task, completed=done, total=total, description=f"{self.name}: {text}" if text else self.name
+        )
         now = time.perf_counter()
-        rate = (self.writer.tokens - self.first) / max(now - self.began, 1e-9)
-        text = f"{documents:,} documents, {self.writer.tokens:,} tokens, {rate:,.0f} tokens/s"
-        self.bar.update(self.task, advance=chars, description=text)
-        if not self.console.is_terminal and now - self.told > 10:
+        if not self.console.is_terminal and now - self.told >= TOLD_SECONDS:
             self.told = now
-            print(text, file=self.console.file, flush=True)
+            share = f" {min(done / total, 1):.0%}" if total else ""
+            print(f"{self.name}{share}: {text}" if text else f"{self.name}{share}", file=self.console.file, flush=True)

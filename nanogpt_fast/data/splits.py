@@ -7,11 +7,16 @@ import os
 from pathlib import Path
 from typing import Literal, overload
 
-from nanogpt_fast.data.recipes import RECIPE_NAMES
-from nanogpt_fast.data.token_format import prepare_hint
+from nanogpt_fast.data.dataset import Meta, check_split, read_meta
+from nanogpt_fast.data.recipes import RECIPE_NAMES, prepare_command
+from nanogpt_fast.data.token_format import refuse_wide
+from nanogpt_fast.data.tokenizer import KINDS
 from nanogpt_fast.data.tokens import TokenSource
 from nanogpt_fast.errors import ConfigError, DataError, did_you_mean
 from nanogpt_fast.settings.config import DataConfig
+
+LOOKED_AT = 100_000  # tokens, of a dataset that says nothing of its ids
+FEW_IDS = 1000  # GPT-2's tokens of any text of that length go beyond
 
 log = logging.getLogger(__name__)
 
@@ -26,23 +31,56 @@ def open_split(data: DataConfig, split: Literal["train", "val"], *, required: bo
     """The split's files, from data_dir/dataset, a folder, or a pattern that holds {split}.
 
     In a folder: train.bin, else NAME_train.bin, train_*.bin, NAME_train_*.bin, else the same with .npy. A missing
-    validation split gives None and one warning, or DataError where it is required; train is always required.
+    validation split gives None and one warning, or DataError where it is required; train is always required. What
+    meta.json lists must be there, in its size, and nothing beside it; a pattern may choose among it.
     """
     paths, looked = _find_split(data, split)
+    folder = os.path.dirname(looked)
+    check_split(Path(folder), split, paths, whole="{split}" not in data.dataset)
     if paths:
-        return TokenSource(paths)
+        source = TokenSource(paths)
+        if not os.path.exists(os.path.join(folder, "meta.json")):
+            refuse_wide(source.files[0])
+        if split == "train":
+            _warn_of_ids(Path(folder))
+        return source
     if split == "val" and not required:
         log.warning("no validation tokens (%s): evaluation is off", looked)
         return None
-    folder = os.path.dirname(looked)
-    near = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    try:
+        near = sorted(os.listdir(folder))
+    except (OSError, ValueError) as error:
+        near, why = [], getattr(error, "strerror", None) or str(error)
+    else:
+        why = "empty"
     close = difflib.get_close_matches(os.path.basename(looked), near, n=3, cutoff=0.4) or near[:8]
     raise DataError(
         f"no {split} tokens found",
         where=f"{looked} (from {os.getcwd()})",
-        found=(f"in {folder}: " + ", ".join(close)) if close else f"{folder} is empty or missing",
-        hint=prepare_hint(looked),
+        found=(f"in {folder}: " + ", ".join(close)) if close else f"{folder}: {why}",
+        hint=prepare_command(folder),
     )
+
+
+def _warn_of_ids(folder: Path) -> None:
+    """Say before hours of training what will be missed after them."""
+    try:
+        meta = read_meta(folder)
+    except DataError as error:
+        log.warning("%s (%s): no text can be made of what is trained on these ids", error.what, error.found)
+        return
+    if meta and meta.tokenizer["kind"] not in KINDS:
+        log.warning("%s does not say what text the ids stand for: samples of the model cannot be decoded", folder)
+
+
+def warn_of_few_ids(meta: Meta | None, source: TokenSource, vocab_size: int) -> None:
+    """Where neither a meta file nor --vocab_size says what the ids are, and they are to be taken for GPT-2's."""
+    if meta is None and not vocab_size and (largest := source.largest_of(LOOKED_AT)) < FEW_IDS:
+        looked = min(LOOKED_AT, source.files[0].n_tokens)
+        log.warning(
+            "no meta.json or meta.pkl, no --vocab_size: the ids are taken for GPT-2's 50,257, though the first %d go "
+            "up to %d only; if they are characters', put their meta.pkl back", looked, largest,
+        )  # fmt: skip
 
 
 def dataset_folder(data: DataConfig) -> Path | None:
@@ -104,9 +142,7 @@ def _no_dataset(name: str, places: list[str]) -> DataError:
     if nearest in folders:
         hint = f"--dataset={os.path.join(os.path.dirname(name.rstrip('/')), nearest)}"
     else:
-        hint = f"python -m nanogpt_fast.prepare {nearest}"
-        hint += " --source FILE" * (nearest not in RECIPE_NAMES)
-        hint += f" --out {out}" * (out != os.path.join("data", nearest))
+        hint = prepare_command(out)
     return DataError(
         f"there is no dataset {name!r}" + did_you_mean(base, known) * (base not in known),
         where=f"{place} (from {os.getcwd()})",

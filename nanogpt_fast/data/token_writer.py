@@ -1,31 +1,35 @@
 """Writes a dataset's token files so that they appear all at once, complete, or not at all.
 
 Everything grows in FOLDER/.partial/. `commit` makes what is there durable and notes in journal.json how far it
-goes, so an interrupted preparation resumes from that point; `publish` hashes, renames, and writes meta.json last.
+goes, so an interrupted preparation resumes from that point; `publish` hashes, notes the meta.json to be in the journal,
+renames, and writes meta.json last: from that note on a rerun has only the renames to finish.
 """
 
 import contextlib
 import errno
-import json
+import hashlib
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import filelock
 import numpy as np
 
-from nanogpt_fast.data.dataset import FileEntry, Meta, Split, nanogpt_pickle
+from nanogpt_fast.data.dataset import PARTIAL, FileEntry, Meta, Split, meta_from_json
+from nanogpt_fast.data.encode import draw
+from nanogpt_fast.data.meta_pickle import nanogpt_pickle
 from nanogpt_fast.data.token_format import HEADER_BYTES, LLMC_LAYOUTS, LLMC_UINT16
 from nanogpt_fast.errors import DataError
-from nanogpt_fast.files import sha256_of, sync, write_atomic, write_json
+from nanogpt_fast.files import load_json, sync, write_atomic, write_json
 
 Format = Literal["bin", "llmc"]
 SPLITS = ("train", "val")
-PARTIAL = ".partial"
 TOKEN_BYTES = 2
+HASH_BYTES = 1 << 20  # read at once
 
 
 @contextlib.contextmanager
@@ -149,84 +153,121 @@ class TokenWriter:
     """The train and val files of one dataset folder.
 
     settings: what the tokens depend on; an interrupted preparation resumes only under the same ones.
-    After construction `documents` and `state` say where to go on reading (0 and None at a fresh start).
+    After construction `documents` and `state` say where to go on reading (0 and None at a fresh start); `ready` is the
+    meta.json to be where an earlier publish was cut off: then only `finish` is left to do.
     """
 
     def __init__(self, folder: Path, format: Format, shard_tokens: int, settings: dict[str, Any]):
         self.folder, self.partial, self.settings = folder, folder / PARTIAL, settings
         self.documents, self.state = 0, None
         self.committed = 0  # tokens that a rerun would keep
+        self.ready: Meta | None = None
         prefix = f"{folder.resolve().name}_" if format == "llmc" else ""
         self.splits = {s: _SplitFiles(self.partial, prefix + s, format, shard_tokens) for s in SPLITS}
         with disk_errors(folder):
             if not self._resume():
                 shutil.rmtree(self.partial, ignore_errors=True)
-                self.partial.mkdir(parents=True)
+                self.partial.mkdir(parents=True, exist_ok=True)
+        self._mark = (self.documents, self.state, self._counts())
 
     @property
     def tokens(self) -> int:
         return sum(split.tokens for split in self.splits.values())
 
+    def _counts(self) -> dict[str, int]:
+        return {name: split.tokens for name, split in self.splits.items()}
+
     def _resume(self) -> bool:
         try:
-            journal = json.loads((self.partial / "journal.json").read_bytes())
+            journal = load_json(self.partial / "journal.json")
             if journal["settings"] != self.settings:
                 return False
-            self.documents, self.state = journal["documents"], journal["state"]
-            held = [self.splits[split].rewind(journal["tokens"][split]) for split in SPLITS]
-        except (OSError, ValueError, KeyError, TypeError):  # no journal, or one that cannot be used: start over
+            if "publish" in journal:
+                self.ready = meta_from_json(journal["publish"])
+                held = [self._holds(file) for split in self.ready.splits.values() for file in split.files]
+            else:
+                self.documents, self.state = journal["documents"], journal["state"]
+                held = [self.splits[split].rewind(journal["tokens"][split]) for split in SPLITS]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no journal, or one that cannot be used
             held = [False]
         if not all(held):
-            self.documents, self.state = 0, None
+            self.documents, self.state, self.ready = 0, None, None
             for split in self.splits.values():
                 split.abandon()
                 split.tokens = 0
             return False
-        self.committed = self.tokens
+        self.committed = sum(split.tokens for split in (self.ready or self).splits.values())
         return True
+
+    def _holds(self, file: FileEntry) -> bool:
+        """Whether it waits in .partial, or has been moved from there."""
+        places = (self.partial / file.name, self.folder / file.name)
+        return any(place.is_file() and place.stat().st_size == file.bytes for place in places)
 
     def write(self, split: str, tokens: np.ndarray) -> None:
         """Append tokens (any integer dtype, ids below 65,536)."""
         with disk_errors(self.partial):
             self.splits[split].write(tokens)
 
-    def commit(self, documents: int, state: Any) -> None:
-        """Make everything written so far durable; a rerun goes on after `documents` documents, at `state`."""
+    def mark(self, documents: int, state: Any) -> None:
+        """What is written so far is whole: reading would go on after `documents` documents, at `state`."""
+        self._mark = (documents, state, self._counts())
+
+    def commit(self) -> None:
+        """Make everything up to the last mark durable; a rerun goes on there."""
         with disk_errors(self.partial):
             for split in self.splits.values():
                 split.sync()
-            tokens = {name: split.tokens for name, split in self.splits.items()}
+            documents, state, tokens = self._mark
             journal = {"settings": self.settings, "documents": documents, "state": state, "tokens": tokens}
             write_json(self.partial / "journal.json", journal)
-        self.committed = self.tokens
+        self.committed = sum(tokens.values())
 
     def abandon(self) -> None:
-        """After a failure: keep what was committed, leave nothing otherwise."""
+        """After a failure or a signal: keep what is whole, leave nothing where that is nothing."""
+        if not self.ready and sum(self._mark[2].values()) > self.committed:
+            with contextlib.suppress(DataError):  # the disk may be what failed
+                self.commit()
         for split in self.splits.values():
             split.abandon()
         if not self.committed:
             shutil.rmtree(self.partial, ignore_errors=True)
 
-    def publish(self, vocab_size: int, tokenizer: dict[str, Any], source: str, created_by: str) -> Meta:
-        """Move the files into the folder and write meta.json. Raises DataError when a split is empty."""
+    def publish(
+        self,
+        vocab_size: int,
+        tokenizer: dict[str, Any],
+        source: str,
+        created_by: str,
+        hashed: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Meta:
+        """Move the files into the folder and write meta.json; hashed is told bytes done, of how many.
+
+        Raises DataError when a split is empty.
+        """
         for name, split in self.splits.items():
             if not split.tokens:
-                self.committed = 0
+                hint = self._more_text()
+                self.committed, self._mark = 0, (0, None, dict.fromkeys(SPLITS, 0))  # nothing that is worth resuming
                 raise DataError(
                     f"the {name} split got no tokens",
                     where=source,
                     expected="text for both splits",
                     found=", ".join(f"{n}: {s.tokens:,} tokens" for n, s in self.splits.items()),
-                    hint="give more text, or another share: --val_fraction=0.3, or another --seed",
+                    hint=hint,
                 )
         with disk_errors(self.folder):
-            rows = {}
-            for name, split in self.splits.items():
+            for split in self.splits.values():
                 split.close()
-                files = tuple(
-                    FileEntry(name=p.name, bytes=p.stat().st_size, sha256=sha256_of(p)) for p in split.files()
+            sizes = {path: path.stat().st_size for split in self.splits.values() for path in split.files()}
+            digests = _sha256(sizes, hashed)
+            rows = {
+                name: Split(
+                    tokens=split.tokens,
+                    files=tuple(FileEntry(name=p.name, bytes=sizes[p], sha256=digests[p]) for p in split.files()),
                 )
-                rows[name] = Split(tokens=split.tokens, files=files)
+                for name, split in self.splits.items()
+            }
             meta = Meta(
                 vocab_size=vocab_size,
                 tokenizer=tokenizer,
@@ -235,17 +276,40 @@ class TokenWriter:
                 created_by=created_by,
                 settings=self.settings,
             )
+            write_json(self.partial / "journal.json", {"settings": self.settings, "publish": meta.to_json()})
+            self.ready, self.committed = meta, self.tokens
+        return self.finish()
+
+    def finish(self) -> Meta:
+        """The renames, from wherever they were cut off; meta.json last."""
+        meta, partial = self.ready, self.partial
+        assert meta is not None
+        names = [file.name for split in meta.splits.values() for file in split.files]
+        with disk_errors(self.folder):
             for old in stale_files(self.folder):
-                old.unlink()
-            if tokenizer["kind"] == "char":
-                write_atomic(self.folder / "meta.pkl", nanogpt_pickle(tokenizer["itos"]))
-            # The first training file comes last: without it nothing takes the folder for a dataset.
-            for path in (p for split in reversed(self.splits.values()) for p in reversed(split.files())):
-                os.replace(path, self.folder / path.name)
+                if old.name not in names or (partial / old.name).exists():  # else it is the new one, moved before
+                    old.unlink()
+            if meta.tokenizer["kind"] == "char":
+                write_atomic(self.folder / "meta.pkl", nanogpt_pickle(meta.tokenizer["itos"]))
+            for name in reversed(names):  # the first training file last: without it this is no dataset to nanoGPT
+                if (partial / name).exists():
+                    os.replace(partial / name, self.folder / name)
             sync(self.folder)
             write_json(self.folder / "meta.json", meta.to_json())
-        shutil.rmtree(self.partial, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         return meta
+
+    def _more_text(self) -> str:
+        """What gives both splits something: of few documents, the share that the one nearest to val is in."""
+        documents, _, tokens = self._mark
+        if tokens["val"] or self.settings.get("split") != "document" or documents < 2:
+            return "give more text, or a larger --max_tokens"
+        needed = min(draw(number, self.settings["seed"]) for number in range(min(documents, 100_000))) / 2**64
+        unit = 10.0 ** (math.floor(math.log10(needed)) - 1)
+        share = f"--val_fraction={math.ceil(needed / unit) * unit:.2g}"
+        return (
+            f"give more text, a larger --max_tokens, or {share}, which the draw of these {documents:,} documents needs"
+        )
 
 
 def stale_files(folder: Path) -> list[Path]:
@@ -259,3 +323,15 @@ def _write_all(file: Any, data: bytes) -> None:
     view = memoryview(data)
     while view:  # an unbuffered write may stop early, as on a disk that is just full
         view = view[file.write(view) :]
+
+
+def _sha256(sizes: dict[Path, int], hashed: Callable[[int, int], None]) -> dict[Path, str]:
+    digests, done, total = {}, 0, sum(sizes.values())
+    for path in sizes:
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while data := file.read(HASH_BYTES):
+                digest.update(data)
+                hashed(done := done + len(data), total)
+        digests[path] = digest.hexdigest()
+    return digests

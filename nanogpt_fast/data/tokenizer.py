@@ -7,6 +7,8 @@ merges in order of rank, the 256 bytes before them. `find_vocab_bpe` looks for t
 import hashlib
 import importlib.util
 import os
+import re
+import reprlib
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ from nanogpt_fast.data.documents import fetch
 from nanogpt_fast.errors import DataError
 from nanogpt_fast.files import sha256_of
 
+KINDS = ("char", "gpt2", "strings")  # that from_json knows
 EOT = "<|endoftext|>"
 VOCAB_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
 VOCAB_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
@@ -32,6 +35,8 @@ class Tokenizer(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def eot(self) -> int | None: ...  # the id that ends a document, if there is one
+    @property
+    def boundary(self) -> re.Pattern[str]: ...  # where a text may be cut into pieces without other tokens
     def encode(self, text: str) -> list[int]: ...  # a prompt: special tokens written in it count
     def encode_ordinary(self, text: str) -> np.ndarray: ...  # data: uint16 [tokens], special tokens are plain text
     def decode(self, ids: Sequence[int]) -> str: ...
@@ -43,6 +48,7 @@ class CharTokenizer:
     """One id a character, numbered as `itos` lists them (nanoGPT: sorted)."""
 
     eot = None
+    boundary = re.compile("")  # anywhere
 
     def __init__(self, itos: Sequence[str]):
         bad = [c for c in itos if not isinstance(c, str) or len(c) != 1]
@@ -71,12 +77,7 @@ class CharTokenizer:
         ids = self._id_of[np.minimum(codes, len(self._id_of) - 1)]
         if ids.size and ids.min() < 0:
             at = int((ids < 0).argmax())
-            raise DataError(
-                f"character {text[at]!r} is not in the vocabulary of this dataset",
-                where=f"position {at}: {text[max(0, at - 20) : at + 20]!r}",
-                expected=f"one of {self.vocab_size} characters: {''.join(self.itos)[:120]!r}",
-                hint="leave that character out, or use a model trained on GPT-2 tokens",
-            )
+            raise _not_in_vocabulary(text, at, f"one of {self.vocab_size} characters", self.itos)
         return ids.astype(np.uint16)
 
     def encode(self, text: str) -> list[int]:
@@ -92,11 +93,57 @@ class CharTokenizer:
         return {"kind": "char", "itos": self.itos}
 
 
+class StringTokenizer:
+    """A meta.pkl's own vocabulary of words or pieces: ids decode to their strings, one after the other, as nanoGPT's
+    sample.py does; a prompt is taken apart by the longest string first."""
+
+    eot = None
+    boundary = re.compile("")
+
+    def __init__(self, itos: Sequence[str]):
+        self.itos = list(itos)
+        self._id_of = {text: i for i, text in reversed(list(enumerate(self.itos))) if text}
+        self._lengths = sorted({len(text) for text in self._id_of}, reverse=True)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.itos)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of text. Raises DataError where no string of the vocabulary goes on."""
+        ids, at = [], 0
+        while at < len(text):
+            length = next((n for n in self._lengths if text[at : at + n] in self._id_of), 0)
+            if not length:
+                raise _not_in_vocabulary(text, at, f"one of {self.vocab_size} strings", self.itos)
+            ids.append(self._id_of[text[at : at + length]])
+            at += length
+        return ids
+
+    def encode_ordinary(self, text: str) -> np.ndarray:
+        if self.vocab_size > 65536:
+            found = f"{self.vocab_size:,} ids"
+            raise DataError("the vocabulary is too large for uint16 tokens", expected="at most 65,536", found=found)
+        return np.array(self.encode(text), dtype=np.uint16)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(self.itos[i] for i in _in_range(ids, self.vocab_size))
+
+    def token_bytes(self) -> np.ndarray:
+        return np.array([len(text.encode("utf-8", "surrogatepass")) for text in self.itos], dtype=np.int64)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "strings", "itos": self.itos}
+
+
 class Gpt2Tokenizer:
     """GPT-2's 50,257 tokens from the file vocab.bpe."""
 
     vocab_size = 50257
     eot = 50256
+    # A newline between visible characters is a token of its own, whatever surrounds it: cut after it. No token goes on
+    # over a space that follows one: cut before it. Python's \S is a part of PATTERN's.
+    boundary = re.compile(r"(?<=\S\n)(?=\S)|(?<=\S)(?= \S)")
 
     def __init__(self, vocab_bpe: Path):
         try:
@@ -133,6 +180,15 @@ class Gpt2Tokenizer:
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "gpt2"}
+
+
+def _not_in_vocabulary(text: str, at: int, expected: str, itos: list[str]) -> DataError:
+    return DataError(
+        f"character {text[at]!r} is not in the vocabulary of this dataset",
+        where=f"position {at}: {text[max(0, at - 20) : at + 20]!r}",
+        expected=f"{expected}: {''.join(itos[:120])[:120]!r}",
+        hint="leave that character out, or use a model trained on GPT-2 tokens",
+    )
 
 
 def _in_range(ids: Sequence[int], size: int) -> list[int]:
@@ -240,6 +296,9 @@ def from_json(value: dict[str, Any]) -> Tokenizer:
     kind = value.get("kind")
     if kind == "char" and isinstance(value.get("itos"), list):
         return CharTokenizer(value["itos"])
+    if kind == "strings" and isinstance(value.get("itos"), list):
+        return StringTokenizer(value["itos"])
     if kind == "gpt2":
         return gpt2_tokenizer()
-    raise DataError("the dataset's tokenizer is unknown", expected="kind 'char' with itos, or 'gpt2'", found=repr(kind))
+    expected = "kind 'char' or 'strings' with itos, or 'gpt2'"
+    raise DataError("the dataset's tokenizer is unknown", expected=expected, found=reprlib.repr(kind))

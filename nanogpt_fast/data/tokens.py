@@ -75,6 +75,12 @@ class TokenSource:
             while self._descriptors:
                 os.close(self._descriptors.popitem()[1])
 
+    def largest_of(self, tokens: int) -> int:
+        """The largest id among the first `tokens` of the first file."""
+        out = np.empty((1, min(tokens, self.files[0].n_tokens)), self.dtype)
+        self.read_rows([0], [0], out)
+        return int(out.max(initial=0))
+
     def read_rows(self, file_index: Iterable[int], start: Iterable[int], out: np.ndarray) -> None:
         """Fill row i of out [rows, width] (C-contiguous, self.dtype) with file_index[i]'s tokens from start[i] on."""
         size, row_bytes = self.dtype.itemsize, out.shape[1] * self.dtype.itemsize

@@ -11,7 +11,7 @@ from random_weights import random_weights
 from separate_documents import separately
 
 from nanogpt_fast import evaluate, scoring
-from nanogpt_fast.data.dataset import nanogpt_pickle
+from nanogpt_fast.data.meta_pickle import nanogpt_pickle
 from nanogpt_fast.data.tokens import TokenSource
 from nanogpt_fast.errors import ConfigError, DataError
 from nanogpt_fast.model import GPT

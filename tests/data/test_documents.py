@@ -21,9 +21,9 @@ from nanogpt_fast.data.documents import (
     TextDocuments,
     fetch,
     find_files,
-    read_text,
     stdlib_documents,
 )
+from nanogpt_fast.data.text_files import read_chunks
 from nanogpt_fast.errors import DataError
 
 
@@ -33,7 +33,17 @@ def write_jsonl(path: Path, rows: list[Any]) -> Path:
 
 
 def documents(*paths: Path, field: str = "text") -> list[str]:
-    return list(FileDocuments(list(paths), "a test", field).read())
+    return joined(FileDocuments(list(paths), "a test", field))
+
+
+def joined(source: FileDocuments, first: int = 0) -> list[str]:
+    """The documents from number `first` on, each in one piece."""
+    texts = [""]
+    for text, ends in source.read(first):
+        texts[-1] += text
+        texts += [""] * ends
+    assert texts[-1] == ""
+    return texts[:-1]
 
 
 # ---- Finding files ----
@@ -79,13 +89,13 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path) -> None:
     assert documents(jsonl, field="body") == expected
     assert documents(tmp_path / "a.parquet", field="body") == expected
     assert documents(*plain) == expected
-    assert list(FileDocuments(plain, "a test").read(2)) == expected[2:]
+    assert joined(FileDocuments(plain, "a test"), 2) == expected[2:]
 
 
 def test_line_ends_are_read_as_nanogpt_reads_them(tmp_path: Path) -> None:
     path = tmp_path / "dos.txt"
     path.write_bytes(b"a\r\nb\rc\n")
-    assert read_text(path) == path.open(encoding="utf-8").read() == "a\nb\nc\n"
+    assert "".join(read_chunks(path)) == path.open(encoding="utf-8").read() == "a\nb\nc\n"
 
 
 def test_text_that_is_not_utf8_names_file_and_offset(tmp_path: Path) -> None:

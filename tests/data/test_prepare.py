@@ -220,15 +220,15 @@ def test_ctrl_c_before_anything_was_committed_leaves_nothing(play: str, monkeypa
         (["text"], "needs your text"),
         (["text", "--source", "absent.txt"], "matches no file"),
         (["text", "--source", "empty.txt", "--tokenizer=char"], "the source is empty"),
-        (["text", "--source", "one.jsonl", "--tokenizer=char"], "the val split got no tokens"),
-        (["shakespeare_char", "--source", "."], "shakespeare_char is one file"),
+        (["text", "--source", "one.jsonl", "--tokenizer=char"], "the train split got no tokens"),
+        (["shakespeare_char", "--source", "."], "shakespeare_char is one text"),
         (["mine", "--source", "play.txt", "--vocab_bpe=play.txt"], r"not GPT-2's vocab\.bpe"),
         (["text", "--verify"], "nothing to verify"),
     ],
 )
 def test_what_cannot_be_prepared_says_why_and_leaves_nothing(play: str, argv: list[str], told: str) -> None:
     Path("empty.txt").touch()
-    Path("one.jsonl").write_text('{"text": "only one"}\n')
+    Path("one.jsonl").write_text('{"text": "o"}\n')
     with pytest.raises(DataError, match=told) as error:
         main(argv)
     assert error.value.exit_code == 3 and not list(Path("data").glob("*/*"))

@@ -1,37 +1,44 @@
 """Interrupted from outside: kill -9, Ctrl-C and a disk that is really full."""
 
+import errno
 import json
+import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from nanogpt_fast.data import encode, preparation, token_writer
 from nanogpt_fast.data.dataset import read_meta, verify
 from nanogpt_fast.data.preparation import PrepareConfig, prepare
 
 # The command itself, with small steps that take long enough to be hit.
 DRIVER = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background, or under nohup, ignores them
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from nanogpt_fast import prepare
 from nanogpt_fast.data import encode, preparation, token_writer
 from nanogpt_fast.command import run_command
 encode.BATCH_CHARS, preparation.COMMIT_TOKENS = 2000, 5000
 commit = token_writer.TokenWriter.commit
-def slow_commit(self, documents, state):
-    commit(self, documents, state)
-    print(documents, flush=True)
+def slow_commit(self):
+    commit(self)
+    print(self._mark[0], flush=True)
     time.sleep(float(sys.argv.pop()))
 token_writer.TokenWriter.commit = slow_commit
 sys.argv += ["0.05"] * 1000
 if __name__ == "__main__":
-    run_command(lambda argv: prepare.main(argv[:5]))
+    run_command(lambda argv: prepare.main(argv[:5]), again="the same command goes on where it stopped")
 """
-STOPPED = "interrupted (SIGINT): nothing was left half done"
+STOPPED = "interrupted (SIGINT): the same command goes on where it stopped"
 ARGV = ["mine", "--source=corpus.jsonl", "--tokenizer=char", "--out=made/mine"]  # and --num_proc
 
 
@@ -68,18 +75,66 @@ def test_an_interrupted_run_looks_unfinished_and_resumes(corpus: Path, sign: int
 
 
 @pytest.mark.skipif(os.name == "nt", reason="process groups are POSIX")
-def test_ctrl_c_with_several_processes_prints_one_line(corpus: Path) -> None:
-    """A terminal sends SIGINT to the whole group: the workers must leave it to the parent."""
+@pytest.mark.parametrize(("sign", "lines"), [(signal.SIGINT, 20), (signal.SIGTERM, 1), (signal.SIGHUP, 1)])
+def test_a_signal_with_several_processes_prints_one_line(corpus: Path, sign: signal.Signals, lines: int) -> None:
+    """A terminal sends it to the whole group: the workers, starting or started, must leave it to the parent."""
     command = [sys.executable, "driver.py", *ARGV, "--num_proc=2"]
     pipe = subprocess.PIPE
     with subprocess.Popen(
         command, stdout=pipe, stderr=pipe, env=environment(), text=True, start_new_session=True
     ) as run:
         assert run.stdout and run.stderr
-        for _ in range(20):  # a second, in which both workers have started
+        for _ in range(lines):  # 20: a second, in which both workers have started
             run.stdout.readline()
-        os.killpg(run.pid, signal.SIGINT)
-        assert run.wait(30) == 130 and run.stderr.read().splitlines() == [STOPPED]
+        began = time.monotonic()
+        os.killpg(run.pid, sign)
+        told = run.stderr.read().splitlines()
+        assert run.wait(30) == 128 + sign and told == [STOPPED.replace("SIGINT", sign.name)]
+        assert time.monotonic() - began < 5  # 0.3 to 0.8 s on 2 cores
+    assert json.loads(Path("made/mine/.partial/journal.json").read_text())["documents"] > 0
+
+
+@pytest.mark.parametrize("where", ["characters", "tokens", "hashing"])
+def test_stopped_at_any_stage_it_goes_on_from_there(corpus: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    config = PrepareConfig(name="mine", source="corpus.jsonl", tokenizer="char", out="made/mine", num_proc=1)
+    straight = prepare(replace(config, out="made/straight"))
+    monkeypatch.setattr(encode, "BATCH_CHARS", 2000)
+    real, calls = preparation._Meter.at, 0
+
+    def at(self: preparation._Meter, *args: Any) -> None:
+        nonlocal calls
+        calls += self.name == where
+        if self.name == where and calls == (1 if where == "hashing" else 20):
+            raise KeyboardInterrupt
+        real(self, *args)
+
+    monkeypatch.setattr(preparation._Meter, "at", at)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config)
+    folder = Path("made/mine")
+    assert not folder.exists() if where == "characters" else not list(folder.glob("*.*n"))
+    read: list[int] = []
+    resume = token_writer.TokenWriter._resume
+    monkeypatch.setattr(
+        token_writer.TokenWriter, "_resume", lambda self: (resume(self), read.append(self.documents))[0]
+    )
+    assert prepare(config).splits == straight.splits
+    assert {"characters": read == [0], "tokens": 0 < read[0] < 3000, "hashing": read == [3000]}[where]
+
+
+def test_without_semaphores_this_process_encodes(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A container's read-only /dev/shm."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(encode, "ProcessPoolExecutor", refuse)
+    config = PrepareConfig(name="mine", source="corpus.jsonl", tokenizer="char", num_proc=2)
+    with caplog.at_level(logging.WARNING):
+        assert prepare(config).splits["val"].tokens > 0
+    assert "Read-only file system" in caplog.text and "encodes alone" in caplog.text
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(corpus: Path) -> None:

@@ -61,10 +61,10 @@ class Recorded(HubDocuments):
 
     def read(self, documents: int = 0, state: Any = None):
         self.began, self.state_given = documents, state
-        for number, text in enumerate(super().read(documents, state)):
+        for number, part in enumerate(super().read(documents, state)):
             if number == self.stop:
                 raise Cut
-            yield text
+            yield part
 
 
 def run(monkeypatch: pytest.MonkeyPatch, source: HubDocuments, **options: Any) -> Meta:

@@ -90,7 +90,8 @@ def test_resume_goes_on_at_the_last_commit(tmp_path: Path, format: str, kept: in
     writer = new()
     writer.write("val", ids(5, 6))
     writer.write("train", ids(*range(kept)))
-    writer.commit(3, {"shard": 1})
+    writer.mark(3, {"shard": 1})
+    writer.commit()
     writer.write("train", ids(*[999] * 17))  # lost: never committed
     writer.write("val", ids(999))
     writer.abandon()
@@ -108,7 +109,8 @@ def test_resume_goes_on_at_the_last_commit(tmp_path: Path, format: str, kept: in
 def test_what_cannot_be_resumed_is_started_over(tmp_path: Path, damage: str) -> None:
     writer = TokenWriter(tmp_path, "bin", 10, SETTINGS)
     writer.write("train", ids(1, 2, 3))
-    writer.commit(3, None)
+    writer.mark(3, None)
+    writer.commit()
     writer.abandon()
     partial = tmp_path / PARTIAL
     if damage == "journal":
@@ -137,7 +139,8 @@ def test_a_failure_before_the_first_commit_leaves_nothing(tmp_path: Path) -> Non
 def test_an_empty_split_is_refused_and_nothing_published(tmp_path: Path) -> None:
     writer = TokenWriter(tmp_path, "bin", 10, SETTINGS)
     writer.write("train", ids(1))
-    writer.commit(1, None)
+    writer.mark(1, None)
+    writer.commit()
     with pytest.raises(DataError, match="the val split got no tokens"):
         publish(writer)
     writer.abandon()
@@ -164,7 +167,8 @@ def test_a_new_dataset_leaves_no_file_of_the_old_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", ["bin", "llmc"])
 def test_killed_at_any_rename_nothing_looks_finished(tmp_path: Path, monkeypatch, format: str) -> None:
-    """A fault at the k-th rename, for every k: no meta.json, and no first training file without the rest."""
+    """A fault at the k-th rename, for every k: the old dataset whole, or no meta.json and no first training file
+    without the rest; and a rerun has only the renames to do."""
     real, steps = os.replace, 0
 
     def replace(source, target) -> None:
@@ -191,12 +195,18 @@ def test_killed_at_any_rename_nothing_looks_finished(tmp_path: Path, monkeypatch
             stem = f"set{k}_" if format == "llmc" else ""
             first, last = (f"{stem}train_000000.bin", f"{stem}train_000001.bin") if stem else ("train.bin", "val.bin")
             there = names(folder)
+            if k == 0:  # the journal's: the older dataset stands, and the tokens are encoded anew
+                assert "meta.json" in there and (folder / "train.bin").read_bytes() == b"older"
+                continue
             assert "meta.json" not in there
             assert first not in there or {"meta.pkl", last} <= set(there)
+            writer.abandon()
+            again = TokenWriter(folder, format, 2, SETTINGS)  # type: ignore[arg-type]
+            assert again.ready and again.finish() == verify(folder) and not (folder / PARTIAL).exists()
         else:
             monkeypatch.setattr(token_writer.os, "replace", real)
             break
-    assert k == (6 if format == "llmc" else 4) and verify(folder)
+    assert k == (7 if format == "llmc" else 5) and verify(folder)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
@@ -254,9 +264,21 @@ def test_what_is_renamed_was_synced_before(tmp_path: Path, quick_fsync: list[str
     tail = ["rename val.bin", "rename train.bin", "sync set", "sync meta.json.tmp", "rename meta.json", "sync set"]
     assert quick_fsync == [
         *("sync train.bin", "sync val.bin"),
+        *("sync journal.json.tmp", "rename journal.json", "sync .partial"),
         *("sync meta.pkl.tmp", "rename meta.pkl", "sync set"),
         *tail,
     ]
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to name descriptors")
+def test_what_a_journal_promises_was_synced_before(tmp_path: Path, quick_fsync: list[str]) -> None:
+    writer = TokenWriter(tmp_path, "bin", 10, SETTINGS)
+    for split in ("train", "val"):
+        writer.write(split, ids(0, 1))
+    writer.mark(1, None)
+    writer.commit()
+    until = quick_fsync.index("rename journal.json")
+    assert {"sync train.bin", "sync val.bin", "sync journal.json.tmp"} == set(quick_fsync[:until])
 
 
 def test_stale_files_of_a_folder_without_any(tmp_path: Path) -> None:
