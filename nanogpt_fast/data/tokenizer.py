@@ -242,4 +242,10 @@ def from_json(value: dict[str, Any]) -> Tokenizer:
         return CharTokenizer(value["itos"])
     if kind == "gpt2":
         return gpt2_tokenizer()
-    raise DataError("the dataset's tokenizer is unknown", expected="kind 'char' with itos, or 'gpt2'", found=repr(kind))
+    if kind == "bpe" and all(isinstance(value.get(key), t) for key, t in (("vocab", dict), ("merges", list))):
+        from nanogpt_fast.data.bpe import BpeTokenizer  # which builds on this file
+
+        return BpeTokenizer(value["vocab"], value["merges"], dict(value.get("added") or {}))
+    raise DataError(
+        "the tokenizer is unknown", expected="kind 'char' with itos, 'gpt2' or 'bpe'", found=repr(kind)[:80]
+    )
