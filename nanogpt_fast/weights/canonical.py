@@ -75,8 +75,12 @@ def model_config(where: str, nbytes: int, **values: Any) -> GPTConfig:
             raise CheckpointError(
                 f"{key} is missing or no size", where=where, expected="a whole number from 1 on", found=shown(value)
             )
-    for key, kinds in (("bias", bool), ("dropout", (int, float)), ("activation", str)):
-        if key in values and not isinstance(values[key], kinds):
+    for key, ok in (
+        ("bias", isinstance(values.get("bias", True), bool)),
+        ("dropout", type(values.get("dropout", 0)) in (int, float)),
+        ("activation", values.get("activation", "gelu") in ("gelu", "gelu_tanh")),
+    ):
+        if not ok:
             raise CheckpointError(f"{key} makes no GPT", where=where, found=shown(values[key]))
     L, C, V, T = (values[key] for key in ("n_layer", "n_embd", "vocab_size", "block_size"))
     matrices = 12 * L * C * C + (V + T) * C

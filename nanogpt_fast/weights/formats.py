@@ -173,8 +173,8 @@ def _sound(state: dict[str, Any], where: str) -> dict[str, Any]:
     """The state, if what a run takes from it is of the kind that it expects: hashes prove who wrote last, not what."""
     for key in ("samples_seen", "good_steps", "loss_scale"):
         number(state, key, 1, where)
-    losses, data = state.get("recent_losses"), state.get("fingerprint") or {"files": []}
-    files = data.get("files") if isinstance(data, dict) else None
+    losses, data = state.get("recent_losses"), state.get("fingerprint") or {"files": [], "tokens": 0}
+    files = data.get("files") if isinstance(data, dict) and isinstance(data.get("tokens"), int) else None
     sound = {
         "recent_losses": losses is None or isinstance(losses, list) and all(type(n) in (int, float) for n in losses),
         "fingerprint": isinstance(files, list) and all(isinstance(f, dict) and f.keys() >= _FILE for f in files),

@@ -14,7 +14,7 @@ from nanogpt_fast.data.dataset import FORMAT as META_FORMAT
 from nanogpt_fast.data.dataset import read_meta
 from nanogpt_fast.data.tokenizer import EOT, Gpt2Tokenizer, find_vocab_bpe, from_json, gpt2_bytes
 from nanogpt_fast.errors import CheckpointError, DataError
-from nanogpt_fast.files import read_small
+from nanogpt_fast.files import read_small, write_json
 from nanogpt_fast.weights.canonical import GPT2_PADDED, GPT2_VOCAB, Weights
 from nanogpt_fast.weights.sources import read_object
 
@@ -122,7 +122,7 @@ def write(weights: Weights, folder: Path) -> bool:
         return True
     if found:
         meta = {"format": META_FORMAT, "tokenizer": found, "vocab_size": weights.used_vocab, "splits": {}}
-        _write_json(folder / "meta.json", meta)
+        write_json(folder / "meta.json", meta)  # escapes what UTF-8 cannot hold
     if found.get("kind") != "char" or not is_text(found["itos"]):
         return False
     _write_json(folder / "tokenizer.json", _tokenizer_json(found))
@@ -165,7 +165,7 @@ def _tokenizer_json(found: dict[str, Any]) -> dict[str, Any]:
                  "vocab": {**found["vocab"], **found["added"]}, "merges": found["merges"]}  # fmt: skip
         ends = {"pre_tokenizer": level, "post_processor": None, "decoder": level}
         return whole | {"added_tokens": added} | ends | {"model": model}
-    each = {"type": "Split", "pattern": {"Regex": "(?s:.)"}, "behavior": "Isolated", "invert": False}
+    each = {"type": "Split", "pattern": {"Regex": "[\\s\\S]"}, "behavior": "Isolated", "invert": False}
     vocab = {char: i for i, char in enumerate(found["itos"])}
     ends = {"pre_tokenizer": each, "post_processor": None, "decoder": {"type": "Fuse"}}
     return whole | {"added_tokens": []} | ends | {"model": {"type": "WordLevel", "vocab": vocab, "unk_token": ""}}

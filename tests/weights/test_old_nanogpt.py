@@ -24,7 +24,7 @@ LETTERS = [chr(48 + i) for i in range(tiny_run.VOCAB)]
 
 def tiny(**changes: Any) -> Weights:
     """A model of tiny_run's shape, of 11 layers: as text h.10 sorts before h.2."""
-    shape = {"n_layer": 11, "n_head": 2, "n_embd": 16, "block_size": 8, "vocab_size": tiny_run.VOCAB}
+    shape: dict[str, Any] = {"n_layer": 11, "n_head": 2, "n_embd": 16, "block_size": 8, "vocab_size": tiny_run.VOCAB}
     return random_weights(**(shape | changes))
 
 
