@@ -4,6 +4,7 @@ GPT-2's own vocabulary goes through tiktoken (tokenizer.py), which takes ids for
 """
 
 import hashlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 
 from nanogpt_fast.data.tokenizer import EOT, PATTERN, VOCAB_SHA256, gpt2_bytes
 from nanogpt_fast.errors import DataError
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class BpeTokenizer:
@@ -24,11 +27,11 @@ class BpeTokenizer:
             raise DataError("BPE needs the package regex", hint="pip install 'nanogpt-fast[offline]'") from error
         ids = [*vocab.values(), *added.values()]
         pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else () for merge in merges]
-        bad = [i for i in ids if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < 2**31]
-        if not ids or bad or any(len(pair) != 2 for pair in pairs):
-            raise DataError(
-                "the BPE vocabulary is damaged", expected="tokens with ids, merges of two tokens", found=f"{bad[:1]}"
-            )
+        bad = [i for i in ids if type(i) is not int or not 0 <= i < 2**31]
+        torn = [text for text in [*vocab, *added, *merges] if not isinstance(text, str) or _SURROGATE.search(text)]
+        if not ids or bad or torn or any(len(pair) != 2 for pair in pairs):
+            expected, found = "tokens of UTF-8 with ids, merges of two tokens", repr([*bad, *torn][:1])[:80]
+            raise DataError("the BPE vocabulary is damaged", expected=expected, found=found)
         self.vocab, self.merges, self.added = vocab, merges, added
         self.vocab_size = max(ids) + 1
         self.eot = added.get(EOT, vocab.get(EOT))
@@ -41,7 +44,7 @@ class BpeTokenizer:
         byte_of, self._bytes = gpt2_bytes(), {}
         for token, i in vocab.items():
             self._bytes[i] = bytes(byte_of[c] for c in token) if all(c in byte_of for c in token) else token.encode()
-        self._bytes |= {i: text.encode("utf-8", "surrogatepass") for text, i in added.items()}
+        self._bytes |= {i: text.encode() for text, i in added.items()}
 
     def encode(self, text: str) -> list[int]:
         """The ids of a prompt; added tokens written in it count. Raises DataError for a byte without a token."""

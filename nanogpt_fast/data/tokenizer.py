@@ -245,7 +245,8 @@ def from_json(value: dict[str, Any]) -> Tokenizer:
     if kind == "bpe" and all(isinstance(value.get(key), t) for key, t in (("vocab", dict), ("merges", list))):
         from nanogpt_fast.data.bpe import BpeTokenizer  # which builds on this file
 
-        return BpeTokenizer(value["vocab"], value["merges"], dict(value.get("added") or {}))
+        added = value.get("added")
+        return BpeTokenizer(value["vocab"], value["merges"], added if isinstance(added, dict) else {})
     raise DataError(
         "the tokenizer is unknown", expected="kind 'char' with itos, 'gpt2' or 'bpe'", found=repr(kind)[:80]
     )

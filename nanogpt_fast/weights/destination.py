@@ -12,7 +12,7 @@ import stat
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -78,7 +78,7 @@ def written_beside(dst: Path, force: bool = False, expected_bytes: int = 0) -> I
         with _shown(new, expected_bytes):
             yield new
             for path in [*new.rglob("*"), new]:
-                sync(path)
+                _sync(path)
         if dst.is_dir():  # a rename replaces a file, but no folder that holds something
             dst.rename(old)
         new.replace(dst)
@@ -93,6 +93,28 @@ def written_beside(dst: Path, force: bool = False, expected_bytes: int = 0) -> I
     finally:
         _bring_back(workshop, dst)
         shutil.rmtree(workshop, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """fsync, where Ctrl-C is heard: the system call hears none, and takes long where memory holds most of a file."""
+    failed: list[OSError] = []
+
+    def work() -> None:
+        try:
+            sync(path)
+        except OSError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        thread.join()
+    except BaseException:
+        with suppress(OSError):
+            os.truncate(path, 0)  # what is not on the disk yet need not go there: the thread ends soon
+        raise
+    if failed:
+        raise failed[0]
 
 
 def sweep(dst: Path) -> None:

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Iterator
@@ -194,6 +195,19 @@ def test_a_signal_stops_convert_between_two_pieces_and_leaves_nothing(tmp_path, 
     assert code == 128 + number and len(pieces) == 9 and max(pieces[2:]) == 1000
     assert convert.AGAIN in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
+def test_a_signal_is_heard_while_the_disk_takes_its_time(tmp_path, monkeypatch):
+    """fsync of some gigabytes takes long, and hears nothing."""
+    done = threading.Event()
+    monkeypatch.setattr(destination, "sync", lambda path: done.wait(30))
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    began = time.monotonic()
+    with command._unwinding(), pytest.raises(command.Stopped):
+        write(FIRST, tmp_path / "m.bin", "llmc")
+    done.set()
+    assert time.monotonic() - began < 1.2 and not list(tmp_path.iterdir())
 
 
 def test_a_long_export_tells_how_far_it_is(tmp_path, monkeypatch, capsys):
