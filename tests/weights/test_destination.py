@@ -201,7 +201,12 @@ def test_a_signal_stops_convert_between_two_pieces_and_leaves_nothing(tmp_path, 
 def test_a_signal_is_heard_while_the_disk_takes_its_time(tmp_path, monkeypatch):
     """fsync of some gigabytes takes long, and hears nothing."""
     done = threading.Event()
-    monkeypatch.setattr(destination, "sync", lambda path: done.wait(30))
+
+    def sync(path: Path) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        done.wait(30)
+
+    monkeypatch.setattr(destination, "sync", sync)
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
     began = time.monotonic()
     with command._unwinding(), pytest.raises(command.Stopped):

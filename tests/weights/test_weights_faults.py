@@ -47,7 +47,8 @@ def no_name_list_of_a_model_that_is_not_there(monkeypatch):
 
 
 def small(**changes: Any) -> Weights:
-    return random_weights(n_embd=8, n_head=2, n_layer=1, vocab_size=20, block_size=4, activation="gelu_tanh", **changes)
+    shape: dict[str, Any] = {"n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 20, "block_size": 4}
+    return random_weights(**(shape | {"activation": "gelu_tanh"} | changes))
 
 
 def hf(tmp_path: Path, **config: Any) -> Path:
@@ -57,8 +58,8 @@ def hf(tmp_path: Path, **config: Any) -> Path:
     return folder
 
 
-def ckpt(tmp_path: Path, change: Any) -> Path:
-    path = write(small(), tmp_path / "ckpt.pt", "nanogpt")
+def ckpt(tmp_path: Path, change: Any, **shape: Any) -> Path:
+    path = write(small(**shape), tmp_path / "ckpt.pt", "nanogpt")
     saved = torch.load(path, weights_only=True)
     change(saved)
     torch.save(saved, path)
@@ -92,7 +93,8 @@ def test_a_huge_size_in_an_llmc_header(tmp_path, slot):
 
 def test_many_thin_layers_are_no_way_around(tmp_path):
     """13 numbers a layer of width 1: the file bears 100,000 of them out, and their names take far more than it."""
-    said = refusal(ckpt(tmp_path, lambda s: s["model_args"].update(n_layer=10_001, n_embd=1, n_head=1)))
+    args = {"n_layer": 10_001, "n_embd": 1, "n_head": 1, "vocab_size": 20}
+    said = refusal(ckpt(tmp_path, lambda s: s["model_args"].update(args), vocab_size=30_000))
     assert "10,000 layers at most" in said.expected
 
 
