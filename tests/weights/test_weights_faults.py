@@ -48,7 +48,8 @@ def no_name_list_of_a_model_that_is_not_there(monkeypatch):
 
 def small(**changes: Any) -> Weights:
     shape: dict[str, Any] = {"n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 20, "block_size": 4}
-    return random_weights(**(shape | {"activation": "gelu_tanh"} | changes))
+    shape["activation"] = "gelu_tanh"
+    return random_weights(**(shape | changes))
 
 
 def hf(tmp_path: Path, **config: Any) -> Path:
