@@ -10,10 +10,21 @@ from typing import Any
 
 import numpy as np
 
-from nanogpt_fast.data.tokenizer import EOT, PATTERN, VOCAB_SHA256, gpt2_bytes
 from nanogpt_fast.errors import DataError
 
+EOT = "<|endoftext|>"
+VOCAB_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+# GPT-2's pre-tokenizer; the possessive forms match the same as the published ones and cannot backtrack.
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 _SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def gpt2_bytes() -> dict[str, int]:
+    """{character: byte} in the order of ids: vocab.bpe writes a byte that prints as itself, then the others as the
+    characters from 256 on."""
+    shown = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    hidden = [b for b in range(256) if b not in shown]
+    return {chr(b): b for b in shown} | {chr(256 + n): b for n, b in enumerate(hidden)}
 
 
 class BpeTokenizer:
