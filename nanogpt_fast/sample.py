@@ -47,6 +47,7 @@ class SampleConfig:
     compile: bool = False  # nanoGPT's; no effect here, where the cache grows with each token
     cuda_graph: Literal["auto", "on", "off"] = "auto"  # replay a token's step as a graph; on: fail where that cannot be
     kernels: str = "auto"  # auto | triton | reference, and single ops: triton,attention=reference
+    activation: Literal["", "gelu", "gelu_tanh"] = ""  # instead of the file's; nanoGPT's before June 2023: gelu_tanh
     data_dir: str = "data"  # where the tokenizer is looked up when the checkpoint has none
     stream: bool = True  # print text as it is generated, not sample by sample
     stop_at_eot: bool = False  # end a sample at <|endoftext|>
@@ -87,7 +88,7 @@ def main(argv: list[str]) -> None:
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device, comparable=True)
     graphs = Graphs(device, config.cuda_graph)
-    restored = restore(config.init_from, config.out_dir, config.data_dir)
+    restored = restore(config.init_from, config.out_dir, config.data_dir, optimizer=False, activation=config.activation)
     tokenizer = restored.tokenizer()
     model = build_model(restored, device, dtype, ops_known(config.kernels, restored.config, device, dtype))
     ids, block_size = prompt_ids(tokenizer, prompt), restored.config.block_size

@@ -16,16 +16,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from nanogpt_fast.data.bpe import EOT, PATTERN, VOCAB_SHA256, BpeTokenizer, gpt2_bytes
 from nanogpt_fast.data.documents import fetch
 from nanogpt_fast.errors import DataError
 from nanogpt_fast.files import sha256_of
 
-KINDS = ("char", "gpt2", "strings")  # that from_json knows
-EOT = "<|endoftext|>"
+KINDS = ("char", "gpt2", "strings", "bpe")  # that from_json knows
 VOCAB_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
-VOCAB_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-# GPT-2's pre-tokenizer; the possessive forms match the same as the published ones and cannot backtrack.
-PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
 class Tokenizer(Protocol):
@@ -198,14 +195,6 @@ def _in_range(ids: Sequence[int], size: int) -> list[int]:
     return ids
 
 
-def gpt2_bytes() -> dict[str, int]:
-    """{character: byte} in the order of ids: vocab.bpe writes a byte that prints as itself, then the others as the
-    characters from 256 on."""
-    shown = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-    hidden = [b for b in range(256) if b not in shown]
-    return {chr(b): b for b in shown} | {chr(256 + n): b for n, b in enumerate(hidden)}
-
-
 def _ranks(vocab_bpe: Path) -> dict[bytes, int]:
     """{token: id} of the 256 bytes and the merges."""
     byte_of = gpt2_bytes()
@@ -300,5 +289,8 @@ def from_json(value: dict[str, Any]) -> Tokenizer:
         return StringTokenizer(value["itos"])
     if kind == "gpt2":
         return gpt2_tokenizer()
-    expected = "kind 'char' or 'strings' with itos, or 'gpt2'"
-    raise DataError("the dataset's tokenizer is unknown", expected=expected, found=reprlib.repr(kind))
+    if kind == "bpe" and all(isinstance(value.get(key), t) for key, t in (("vocab", dict), ("merges", list))):
+        added = value.get("added")
+        return BpeTokenizer(value["vocab"], value["merges"], added if isinstance(added, dict) else {})
+    expected = "kind 'char' or 'strings' with itos, 'gpt2' or 'bpe'"
+    raise DataError("the tokenizer is unknown", expected=expected, found=reprlib.repr(kind))

@@ -1,10 +1,7 @@
 """Weights: the one form that every format is read into and written from, and the checks all formats share."""
 
 import math
-import pickle
-import re
-import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,8 @@ from nanogpt_fast.settings.config import GPTConfig, ModelConfig
 GPT2_VOCAB = 50257  # GPT-2's tokens, <|endoftext|> included
 GPT2_PADDED = 50304  # the same padded to a multiple of 64, nanoGPT's vocab_size from scratch
 
+MAX_LAYERS = 10_000
+
 _WRAPPERS = ("_orig_mod.", "module.")  # torch.compile's and DistributedDataParallel's
 _MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks stored as buffers; c_attn.bias is not one
 
@@ -33,6 +32,7 @@ class Weights:
     optimizer: {"exp_avg.NAME", "exp_avg_sq.NAME"} for every name, or None; optimizer_step: its updates.
     step: nanoGPT's iter_num. config: flat configuration of the run, {} when unknown.
     tokenizer: the `tokenizer` of the dataset's meta.json, when known.
+    activation_known: False where the file does not say which GELU it is, and nanoGPT's present one is taken.
     state: the rest of what our trainer saved (samples seen, fingerprint, loss scale); {} from other formats.
     """
 
@@ -44,14 +44,16 @@ class Weights:
     best_val_loss: float = math.inf
     config: dict[str, Any] = field(default_factory=dict)
     tokenizer: dict[str, Any] | None = None
+    activation_known: bool = True
     state: dict[str, Any] = field(default_factory=dict)
 
     @property
     def used_vocab(self) -> int:
         """Tokens the tokenizer can produce: vocab_size without its padding rows."""
         vocab = self.model_args.vocab_size
-        if self.tokenizer and self.tokenizer.get("itos"):
-            return min(vocab, len(self.tokenizer["itos"]))
+        itos = self.tokenizer.get("itos") if self.tokenizer else None
+        if itos and isinstance(itos, list):
+            return min(vocab, len(itos))
         return min(vocab, GPT2_VOCAB) if self.is_gpt2_vocab else vocab
 
     @property
@@ -62,19 +64,79 @@ class Weights:
         return self.model_args.vocab_size in (GPT2_VOCAB, GPT2_PADDED)
 
 
-def model_config(where: str, **values: Any) -> GPTConfig:
-    """GPTConfig(**values), checked: these values come out of a file. Raises CheckpointError."""
+def model_config(where: str, nbytes: int, **values: Any) -> GPTConfig:
+    """GPTConfig(**values), checked: these values come out of a file, which has nbytes for the weights.
+
+    Raises CheckpointError, also for a model too large for that: before the names of its parameters fill the memory.
+    """
     for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
         value = values.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
             raise CheckpointError(
-                f"{key} is missing or no size", where=where, expected="a whole number >= 1", found=repr(value)
+                f"{key} is missing or no size", where=where, expected="a whole number from 1 on", found=shown(value)
             )
+    for key, ok in (
+        ("bias", isinstance(values.get("bias", True), bool)),
+        ("dropout", type(values.get("dropout", 0)) in (int, float)),
+        ("activation", values.get("activation", "gelu") in ("gelu", "gelu_tanh")),
+    ):
+        if not ok:
+            raise CheckpointError(f"{key} makes no GPT", where=where, found=shown(values[key]))
+    L, C, V, T = (values[key] for key in ("n_layer", "n_embd", "vocab_size", "block_size"))
+    matrices = 12 * L * C * C + (V + T) * C
+    if matrices > nbytes or L > MAX_LAYERS:
+        raise CheckpointError(
+            "the file is too small for the model that it describes",
+            where=f"{where}: n_layer = {L}, n_embd = {C}, vocab_size = {V}, block_size = {T}",
+            expected=f"at least {matrices:,} bytes of weights, and {MAX_LAYERS:,} layers at most",
+            found=f"{nbytes:,} bytes",
+        )
     try:
         ModelConfig(**{key: value for key, value in values.items() if key != "block_size"})
     except (ConfigError, TypeError) as error:
         raise CheckpointError("the model's configuration makes no GPT", where=where, found=str(error)) from error
     return GPTConfig(**values)
+
+
+def number(saved: dict[str, Any], key: str, default: float, where: str) -> float:
+    """A number >= 0 of a checkpoint, as a tensor of one too: a whole one, but where the default is infinite (a loss
+    that is not finite was never measured). Raises CheckpointError."""
+    value: Any = saved.get(key, default)
+    if isinstance(value, Tensor) and value.numel() == 1 and value.layout == torch.strided and not value.is_complex():
+        value = value.item()
+    if value is None:
+        return default
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if default == math.inf and (value != value or value in (math.inf, -math.inf)):
+            return default
+        if 0 <= value < 2**53 and (default == math.inf or value == int(value)):
+            return value
+    raise CheckpointError(
+        f"{key} is no {'loss' if default == math.inf else 'count'}",
+        where=where,
+        expected="a number >= 0",
+        found=shown(value),
+    )
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """A run's configuration as JSON can hold it: torch.bfloat16 becomes "bfloat16"; what is no setting is left out."""
+    plain = {}
+    for key, value in config.items() if isinstance(config, dict) else ():
+        if isinstance(value, torch.dtype):
+            value = str(value).removeprefix("torch.")
+        finite = not isinstance(value, float) or math.isfinite(value)
+        if isinstance(key, str) and (value is None or isinstance(value, (str, bool, int, float))) and finite:
+            plain[key] = value
+    return plain
+
+
+def shown(value: Any) -> str:
+    """A foreign value for a message: not too long, whatever it is."""
+    try:
+        return repr(value)[:80]
+    except (ValueError, RecursionError):  # an integer of thousands of digits, lists in lists
+        return f"a {type(value).__name__} that cannot be shown"
 
 
 def plain_names(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
@@ -84,18 +146,20 @@ def plain_names(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     """
     plain = {}
     for key, tensor in tensors.items():
-        tensor = dense(key, tensor, where)
+        tensor, key = dense(str(key), tensor, where), str(key)
         while key.startswith(_WRAPPERS):
             key = key.split(".", 1)[1]
         if key.endswith(_MASKS):
             continue
         plain[key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"] = tensor
     head, wte = plain.pop("lm_head.weight", None), plain.get("transformer.wte.weight")
-    if head is not None and wte is not None and not torch.equal(head, wte):
+    if head is None or wte is None:
+        return plain
+    if head.dtype != wte.dtype or not torch.equal(head, wte):
         raise CheckpointError(
             "the output head is not the token embedding",
             where=f"{where}: lm_head.weight",
-            expected="lm_head.weight equal to transformer.wte.weight (tied)",
+            expected="lm_head.weight equal to transformer.wte.weight (tied, as nanoGPT's is since 14 January 2023)",
             found="two different tensors",
         )
     return plain
@@ -117,13 +181,21 @@ def with_biases(weights: Weights) -> dict[str, Tensor]:
 
 
 def dense(key: str, value: Any, where: str) -> Tensor:
-    """value, if it is an ordinary tensor: sparse ones come out of a pickle unvalidated. Raises CheckpointError."""
-    if isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu":
-        return value.detach()
-    found = f"{value.layout} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
-    raise CheckpointError(
-        "only dense tensors can be read", where=f"{where}: {key}", expected="a dense tensor", found=found
-    )
+    """value, if it is an ordinary tensor: out of a pickle come sparse ones unvalidated, and ones of a few bytes that
+    repeat them a million times. Raises CheckpointError."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+        found = f"{value.layout} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+        raise CheckpointError(
+            "only dense tensors can be read", where=f"{where}: {key}", expected="a dense tensor", found=found
+        )
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise CheckpointError(
+            "a tensor is larger than what is stored of it",
+            where=f"{where}: {key}",
+            expected=f"{value.numel() * value.element_size():,} bytes for {tuple(value.shape)}",
+            found=f"{value.untyped_storage().nbytes():,} bytes",
+        )
+    return value.detach()
 
 
 def checked(weights: Weights, where: str) -> Weights:
@@ -131,10 +203,11 @@ def checked(weights: Weights, where: str) -> Weights:
 
     Raises CheckpointError: names missing or foreign, another shape, no floating type, NaN or infinity.
     """
-    model = {name: _float32(tensor) for name, tensor in weights.model.items()}
-    moments = {name: _float32(tensor) for name, tensor in (weights.optimizer or {}).items()}
-    loaded = Checkpoint(weights.step, asdict(weights.model_args), model, moments)
-    try:
+    try:  # names and shapes first: a file of thousands of names for one tensor is not copied thousands of times
+        loaded = Checkpoint(weights.step, asdict(weights.model_args), weights.model, weights.optimizer or {})
+        check_shapes(loaded, weights.model_args)
+        loaded.model = {name: _float32(tensor) for name, tensor in loaded.model.items()}
+        loaded.optimizer = {name: _float32(tensor) for name, tensor in loaded.optimizer.items()}
         loaded = check_model(loaded, weights.model_args)
     except CheckpointError as error:
         at = f"{where}: {error.where}" if error.where else where
@@ -151,33 +224,22 @@ def _float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
-def load_pickle(path: Path) -> Any:
-    """torch.load that runs no code from the file; mapped, not copied, where the file's form allows it."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if not named:
-            raise CheckpointError("the file is damaged or is no torch file", where=str(path)) from error
-        raise CheckpointError(
-            "the file holds more than tensors and plain values; refused, and nothing in it was run",
-            where=str(path),
-            expected="tensors, numbers, strings, lists and dicts",
-            found=f"the Python object {named[1]}",
-            hint="if you trust its author, save it again without that object",
-        ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            "the file is damaged, cut off or no torch file", where=str(path), found=str(error).split("\n")[0][:200]
-        ) from error
-
-
 def check_model(checkpoint: Checkpoint, config: GPTConfig) -> Checkpoint:
     """The checkpoint with its tensors in the order of `config`'s parameters, fit for a model of `config`.
 
     Raises CheckpointError for missing or unexpected names, shapes other than the config's, anything but float32,
     and NaN or infinity, in the weights and in the optimizer's moments.
     """
+    check_shapes(checkpoint, config)
+    names = list(config.parameter_shapes())
+    moments = [f"{m}.{name}" for m in ("exp_avg", "exp_avg_sq") for name in names] if checkpoint.optimizer else []
+    model = {name: _finite(name, checkpoint.model[name], "") for name in names}
+    optimizer = {name: _finite(name, checkpoint.optimizer[name], "optimizer ") for name in moments}
+    return replace(checkpoint, model=model, optimizer=optimizer)
+
+
+def check_shapes(checkpoint: Checkpoint, config: GPTConfig) -> None:
+    """Raise CheckpointError for missing or unexpected names, and shapes other than the config's."""
     shapes = config.parameter_shapes()
     differing = ", ".join(
         f"{key}: checkpoint {checkpoint.model_args[key]!r}, run {value!r}"
@@ -185,54 +247,53 @@ def check_model(checkpoint: Checkpoint, config: GPTConfig) -> Checkpoint:
         if key in checkpoint.model_args and checkpoint.model_args[key] != value
     )
     hint = f"the configurations differ in {differing}" if differing else ""
-    moments = {f"{m}.{name}": shape for m in ("exp_avg", "exp_avg_sq") for name, shape in shapes.items()}
-    model = _check_tensors(checkpoint.model, "", shapes, hint)
-    optimizer = _check_tensors(checkpoint.optimizer, "optimizer ", moments, hint) if checkpoint.optimizer else {}
-    return replace(checkpoint, model=model, optimizer=optimizer)
+    _check_names(checkpoint.model, "", shapes, hint)
+    if checkpoint.optimizer:
+        moments = {f"{m}.{name}": shape for m in ("exp_avg", "exp_avg_sq") for name, shape in shapes.items()}
+        _check_names(checkpoint.optimizer, "optimizer ", moments, hint)
 
 
-def _check_tensors(
-    tensors: dict[str, Tensor], kind: str, shapes: dict[str, tuple[int, ...]], hint: str
-) -> dict[str, Tensor]:
-    """The tensors in the order of `shapes`."""
+def _check_names(tensors: dict[str, Tensor], kind: str, shapes: dict[str, tuple[int, ...]], hint: str) -> None:
     missing, unexpected = [n for n in shapes if n not in tensors], [n for n in tensors if n not in shapes]
     if missing or unexpected:
         raise CheckpointError(
             f"the checkpoint's {kind}tensors are not the model's",
-            expected=_some(f"{name} (missing{did_you_mean(name, unexpected)})" for name in missing),
-            found=_some(f"{name} (unexpected)" for name in unexpected),
+            expected=_some(missing, lambda name: f"{name} (missing{did_you_mean(name, unexpected[:1000])})"),
+            found=_some(unexpected, lambda name: f"{name[:200]} (unexpected)"),
             hint=hint,
         )
     for name, shape in shapes.items():
-        tensor = tensors[name]
-        if tuple(tensor.shape) != shape:
+        if tuple(tensors[name].shape) != shape:
             raise CheckpointError(
                 f"a {kind}tensor of the checkpoint has another shape than the model's",
                 where=name,
                 expected=str(shape),
-                found=str(tuple(tensor.shape)),
+                found=str(tuple(tensors[name].shape)),
                 hint=hint,
             )
-        if tensor.dtype != torch.float32:
-            raise CheckpointError(
-                f"a {kind}tensor of the checkpoint has the wrong dtype",
-                where=name,
-                expected="float32",
-                found=str(tensor.dtype).removeprefix("torch."),
-                hint="checkpoints hold float32 masters; convert the weights explicitly",
-            )
-        low, high = tensor.aminmax()  # both become nan when one element is; no temporary, unlike isfinite
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise CheckpointError(
-                f"a {kind}tensor of the checkpoint holds NaN or infinity",
-                where=name,
-                expected="finite numbers",
-                found=f"values from {low.item()} to {high.item()}",
-                hint="the run had diverged when it was saved: go on from an earlier checkpoint",
-            )
-    return {name: tensors[name] for name in shapes}
 
 
-def _some(items: Iterable[str], limit: int = 5) -> str:
-    items = list(items)
-    return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")
+def _finite(name: str, tensor: Tensor, kind: str) -> Tensor:
+    """The tensor, if it is float32 and each of its numbers finite."""
+    if tensor.dtype != torch.float32:
+        raise CheckpointError(
+            f"a {kind}tensor of the checkpoint has the wrong dtype",
+            where=name,
+            expected="float32",
+            found=str(tensor.dtype).removeprefix("torch."),
+            hint="checkpoints hold float32 masters; convert the weights explicitly",
+        )
+    low, high = tensor.aminmax()  # both become nan when one element is; no temporary, unlike isfinite
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise CheckpointError(
+            f"a {kind}tensor of the checkpoint holds NaN or infinity",
+            where=name,
+            expected="finite numbers",
+            found=f"values from {low.item()} to {high.item()}",
+            hint="the run had diverged when it was saved: go on from an earlier checkpoint",
+        )
+    return tensor
+
+
+def _some(names: list[str], told: Callable[[str], str], limit: int = 5) -> str:
+    return ", ".join(map(told, names[:limit])) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -6,32 +6,31 @@ nanogpt   nanoGPT's ckpt.pt, or the out_dir around it  llmc   llm.c's model file
 
 import logging
 import math
-import shutil
+import os
 import struct
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 
 from nanogpt_fast.data.token_format import LLMC_LAYOUTS
 from nanogpt_fast.errors import CheckpointError
-from nanogpt_fast.files import sync
 from nanogpt_fast.run import checkpoint
 from nanogpt_fast.run.checkpoint import Checkpoint
+from nanogpt_fast.run.rundir import RunLock
 from nanogpt_fast.settings.config import GPTConfig
 from nanogpt_fast.weights import huggingface, llmc, nanogpt_ckpt
-from nanogpt_fast.weights.canonical import Weights, check_model, checked, model_config
+from nanogpt_fast.weights.canonical import Weights, check_model, checked, model_config, number, plain_config, shown
+from nanogpt_fast.weights.destination import foreign_in, lock_of, written_beside
 from nanogpt_fast.weights.huggingface import HUB, load_pretrained
+from nanogpt_fast.weights.sources import file_bytes
 
 __all__ = ["FORMATS", "Format", "Weights", "load_pretrained", "read", "read_native", "sniff", "write"]
 
 log = logging.getLogger(__name__)
+_FILE = {"name", "bytes", "layout", "sha256_ends"}  # of the data's fingerprint
 Format = Literal["native", "nanogpt", "hf", "llmc"]
 FORMATS: dict[Format, str] = {
     "native": "nanogpt_fast checkpoint",
@@ -43,7 +42,7 @@ FORMATS: dict[Format, str] = {
 
 def sniff(path: str | Path) -> Format:
     """The format at path, from its contents; hub names are "hf". Raises CheckpointError for anything else."""
-    path, found = Path(path), "a folder without any of these"
+    path, hint = Path(path), ""
     if str(path).removeprefix("openai-community/") in HUB:
         return "hf"
     if path.is_dir():
@@ -53,16 +52,23 @@ def sniff(path: str | Path) -> Format:
             return "hf"
         if (path / "ckpt.pt").is_file():
             return "nanogpt"
-    elif path.is_file():
-        head = path.open("rb").read(4)
-        magic = struct.unpack("<i", head)[0] if len(head) == 4 else 0
-        if magic == llmc.MAGIC:
-            return "llmc"
-        if head[:2] in (b"PK", b"\x80\x02"):  # torch.save's zip, and its form before torch 1.6
-            return "nanogpt"
-        found = (
-            "an llm.c token file: data, not a model" if magic in LLMC_LAYOUTS else f"a file that begins with {head!r}"
-        )
+        odd = [name for name in ("config.json", "ckpt.pt", checkpoint.STATE) if (path / name).exists()]
+        found = f"{odd[0]}, which is no regular file" if odd else "a folder without any of these"
+    elif os.path.lexists(path):
+        if file_bytes(path) >= 4:
+            head = path.open("rb").read(4)
+            magic = struct.unpack("<i", head)[0]
+            if magic == llmc.MAGIC:
+                return "llmc"
+            if head[:2] in (b"PK", b"\x80\x02"):  # torch.save's zip, and its form before torch 1.6
+                return "nanogpt"
+        else:
+            head, magic = b"", 0
+        found = f"a file that begins with {head!r}"
+        if magic in LLMC_LAYOUTS:
+            found = "an llm.c token file: data, not a model"
+        elif path.suffix in (".safetensors", ".json"):
+            found, hint = f"one file of a folder: {path.name}", f"give the folder: {path.parent}"
     else:
         found = "nothing there"
     raise CheckpointError(
@@ -71,17 +77,19 @@ def sniff(path: str | Path) -> Format:
         expected="an out_dir or step folder of ours, a nanoGPT ckpt.pt, a folder with config.json and "
         f"model.safetensors, an llm.c model file, or one of {', '.join(HUB)}",
         found=found,
+        hint=hint,
     )
 
 
-def read(path: str | Path) -> Weights:
-    """The weights at path, whatever their format; see sniff. Raises CheckpointError."""
+def read(path: str | Path, optimizer: bool = True) -> Weights:
+    """The weights at path, whatever their format (see sniff), with optimizer its state too, where there is one, which
+    else is not looked at. Raises CheckpointError."""
     kind, path = sniff(path), Path(path)
     if kind == "native":
-        weights, path = read_native(path)
+        weights, path = read_native(path, optimizer)
         return checked(weights, str(path))  # formats to write need tensors with storages of their own
     if kind == "nanogpt":
-        return nanogpt_ckpt.read(path / "ckpt.pt" if path.is_dir() else path)
+        return nanogpt_ckpt.read(path / "ckpt.pt" if path.is_dir() else path, optimizer)
     return load_pretrained(path) if kind == "hf" else llmc.read(path)
 
 
@@ -89,19 +97,24 @@ def write(weights: Weights, dst: Path, to: Format, *, dtype: torch.dtype = torch
     """Write dst whole or not at all; returns what was written (in an out_dir, the file or folder inside it).
 
     dtype: for hf float32, bfloat16 or float16, for llmc float32 or bfloat16, else float32. force: replace what is
-    at dst, if that is of the same format. Raises CheckpointError.
+    at dst, if that is of the same format, and in a folder nothing but an export of ours. Raises CheckpointError.
     """
     if to == "native":
         return _write_native(weights, dst, force)
     if to == "nanogpt" and dst.suffix != ".pt":
         dst = dst / "ckpt.pt"
-    if force and dst.exists() and not _replaceable(dst, to):
+    if force and os.path.lexists(dst) and (blocker := _irreplaceable(dst, to)):
         raise CheckpointError(
-            f"the destination is no {FORMATS[to]}; --force replaces nothing else",
+            f"the destination is no {FORMATS[to]} of ours; --force replaces nothing else",
             where=str(dst),
-            hint="choose another name, or remove it yourself",
+            found=blocker,
+            hint="choose another name, or move it away yourself",
         )
-    with written_beside(dst, force) as new:
+    tensors = (
+        [*weights.model.values(), *(weights.optimizer or {}).values()] if to == "nanogpt" else [*weights.model.values()]
+    )
+    size = sum(t.numel() for t in tensors) * dtype.itemsize
+    with lock_of(dst.parent), written_beside(dst, force, size) as new:
         if to == "nanogpt":
             nanogpt_ckpt.write(weights, new)
         elif to == "hf":
@@ -111,19 +124,24 @@ def write(weights: Weights, dst: Path, to: Format, *, dtype: torch.dtype = torch
     return dst
 
 
-def _replaceable(dst: Path, to: Format) -> bool:
-    if dst.is_dir() and not any(dst.iterdir()):
-        return True
+def _irreplaceable(dst: Path, to: Format) -> str:
+    """What at dst --force may not replace, or "": a file of another form, anything that no export of ours wrote."""
+    if dst.is_dir():
+        return (foreign_in(dst) if to == "hf" else "a folder") if any(dst.iterdir()) else ""
     try:
-        return sniff(dst) == to
-    except CheckpointError:
-        return False
+        found = sniff(dst)
+        if found == "nanogpt":
+            nanogpt_ckpt.load(dst)  # any file of torch's, or any zip, begins alike
+    except CheckpointError as error:
+        return error.what if error.found == "" else error.found
+    return "" if found == to else f"a {FORMATS[found]}"
 
 
-def read_native(path: Path) -> tuple[Weights, Path]:
+def read_native(path: Path, optimizer: bool = True) -> tuple[Weights, Path]:
     """(weights, step folder) of a run or one step of it, with a warning for each newer one that does not verify.
 
-    Tensors are mapped from the file. Raises CheckpointError, also where the tensors do not fit the configuration.
+    Tensors are mapped from the file; the optimizer's are looked at when asked for. Raises CheckpointError, also where
+    the tensors do not fit the configuration.
     """
     if (path / checkpoint.STATE).is_file():
         found = checkpoint.load(path)
@@ -132,72 +150,63 @@ def read_native(path: Path) -> tuple[Weights, Path]:
         for line in skipped:
             log.warning(line)
     known = {f.name for f in fields(GPTConfig)}
-    config = model_config(str(path), **{key: value for key, value in found.model_args.items() if key in known})
-    found, state = check_model(found, config), found.state
-    best, run, tokenizer = (state.get(key) for key in ("best_val_loss", "config", "tokenizer"))
+    args = {key: value for key, value in found.model_args.items() if key in known}
+    config = model_config(str(path), file_bytes(path / checkpoint.MODEL), **args)
+    found = check_model(found if optimizer else replace(found, optimizer={}), config)
+    state, where = _sound(found.state, f"{path / checkpoint.STATE}: state"), f"{path / checkpoint.STATE}: state"
     weights = Weights(
         model_args=config,
         model=found.model,
         optimizer=found.optimizer or None,
-        optimizer_step=state.get("optimizer_step", found.step),
-        step=found.step,
-        best_val_loss=math.inf if best is None else best,  # null until a first evaluation
-        config=run if isinstance(run, dict) else {},
-        tokenizer=tokenizer if isinstance(tokenizer, dict) else None,
+        optimizer_step=int(number(state, "optimizer_step", found.step, where)),
+        step=int(number({"step": found.step}, "step", 0, where)),
+        best_val_loss=number(state, "best_val_loss", math.inf, where),  # null until a first evaluation
+        config=plain_config(state.get("config")),
+        tokenizer=state.get("tokenizer"),
         state=state,
     )
     return weights, path
 
 
+def _sound(state: dict[str, Any], where: str) -> dict[str, Any]:
+    """The state, if what a run takes from it is of the kind that it expects: hashes prove who wrote last, not what."""
+    for key in ("samples_seen", "good_steps", "loss_scale"):
+        number(state, key, 1, where)
+    losses, data = state.get("recent_losses"), state.get("fingerprint") or {"files": [], "tokens": 0}
+    files = data.get("files") if isinstance(data, dict) and isinstance(data.get("tokens"), int) else None
+    sound = {
+        "recent_losses": losses is None or isinstance(losses, list) and all(type(n) in (int, float) for n in losses),
+        "fingerprint": isinstance(files, list) and all(isinstance(f, dict) and f.keys() >= _FILE for f in files),
+        "tokenizer": isinstance(state.get("tokenizer"), dict | None),
+    }
+    for key, is_sound in sound.items():
+        if not is_sound:
+            raise CheckpointError(f"{key} is not as a run saves it", where=where, found=shown(state[key]))
+    return state
+
+
 def _write_native(weights: Weights, out_dir: Path, force: bool) -> Path:
-    if checkpoint.list_steps(out_dir):
-        if not force:
-            raise CheckpointError(
-                "the destination holds checkpoints", where=str(out_dir), hint="choose another folder, or add --force"
-            )
-        checkpoint.set_aside_later(out_dir, weights.step)
     state = {**weights.state, "config": weights.config, "optimizer_step": weights.optimizer_step}
     if math.isfinite(weights.best_val_loss):
         state["best_val_loss"] = weights.best_val_loss
     if weights.tokenizer:
         state["tokenizer"] = weights.tokenizer
     new = Checkpoint(weights.step, asdict(weights.model_args), weights.model, weights.optimizer or {}, state)
-    return checkpoint.save(out_dir, new, keep_last=sys.maxsize)
-
-
-@contextmanager
-def written_beside(dst: Path, force: bool = False) -> Iterator[Path]:
-    """A path beside dst to write the file or folder to; when the block succeeds it is fsynced and renamed to dst.
-
-    Raises CheckpointError when dst exists and force is not set. What dst held is gone only after the new is in place.
-    A folder is replaced by two renames: killed between them, both are whole, as old and new in `.NAME.*` beside dst.
-    """
-    empty = dst.is_dir() and not any(dst.iterdir())
-    if dst.exists() and not (force or empty):
-        raise CheckpointError(
-            "the destination exists", where=str(dst), hint="choose another name, or add --force to replace it"
-        )
-    try:
-        dst.parent.mkdir(parents=True, exist_ok=True)
-        workshop = Path(tempfile.mkdtemp(prefix=f".{dst.name}.", dir=dst.parent))
-    except OSError as error:
-        raise CheckpointError("cannot write there", where=str(dst), found=str(error)) from error
-    new, old = workshop / "new", workshop / "old"
-    try:
-        yield new
-        for path in [*new.rglob("*"), new]:
-            sync(path)
-        if dst.is_dir():  # a rename replaces a file, but no folder that holds something
-            dst.rename(old)
-        new.replace(dst)
-        sync(dst.parent)
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # the last two are how torch and safetensors say "disk full"
-        raise CheckpointError("could not be written", where=str(dst), found=str(error).split("\n")[0]) from error
-    finally:
-        if old.exists() and not dst.exists():
-            old.rename(dst)
-        shutil.rmtree(workshop, ignore_errors=True)
+    with RunLock(out_dir):
+        if steps := checkpoint.list_steps(out_dir):
+            if not force:
+                raise CheckpointError(
+                    "the destination holds checkpoints",
+                    where=str(out_dir),
+                    hint="choose another folder, or add --force",
+                )
+            if moved := checkpoint.set_aside_later(out_dir, weights.step - 1):
+                log.warning(
+                    "checkpoints from step %d on are now in %s", min(s for s in steps if s >= weights.step), moved
+                )
+        final = out_dir / "checkpoints" / f"step_{weights.step:08d}"
+        if os.path.lexists(final):
+            raise CheckpointError(
+                "what lies there is no checkpoint", where=str(final), hint="move it away, or choose another folder"
+            )
+        return checkpoint.save(out_dir, new, keep_last=sys.maxsize)

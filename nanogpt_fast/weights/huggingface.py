@@ -5,24 +5,28 @@ transpose forgotten there loads without complaint; the tests compare logits.
 """
 
 import json
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nanogpt_fast.data.dataset import FORMAT as META_FORMAT
-from nanogpt_fast.data.tokenizer import EOT, Gpt2Tokenizer, find_vocab_bpe, gpt2_bytes
-from nanogpt_fast.errors import CheckpointError, DataError
-from nanogpt_fast.weights.canonical import Weights, checked, load_pickle, model_config, plain_names, with_biases
+from nanogpt_fast.data.tokenizer import Gpt2Tokenizer
+from nanogpt_fast.errors import CheckpointError
+from nanogpt_fast.weights import hf_tokenizer
+from nanogpt_fast.weights.canonical import Weights, checked, model_config, plain_names, shown, with_biases
 from nanogpt_fast.weights.model_card import model_card
+from nanogpt_fast.weights.sources import file_bytes, load_pickle, load_safetensors, read_object
 
 HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 HUB_FILES = ("config.json", "model.safetensors")
 HUB_TIMEOUT_S = 5
+
+SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+PIECE = 16 << 20  # bytes written at once: a signal is heard between two
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
@@ -49,26 +53,28 @@ def read(folder: Path) -> Weights:
 
     dropout is 0: theirs (0.1) was OpenAI's pretraining, ours is the run's to choose. Raises CheckpointError.
     """
-    where = str(folder)
-    found = _json(folder / "config.json")
+    where, files = str(folder), _weight_files(folder)
+    found = read_object(folder / "config.json")
     for option, value in {"model_type": "gpt2", **FIXED}.items():
         if found.get(option, value) != value:
             raise CheckpointError(
-                f"{option} = {found[option]!r} makes another model than GPT-2 as computed here",
+                f"{option} = {shown(found[option])} makes another model than GPT-2 as computed here",
                 where=f"{where}/config.json",
                 expected=f"{option} = {value!r}",
-                found=repr(found[option]),
+                found=shown(found[option]),
             )
     activation = found.get("activation_function", "gelu_new")
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise CheckpointError(
             "the activation is not a GELU known here",
             where=f"{where}/config.json: activation_function",
             expected=", ".join(ACTIVATIONS),
-            found=repr(activation),
+            found=shown(activation),
         )
+    tensors = plain_names(_read_tensors(files), where)
     config = model_config(
         where,
+        min(sum(map(file_bytes, files)), sum(t.numel() * t.element_size() for t in tensors.values())),
         n_layer=found.get("n_layer"),
         n_head=found.get("n_head"),
         n_embd=found.get("n_embd"),
@@ -82,20 +88,26 @@ def read(folder: Path) -> Weights:
             "n_inner makes another MLP than GPT-2's",
             where=f"{where}/config.json",
             expected=f"n_inner null or 4 * n_embd = {4 * config.n_embd}",
-            found=str(found["n_inner"]),
+            found=shown(found["n_inner"]),
         )
-    tensors = plain_names(_read_tensors(folder), where)
     tensors = {n: t.t() if n.endswith(TRANSPOSED) and t.dim() == 2 else t for n, t in tensors.items()}
-    return checked(Weights(model_args=config, model=tensors), where)
+    special = hf_tokenizer.special_ids(found)
+    weights = Weights(
+        model_args=config,
+        model=tensors,
+        tokenizer=hf_tokenizer.read(folder, config.vocab_size),
+        state={"special_ids": special} if special else {},
+    )
+    return checked(weights, where)
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of the folder's weight files, safetensors before torch's own."""
-    for name, load in (("model.safetensors", _load_safetensors), ("pytorch_model.bin", load_pickle)):
-        if (folder / name).exists():
-            return _require_dict(load(folder / name), folder / name)
-        if (folder / f"{name}.index.json").exists():
-            return _read_shards(folder, f"{name}.index.json", load)
+def _weight_files(folder: Path) -> dict[Path, Callable[[Path], Any]]:
+    """{file: its reader} of the folder's weights, safetensors before torch's own."""
+    for name, load in (("model.safetensors", load_safetensors), ("pytorch_model.bin", load_pickle)):
+        if os.path.lexists(folder / name):
+            return {folder / name: load}
+        if os.path.lexists(folder / f"{name}.index.json"):
+            return dict.fromkeys(_shards(folder / f"{name}.index.json"), load)
     raise CheckpointError(
         "the folder holds no weights",
         where=str(folder),
@@ -104,47 +116,42 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     )
 
 
-def _read_shards(folder: Path, index: str, load: Callable[[Path], Any]) -> dict[str, Tensor]:
-    shards = _json(folder / index).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names."""
+    shards = read_object(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(s, str) for s in shards.values()):
         raise CheckpointError(
-            "the index maps no tensors to files", where=str(folder / index), expected='"weight_map": {tensor: file}'
+            "the index maps no tensors to files", where=str(index), expected='"weight_map": {tensor: file}'
         )
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(set(shards.values())):
+    names = sorted(set(shards.values()))
+    for name in names:
         if Path(name).name != name:  # a crafted index must not lead out of its folder
-            raise CheckpointError("the index names a file outside its folder", where=str(folder / index), found=name)
-        if not (folder / name).is_file():
+            raise CheckpointError("the index names a file outside its folder", where=str(index), found=name[:200])
+        try:
+            file_bytes(index.parent / name)
+        except CheckpointError as error:
             raise CheckpointError(
-                "a file the index names is missing", where=str(folder / name), hint="copy every shard into the folder"
+                "a file the index names is missing",
+                where=error.where,
+                found=error.found,
+                hint="copy every shard into the folder",
+            ) from error
+    return [index.parent / name for name in names]
+
+
+def _read_tensors(files: dict[Path, Callable[[Path], Any]]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for path, load in files.items():
+        loaded = load(path)
+        if not isinstance(loaded, dict):
+            raise CheckpointError(
+                "the file holds no tensors by name",
+                where=str(path),
+                expected="a state_dict",
+                found=type(loaded).__name__,
             )
-        tensors |= _require_dict(load(folder / name), folder / name)
+        tensors |= loaded
     return tensors
-
-
-def _require_dict(loaded: Any, path: Path) -> dict[str, Tensor]:
-    if not isinstance(loaded, dict):
-        raise CheckpointError(
-            "the file holds no tensors by name", where=str(path), expected="a state_dict", found=type(loaded).__name__
-        )
-    return loaded
-
-
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError("the file is damaged or cut off", where=str(path), found=str(error)) from error
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError("cannot be read as JSON", where=str(path), found=str(error)) from error
-    if not isinstance(found, dict):
-        raise CheckpointError("holds no JSON object", where=str(path), found=type(found).__name__)
-    return found
 
 
 def write(weights: Weights, folder: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -154,31 +161,49 @@ def write(weights: Weights, folder: Path, dtype: torch.dtype = torch.float32) ->
     written as zeros (transformers would warn that it made them up).
     """
     folder.mkdir()
-    tensors = {}
+    shapes = {name: _stored(name, tensor).shape for name, tensor in with_biases(weights).items()}
+    with (folder / "model.safetensors").open("wb") as file:
+        for chunk in _safetensors(weights, shapes, dtype):
+            file.write(chunk)
+    config = _their_config(weights, dtype)
+    _write_json(folder / "config.json", config)
+    special = {key: config[key] for key in hf_tokenizer.SPECIAL_IDS if key in config}
+    _write_json(folder / "generation_config.json", special)
+    (folder / "README.md").write_text(model_card(weights, hf_tokenizer.write(weights, folder)), encoding="utf-8")
+
+
+def _stored(name: str, tensor: Tensor) -> Tensor:
+    return tensor.t() if name.endswith(TRANSPOSED) else tensor
+
+
+def _safetensors(weights: Weights, shapes: dict[str, torch.Size], dtype: torch.dtype) -> Iterator[bytes | memoryview]:
+    """The file, a piece at a time: save_file would hold every tensor in both dtypes, and hear no Ctrl-C."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + shape.numel() * dtype.itemsize
+        header[name] = {"dtype": SAFETENSORS[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # data begins 8-byte aligned
+    yield len(text).to_bytes(8, "little")
+    yield text
     for name, tensor in with_biases(weights).items():
-        stored = (tensor.t() if name.endswith(TRANSPOSED) else tensor).to(dtype).contiguous()
+        stored = _stored(name, tensor).to(dtype).contiguous()
         if not stored.isfinite().all():  # float16 ends at 65504
-            largest = f"{tensor.abs().max():.4g}"
             raise CheckpointError(
                 "a weight is too large for this dtype",
                 where=name,
-                found=f"{largest} as {dtype}",
+                found=f"{tensor.abs().max():.4g} as {dtype}",
                 hint="--dtype=bfloat16",
             )
-        tensors[name] = stored
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # safetensors leaves 0600: nobody else could load it
-
-    config = _their_config(weights, dtype)
-    _write_json(folder / "config.json", config)
-    special = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
-    _write_json(folder / "generation_config.json", special)
-    (folder / "README.md").write_text(model_card(weights, _write_tokenizer(weights, folder)), encoding="utf-8")
+        data = stored.view(torch.uint8).numpy().reshape(-1).data
+        yield from (data[at : at + PIECE] for at in range(0, len(data), PIECE))
 
 
 def _their_config(weights: Weights, dtype: torch.dtype) -> dict[str, Any]:
     c = weights.model_args
     end_of_text = Gpt2Tokenizer.eot if weights.is_gpt2_vocab else None
+    special = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -194,43 +219,11 @@ def _their_config(weights: Weights, dtype: torch.dtype) -> dict[str, Any]:
         "embd_pdrop": c.dropout,
         "attn_pdrop": c.dropout,
         "initializer_range": 0.02,
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
+        **special,
+        **hf_tokenizer.special_ids(weights.state.get("special_ids") or {}),
         "dtype": str(dtype).removeprefix("torch."),
         **FIXED,
     }
-
-
-def _write_tokenizer(weights: Weights, folder: Path) -> bool:
-    """Whether transformers finds a tokenizer in the folder: GPT-2's, where vocab.bpe can be had.
-
-    For characters it has none that fits; the vocabulary goes into meta.json.
-    """
-    if not weights.is_gpt2_vocab:
-        if weights.tokenizer:
-            meta = {
-                "format": META_FORMAT,
-                "tokenizer": weights.tokenizer,
-                "vocab_size": weights.used_vocab,
-                "splits": {},
-            }
-            _write_json(folder / "meta.json", meta)
-        return False
-    try:
-        merges = find_vocab_bpe().read_text(encoding="utf-8")
-    except DataError:
-        return False  # the weights are good without it; convert says what is missing
-    tokens = [*gpt2_bytes(), *(line.replace(" ", "") for line in merges.split("\n")[1:-1]), EOT]
-    _write_json(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
-    (folder / "merges.txt").write_text(merges, encoding="utf-8")
-    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOT)
-    settings = {
-        "tokenizer_class": "GPT2Tokenizer",
-        "model_max_length": weights.model_args.block_size,
-        "add_prefix_space": False,
-    }
-    _write_json(folder / "tokenizer_config.json", {**settings, **special})
-    return True
 
 
 def _write_json(path: Path, value: object) -> None:
@@ -262,6 +255,7 @@ def _fetch(repository: str) -> Path:
         pass  # not in the cache yet
     try:
         # One request that gives up at once: without it hf_hub_download retries for 23 s before it fails (measured).
+        print(f"fetching {' and '.join(HUB_FILES)} of {repository}", file=sys.stderr, flush=True)
         hub.get_hf_file_metadata(hub.hf_hub_url(repository, HUB_FILES[0]), timeout=HUB_TIMEOUT_S)
         return [Path(hub.hf_hub_download(repository, name, etag_timeout=HUB_TIMEOUT_S)).parent for name in HUB_FILES][0]
     except Exception as error:  # the hub's errors are httpx's, requests' or its own, by version

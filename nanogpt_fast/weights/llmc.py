@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nanogpt_fast.errors import CheckpointError
 from nanogpt_fast.weights.canonical import Weights, checked, model_config, with_biases
+from nanogpt_fast.weights.sources import file_bytes
 
 MAGIC = 20240326
 DTYPES = {3: torch.float32, 5: torch.bfloat16}  # by version
@@ -42,6 +43,7 @@ def _file_order(n_layer: int) -> list[str]:
 
 def read(path: Path) -> Weights:
     """The weights in an llm.c model file, padding rows of wte cut off. Raises CheckpointError."""
+    size = file_bytes(path)
     with path.open("rb") as file:
         header = np.fromfile(file, "<i4", 256)
         if header.size < 256 or header[0] != MAGIC:
@@ -57,7 +59,15 @@ def read(path: Path) -> Weights:
                 found=str(version),
             )
         config = model_config(
-            str(path), block_size=T, vocab_size=V, n_layer=L, n_head=H, n_embd=C, bias=True, activation="gelu_tanh"
+            str(path),
+            size,
+            block_size=T,
+            vocab_size=V,
+            n_layer=L,
+            n_head=H,
+            n_embd=C,
+            bias=True,
+            activation="gelu_tanh",
         )
         if Vp < V:
             raise CheckpointError(
@@ -65,12 +75,12 @@ def read(path: Path) -> Weights:
             )
         shapes = {**config.parameter_shapes(), "transformer.wte.weight": (Vp, C)}
         expected = HEADER_BYTES + sum(map(math.prod, shapes.values())) * DTYPES[version].itemsize
-        if path.stat().st_size != expected:
+        if size != expected:
             raise CheckpointError(
                 "the file does not have the size its header asks for",
                 where=str(path),
                 expected=f"{expected} bytes for V={V}, Vp={Vp}, T={T}, L={L}, H={H}, C={C}",
-                found=f"{path.stat().st_size} bytes",
+                found=f"{size} bytes",
             )
         tensors = {name: _read_tensor(file, shapes[name], DTYPES[version]) for name in _file_order(L)}
     tensors["transformer.wte.weight"] = tensors["transformer.wte.weight"][:V]

@@ -11,7 +11,7 @@ from random_weights import random_weights, same_tensors
 
 from nanogpt_fast.errors import CheckpointError
 from nanogpt_fast.run.checkpoint import Checkpoint, save
-from nanogpt_fast.weights import formats
+from nanogpt_fast.weights import destination
 from nanogpt_fast.weights.formats import Format, read, sniff, write
 
 DESTINATIONS: dict[Format, str] = {"nanogpt": "a.pt", "hf": "hf", "llmc": "m.bin", "native": "run"}
@@ -103,7 +103,7 @@ def test_failed_swap_puts_the_old_folder_back(tmp_path, monkeypatch, error):
 @pytest.mark.parametrize("name", ["hf", "a.pt"])
 def test_what_is_written_is_fsynced_before_it_gets_its_name_and_the_name_after(tmp_path, monkeypatch, name):
     dst, synced = tmp_path / name, []
-    monkeypatch.setattr(formats, "sync", lambda path: synced.append((path, dst.exists())))
+    monkeypatch.setattr(destination, "sync", lambda path: synced.append((path, dst.exists())))
     write(random_weights(), dst, "hf" if name == "hf" else "nanogpt")
     before = [path for path, named in synced if not named]
     assert {path.name for path in before} == {"new", *(path.name for path in dst.rglob("*"))}

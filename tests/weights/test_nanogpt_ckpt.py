@@ -119,10 +119,6 @@ def test_wrappers_masks_and_half_precision_are_read(ckpt):
     assert torch.equal(found.model[name], weights.model[name].bfloat16().float())
 
 
-def test_old_checkpoint_without_bias_in_its_arguments(ckpt):
-    assert read(rewritten(ckpt, lambda saved: saved["model_args"].pop("bias"))).model_args.bias is True
-
-
 def test_form_before_torch_1_6_is_read(ckpt):
     torch.save(saved_dict(ckpt), ckpt, _use_new_zipfile_serialization=False)
     assert not zipfile.is_zipfile(ckpt)
@@ -182,14 +178,6 @@ def _untied(saved: dict) -> None:
     saved["model"]["lm_head.weight"] = saved["model"]["lm_head.weight"] + 1
 
 
-def _other_optimizer(saved: dict) -> None:
-    saved["optimizer"]["param_groups"] = saved["optimizer"]["param_groups"][:1]
-
-
-def _uneven_steps(saved: dict) -> None:
-    saved["optimizer"]["state"][3]["step"] = torch.tensor(99.0)
-
-
 DAMAGES = {
     "nan": (_nan, "NaN or infinity", "transformer.h.1.ln_2.weight"),
     "infinite moment": (_inf_moment, "NaN or infinity", "exp_avg_sq.transformer.wte.weight"),
@@ -202,10 +190,8 @@ DAMAGES = {
     "no size": (lambda s: s["model_args"].update(n_layer="2"), "n_layer is missing or no size", "'2'"),
     "bad heads": (lambda s: s["model_args"].update(n_head=5), "makes no GPT", "n_head = 5"),
     "no weights": (lambda s: s.pop("model"), "not a nanoGPT checkpoint", "iter_num"),
-    "model no dict": (lambda s: s.update(model=[1, 2]), "not built as nanoGPT's", "AttributeError"),
-    "odd val loss": (lambda s: s.update(best_val_loss="low"), "not built as nanoGPT's", "low"),
-    "other optimizer": (_other_optimizer, "not nanoGPT's AdamW", "groups of 10"),
-    "uneven steps": (_uneven_steps, "a different number of times", "99.0"),
+    "model no dict": (lambda s: s.update(model=[1, 2]), "not a nanoGPT checkpoint", "a dict with 'model'"),
+    "odd val loss": (lambda s: s.update(best_val_loss="low"), "best_val_loss is no loss", "low"),
 }
 
 
