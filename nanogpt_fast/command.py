@@ -49,13 +49,16 @@ def run_command(main: Callable[[list[str]], int | None], *, again: str = "nothin
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError):  # a stream of somebody's own
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    argv, warnings, ours = sys.argv[1:], WarningLines(), logging.getLogger("nanogpt_fast")
-    ours.addHandler(warnings)
+    argv, warnings = sys.argv[1:], WarningLines()
+    loggers = [logging.getLogger(name) for name in ("nanogpt_fast", "__main__")]  # a command's own file is __main__
+    for logger in loggers:
+        logger.addHandler(warnings)
     try:
         with _unwinding():
             code = _guarded(main, argv, again)
     finally:
-        ours.removeHandler(warnings)
+        for logger in loggers:
+            logger.removeHandler(warnings)
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):
             _flush(stream)

@@ -27,7 +27,7 @@ from nanogpt_fast.data.dataset import read_meta
 from nanogpt_fast.data.splits import dataset_folder
 from nanogpt_fast.distributed import World
 from nanogpt_fast.errors import DeviceError, NanogptError
-from nanogpt_fast.files import sha256_of, user_cache, write_atomic, write_json
+from nanogpt_fast.files import load_json, sha256_of, user_cache, write_atomic, write_json
 from nanogpt_fast.hardware import capability_of
 from nanogpt_fast.launch_plan import as_proven
 from nanogpt_fast.ops import OLDEST, OP_NAMES, REFERENCE, Ops, keep_rows, kept_rows, row_as_json, rows_asked, select_ops
@@ -126,7 +126,7 @@ def _path(facts: dict[str, Any]) -> Path:
 def remembered(facts: dict[str, Any]) -> Verdict | None:
     """The verdict on exactly this; None for one that cannot be read as well."""
     try:
-        found = json.loads(_path(facts).read_text())
+        found = load_json(_path(facts))
         verdict = Verdict(**found)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError):  # RuntimeError: there is no home
         return None

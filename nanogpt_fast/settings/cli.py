@@ -32,7 +32,7 @@ from nanogpt_fast.settings.config import SECTION_OF, Config, present_setting
 from nanogpt_fast.settings.options import BOOLS, PATHS, at_home, options_of, shown
 from nanogpt_fast.settings.toml_files import read_toml, to_toml
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("nanogpt_fast.settings.cli")  # also as __main__
 T = TypeVar("T")
 C = TypeVar("C", bound=Config)
 
