@@ -240,10 +240,6 @@ def _points(h: History, kind: Literal["train", "evals"], y: str, axis: Axis) -> 
     return xs / axis.unit, ys
 
 
-def _color(i: int) -> str:
-    return f"C{i % 10}"
-
-
 def _draw_loss(ax: "Axes", histories: Sequence[History], axis: Axis) -> None:
     shown = []
     for i, h in enumerate(histories):
@@ -251,14 +247,14 @@ def _draw_loss(ax: "Axes", histories: Sequence[History], axis: Axis) -> None:
         xs, ys = _points(h, "train", "loss", axis)
         if len(xs):
             mean = smooth(ys)
-            ax.plot(xs, ys, color=_color(i), alpha=0.18, linewidth=0.8)
-            ax.plot(xs, mean, color=_color(i), linewidth=1.6, label=f"{prefix}train {mean[-1]:.3f}, smoothed")
+            ax.plot(xs, ys, color=f"C{i % 10}", alpha=0.18, linewidth=0.8)
+            ax.plot(xs, mean, color=f"C{i % 10}", linewidth=1.6, label=f"{prefix}train {mean[-1]:.3f}, smoothed")
             shown.append((xs, mean))
         xs, ys = _points(h, "evals", "val_loss", axis)
         if len(xs):
             best = f"best {np.nanmin(ys):.4f}" if np.isfinite(ys).any() else "not finite"
             style = {"linestyle": "--", "linewidth": 1.0, "marker": "o", "markersize": 5, "markeredgecolor": "white"}
-            ax.plot(xs, ys, color=_dark(_color(i)), label=f"{prefix}val, {best}", zorder=3, **style)
+            ax.plot(xs, ys, color=_dark(f"C{i % 10}"), label=f"{prefix}val, {best}", zorder=3, **style)
             shown.append((xs, ys))
     if (bounds := limits(shown)) is not None:
         ax.set_ylim(bounds)
@@ -276,7 +272,7 @@ def _dark(color: str) -> tuple[float, ...]:
 
 def _draw_lr(ax: "Axes", histories: Sequence[History], axis: Axis) -> None:
     for i, h in enumerate(histories):
-        ax.plot(*_points(h, "train", "lr", axis), color=_color(i))
+        ax.plot(*_points(h, "train", "lr", axis), color=f"C{i % 10}")
     ax.set_title("learning rate")
     ax.set_ylim(bottom=0)
     ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
@@ -288,7 +284,7 @@ def _draw_speed(ax: "Axes", histories: Sequence[History], axis: Axis) -> None:
         xs, ys = _points(h, "train", "tokens_per_s", axis)
         if len(xs):
             median = float(np.nanmedian(ys))
-            ax.plot(xs, ys, color=_color(i), linewidth=0.8, label=f"median {_si(median)}")
+            ax.plot(xs, ys, color=f"C{i % 10}", linewidth=0.8, label=f"median {_si(median)}")
             top = max(top, 1.35 * median, float(np.nanpercentile(ys, 98)))
     ax.set_title("tokens/s")
     ax.set_ylim(0, top or None)
@@ -301,8 +297,8 @@ def _draw_grad_norm(ax: "Axes", histories: Sequence[History], axis: Axis) -> Non
     for i, h in enumerate(histories):
         xs, ys = _points(h, "train", "grad_norm", axis)
         if len(xs):
-            ax.plot(xs, ys, color=_color(i), alpha=0.25, linewidth=0.8)
-            ax.plot(xs, smooth(ys), color=_color(i), linewidth=1.3)
+            ax.plot(xs, ys, color=f"C{i % 10}", alpha=0.25, linewidth=0.8)
+            ax.plot(xs, smooth(ys), color=f"C{i % 10}", linewidth=1.3)
             curves.append(ys[np.isfinite(ys)])
     finite = np.concatenate(curves) if curves else np.empty(0)
     if len(finite):

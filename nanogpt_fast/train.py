@@ -30,7 +30,7 @@ from nanogpt_fast.guards import LossGuard
 from nanogpt_fast.hardware import Peak, free_memory, training_peak
 from nanogpt_fast.memory import RESERVE, largest_batch, peak, plan_of, readable, relief
 from nanogpt_fast.model import GPT
-from nanogpt_fast.ops import REFERENCE, Ops, kept_rows, row_as_json, select_ops
+from nanogpt_fast.ops import REFERENCE, Ops, kept_rows, row_as_json
 from nanogpt_fast.optim import AdamW, FlatParameters
 from nanogpt_fast.restore import Restored, restore, shape_of
 from nanogpt_fast.run import checkpoint, tracing
@@ -41,7 +41,7 @@ from nanogpt_fast.settings.cli import load_config, to_toml
 from nanogpt_fast.settings.config import Config, GPTConfig
 from nanogpt_fast.step import TrainStep
 from nanogpt_fast.trainer import Trainer
-from nanogpt_fast.verdict import ops_of_run, setup_of
+from nanogpt_fast.verdict import check_kernels, ops_of_run, setup_of
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
         graphs = Graphs(world.device, system.cuda_graph)
         say = print if world.is_main else lambda *_: None
         logging.getLogger("nanogpt_fast").setLevel(logging.WARNING if world.is_main else logging.ERROR)
-        select_ops(config.system.kernels, world.device.type)  # a wrong flag ends here, before any work
+        check_kernels(config, world.device.type)  # a wrong flag ends here, before any work
         say(f"tokens per iteration will be: {config.tokens_per_iter:,}")
         if data.batch_ramp:
             say(f"from iteration {batches.ramp} on; the first one has {batches.tokens_before(1):,}")
