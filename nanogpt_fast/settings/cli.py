@@ -302,11 +302,11 @@ class _Reader:
         seen: set[str] = set()
         for name, value in read_toml(path).items():
             in_section = isinstance(value, dict)
-            where = f"{path} [{name}]" if in_section else str(path)
+            where = f"{path} [{name[:100]}]" if in_section else str(path)
             if in_section and name not in sections:
                 known = f"one of [{'], ['.join(sections)}]" if sections else "keys without sections"
                 raise ConfigError(
-                    f"unknown section [{name}]{did_you_mean(name, sections)}", where=where, expected=known
+                    f"unknown section [{name[:100]}]{did_you_mean(name, sections)}", where=where, expected=known
                 )
             for key, item in value.items() if in_section else [(name, value)]:
                 home = self.flags[key].section if key in self.flags else name

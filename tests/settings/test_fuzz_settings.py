@@ -88,7 +88,7 @@ def try_plot(text: str, folder: Path, name: str) -> None:
     for kind in ("train", "evals"):
         for y in ("loss", "val_loss", "lr", "grad_norm", "tokens_per_s"):
             for x in ("iter", "tokens", "elapsed_s"):
-                history.column(kind, y, x)  # type: ignore[arg-type]
+                history.column(kind, y, x)
     if len(text) % 16 == 0:  # drawing takes half a second
         plot.draw([history]).canvas.draw()
 
