@@ -5,8 +5,10 @@ what nobody foresaw are put into the same form here. SIGTERM and SIGHUP unwind t
 is half done is cleared away; `train` takes them into its own hands (run/stopping.py).
 """
 
+import errno
 import logging
 import os
+import select
 import signal
 import sys
 import tempfile
@@ -14,14 +16,23 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from nanogpt_fast.errors import DeviceError, HostError, NanogptError, UnforeseenError, WarningLines
 
-HOME = os.path.dirname(__file__)
-# How torch's allocators and tensor constructors say that there is not so much memory.
-_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "size calculation overflowed",
-              "multiplication overflow", "bad_alloc", "cannot allocate memory")  # fmt: skip
+HOME = os.path.dirname(__file__) + os.sep
+# How torch's allocators, its tensor constructors and numpy's say that there is not so much memory; all were provoked.
+_NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc",
+              "size calculation overflowed", "multiplication overflow", "array is too big",
+              "maximum allowed dimension exceeded")  # fmt: skip
+_HINTS = {  # by what the system says
+    errno.ENOSPC: "make room on that disk (df -h), then run it again",
+    errno.EDQUOT: "make room in your quota (quota -s), then run it again",
+    errno.EMFILE: "let a process open more files (ulimit -n), then run it again",
+    errno.ENAMETOOLONG: "a name has at most 255 bytes: choose a shorter one",
+}
+_HINT = "check the path and its permissions (ls -ld), then run it again"
+_FALSE = ("False", "false", "0", "no", "off")
 
 
 class Stopped(BaseException):
@@ -38,33 +49,51 @@ def run_command(main: Callable[[list[str]], int | None], *, again: str = "nothin
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError):  # a stream of somebody's own
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    argv = sys.argv[1:]
-    logging.getLogger("nanogpt_fast").addHandler(WarningLines())
-    with _unwinding():
-        code = _guarded(main, argv, again)
-    _flush()
+    argv, warnings = sys.argv[1:], WarningLines()
+    loggers = [logging.getLogger(name) for name in ("nanogpt_fast", "__main__")]  # a command's own file is __main__
+    for logger in loggers:
+        logger.addHandler(warnings)
+    try:
+        with _unwinding():
+            code = _guarded(main, argv, again)
+    finally:
+        for logger in loggers:
+            logger.removeHandler(warnings)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):
+            _flush(stream)
     sys.exit(code)
 
 
 def _guarded(main: Callable[[list[str]], int | None], argv: list[str], again: str) -> int:
     """The exit code of main(argv), what it raised put into words on stderr."""
     try:
-        code = main(argv) or 0
+        try:
+            code = main(argv) or 0
+        except SystemExit as stop:  # --help
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # stdout closed early, as by `| head`
-        _drop_output()
-        return 141
     except (KeyboardInterrupt, Stopped) as stop:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
         _say(f"interrupted ({signal.Signals(number).name}): {again}")
         return 128 + number
     except Exception as error:
-        if any(a == "--debug" or (a.startswith("--debug=") and a != "--debug=False") for a in argv):
-            raise
+        if isinstance(error, BrokenPipeError) and _nobody_reads():  # stdout closed early, as by `| head`
+            return 141
         ours = explained(error)
-        _say(f"error: {ours}")
+        _say("".join(traceback.format_exception(error)).rstrip() if _debug(argv) else f"error: {ours}")
         return ours.exit_code
+
+
+def _debug(argv: list[str]) -> bool:
+    """Whether --debug is among the flags, in any of its forms; the last one counts."""
+    found = False
+    for word, after in zip(argv, [*argv[1:], ""]):
+        name, _, value = word.partition("=")
+        if name in ("--debug", "--no-debug"):
+            found = name == "--debug" and (value or after) not in _FALSE
+    return found
 
 
 def explained(error: BaseException) -> NanogptError:
@@ -80,12 +109,11 @@ def explained(error: BaseException) -> NanogptError:
             hint="ask for less at once (--batch_size, --block_size, a smaller model or file), or free some memory",
         )
     if isinstance(error, OSError):
-        return HostError(
-            error.strerror or text or type(error).__name__,
-            where=" -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
-            or place_of(error.__traceback__),
-            hint="check the path, its permissions and the room on its disk (ls -ld, df -h), then run it again",
-        )
+        names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        network = error.errno is None or isinstance(error, ConnectionError | TimeoutError)
+        hint = "check the network, then run it again" if network and not names else _HINTS.get(error.errno or 0, _HINT)
+        what = error.strerror or text or type(error).__name__
+        return HostError(str(what), where=names or place_of(error.__traceback__), hint=hint)
     return UnforeseenError(
         f"not foreseen: {type(error).__name__}: {text}",
         where=place_of(error.__traceback__),
@@ -94,15 +122,17 @@ def explained(error: BaseException) -> NanogptError:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether it says that memory ran out: torch has one class for GPUs, a plain RuntimeError for all else."""
-    said = isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY)
-    return said or isinstance(error, MemoryError)
+    """Whether it says that memory ran out: torch has one class for GPUs, a plain RuntimeError for all else, numpy a
+    ValueError for what no machine has, the system ENOMEM (a map, a fork)."""
+    said = isinstance(error, RuntimeError | ValueError) and any(words in str(error).lower() for words in _NO_MEMORY)
+    return said or isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
 
 
 def place_of(trace: TracebackType | None) -> str:
     """file:line of the innermost frame of ours, as in nanogpt_fast/sample.py:70."""
-    frames = [f for f in traceback.extract_tb(trace) if f.filename.startswith(HOME) and f.filename != __file__]
-    return f"nanogpt_fast{frames[-1].filename[len(HOME) :]}:{frames[-1].lineno}" if frames else ""
+    places = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(trace)]
+    ours = [(name, line) for name, line in places if name.startswith(HOME) and name != __file__]
+    return f"nanogpt_fast/{ours[-1][0].removeprefix(HOME)}:{ours[-1][1]}" if ours else ""
 
 
 def _kept_traceback(error: BaseException) -> str:
@@ -118,20 +148,26 @@ def _kept_traceback(error: BaseException) -> str:
 
 @contextmanager
 def _unwinding() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise Stopped, once; a second one ends the process. SIGUSR1, Slurm's warning, does no harm."""
+    """SIGTERM and SIGHUP raise Stopped, Ctrl-C KeyboardInterrupt, once; another one ends the process. SIGUSR1, Slurm's
+    warning, does no harm."""
     owner, before = os.getpid(), {}
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
-        if os.getpid() == owner:
+        if os.getpid() != owner:  # a forked worker, which is told to end
+            os.kill(os.getpid(), number)
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
+        else:
             raise Stopped(number)
-        os.kill(os.getpid(), number)  # a forked worker, which is told to end
 
-    handlers = {"SIGTERM": on_signal, "SIGHUP": on_signal, "SIGUSR1": lambda *_: None}
+    handlers = dict.fromkeys(("SIGINT", "SIGTERM", "SIGHUP"), on_signal) | {"SIGUSR1": lambda *_: None}
     with suppress(ValueError):  # not the main thread
         for name, handler in handlers.items():
-            number = getattr(signal, name, None)  # Windows has SIGTERM alone
-            if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # nohup's SIG_IGN stays
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is None:
+                continue
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):  # nohup's SIG_IGN stays
                 before[number] = signal.signal(number, handler)
     try:
         yield
@@ -141,16 +177,31 @@ def _unwinding() -> Iterator[None]:
 
 
 def _give_descriptors() -> None:
-    """Open the null device on those of 0, 1, 2 that are closed: the next file opened would get what is printed."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        with suppress(OSError):
+    """Open the null device on those of 0, 1, 2 that are closed: the next file opened would get what is printed, here
+    or in a child."""
+    streams = dict(enumerate(("stdin", "stdout", "stderr")))
+    for number, name in streams.items():
+        try:
             os.fstat(number)
-            continue
-        os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
-        setattr(sys, name, open(number, "r" if name == "stdin" else "w", closefd=False))  # noqa: SIM115
-    for name in ("stdout", "stderr"):
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it takes the lowest number that is free
+            setattr(sys, name, None)
+    for number, name in streams.items():
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe whose reader is gone, and empties its buffer; another pipe may have broken."""
+    try:
+        poll = select.poll()  # not on Windows
+        poll.register(sys.stdout.fileno(), 0)
+        gone = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except (AttributeError, OSError, ValueError):
+        gone = True
+    if gone:
+        _drop_output(sys.stdout)
+    return gone
 
 
 def _say(text: str) -> None:
@@ -158,15 +209,16 @@ def _say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            _drop_output()
+def _flush(stream: TextIO) -> None:
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        _drop_output(stream)
 
 
-def _drop_output() -> None:
+def _drop_output(stream: TextIO) -> None:
     """What is still buffered can go nowhere; without this Python tries once more when it ends, and complains."""
     with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)

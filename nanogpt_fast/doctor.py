@@ -23,7 +23,7 @@ from nanogpt_fast.command import run_command
 from nanogpt_fast.data.dataset import read_meta
 from nanogpt_fast.data.tokenizer import cached_vocab_bpe
 from nanogpt_fast.distributed import World, resolve_device, resolve_dtype
-from nanogpt_fast.errors import DeviceError, NanogptError
+from nanogpt_fast.errors import DeviceError, NanogptError, printable
 from nanogpt_fast.files import cpu_name, cpuinfo
 from nanogpt_fast.graphs import Graphs
 from nanogpt_fast.hardware import resolve_peak
@@ -48,6 +48,8 @@ SMOKE_SHAPE = GPTConfig(block_size=64, vocab_size=256, n_layer=2, n_head=4, n_em
 SMOKE_BATCH = 8
 SMOKE_FALL = 0.5  # nats that memorising one batch must gain; a working machine gains 4 and more
 
+UNUSABLE = "its meta file cannot be used"
+
 Section = dict[str, Any]
 
 
@@ -70,7 +72,7 @@ def main(argv: list[str]) -> int:
     epilog = "Fit for a bug report: it names no user, host or home folder. Exit code 0, or 5\nwhen something is broken."
     config = cli.parse(DoctorConfig, argv, prog="python -m nanogpt_fast.doctor", description=description, epilog=epilog)
     report = private(examine(config))
-    print(json.dumps(report, indent=1) if config.json else as_text(report))
+    print(json.dumps(report, indent=1) if config.json else printable(as_text(report)))
     return DeviceError.exit_code if report["problems"] else 0
 
 
@@ -202,9 +204,10 @@ def _driver() -> str | None:
 def caches() -> Section:
     """Where compiled kernels, weights and vocabularies are kept."""
     env, temporary = os.environ, tempfile.gettempdir()
-    home = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    user = Path(os.path.expanduser("~"))  # stays ~ for a uid without a home
+    home = Path(env.get("XDG_CACHE_HOME") or user / ".cache")
     places = {
-        "TRITON_CACHE_DIR": Path(env.get("TRITON_HOME") or Path.home(), ".triton", "cache"),
+        "TRITON_CACHE_DIR": Path(env.get("TRITON_HOME") or user, ".triton", "cache"),
         "TORCHINDUCTOR_CACHE_DIR": Path(temporary, f"torchinductor_{user_name()}"),
         "HF_HOME": home / "huggingface",
         "TIKTOKEN_CACHE_DIR": Path(env.get("DATA_GYM_CACHE_DIR") or Path(temporary, "data-gym-cache")),
@@ -251,7 +254,7 @@ def _dataset(folder: Path, token_files: list[Path]) -> str:
     try:
         meta = read_meta(folder)
     except NanogptError as error:
-        return f"{size}; {error.what}"
+        return f"{size}; {UNUSABLE}: {error.what}"
     if meta is None:
         return f"{size}, no meta.json: taken for GPT-2 tokens"
     splits = ", ".join(f"{name} {split.tokens:,}" for name, split in meta.splits.items())
@@ -265,6 +268,7 @@ def problems(report: dict[str, Any]) -> list[str]:
         cuda = torch.version.cuda
         why = f"it was built for CUDA {cuda}, which that driver may be too old for" if cuda else "it is the CPU build"
         found.append(f"an NVIDIA driver ({driver}) is here, but torch {torch.__version__} sees no GPU: {why}")
+    found += [f"{folder}: {told.partition('; ')[2]}" for folder, told in report["data"].items() if UNUSABLE in told]
     if report["extras"]["apex"].startswith("not NVIDIA's"):
         found.append(f"apex is {report['extras']['apex']}")
     return found
@@ -325,4 +329,4 @@ def as_text(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, again="nothing was changed")

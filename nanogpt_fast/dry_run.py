@@ -4,8 +4,8 @@ import torch
 
 from nanogpt_fast import distributed
 from nanogpt_fast.data.dataset import read_meta
-from nanogpt_fast.data.splits import dataset_folder
-from nanogpt_fast.errors import ConfigError, did_you_mean
+from nanogpt_fast.data.splits import dataset_folder, open_split
+from nanogpt_fast.errors import ConfigError, NanogptError, did_you_mean, printable
 from nanogpt_fast.gpus import CHOICES, GPU, GPUS
 from nanogpt_fast.hardware import capability_of, flops_per_token, free_memory, peak_flops, resolve_peak
 from nanogpt_fast.memory import RESERVE, Plan, batch_flags, largest_batch, peak, plan_of, readable, relief
@@ -48,6 +48,7 @@ def describe(config: Config) -> str:
         f"memory          {readable(sum(memory.values()))} at the peak, predicted: "
         + ", ".join(f"{part} {held / 2**30:.2f}" for part, held in memory.items()),
         f"device          {there}, {_plain(dtype)}, peak {source}",
+        f"dataset         {printable(_what_is_there(config))}",
     ]
     if not config.run.eval_only:
         rows.append(f"micro-batch     {_what_fits(plan, capacity, 'in all' if config.system.on else 'free')}")
@@ -57,9 +58,29 @@ def describe(config: Config) -> str:
         rows.append(f"tokens          {ramp}{config.tokens_per_iter:,} an iteration, {tokens:,} in all")
         rows.append(f"compute         {flops / 1e9:.3f} GFLOP a token, {flops * tokens / 1e15:,.3f} PFLOP in all")
         if flops_there:
-            hours = flops * tokens / flops_there / 3600
-            rows.append(f"time            {hours:.2f} hours and more on one such device (MFU 100%)")
+            rows.append(f"time            {_span(flops * tokens / flops_there)} at least on one such device (MFU 100%)")
     return to_toml(config.replace(dry_run=False, on="")) + "\n" + "\n".join(f"# {row}" for row in rows)
+
+
+def _what_is_there(config: Config) -> str:
+    """The tokens of the dataset, how often the run sees them, or why it cannot be read and what to do."""
+    data = config.data
+    try:
+        with open_split(data, "train") as train:
+            count = sum(file.n_tokens for file in train.files)
+    except NanogptError as error:
+        return f"{error.what}: {error.hint or error.where}"
+    seen = BatchSchedule.of(data).tokens_before(config.optim.max_iters + 1)
+    epochs = "" if config.run.eval_only or not count else f", seen {seen / count:,.3g} times"
+    return f"{data.dataset}, {count:,} tokens to train on{epochs}"
+
+
+def _span(seconds: float) -> str:
+    """A time as people say it: 42 s, 3.5 hours, 12 days, 151 years."""
+    for size, unit in ((365.25 * 86400, "years"), (86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.3g} {unit}" if seconds < 1000 * size else f"{seconds / size:,.0f} {unit}"
+    return f"{seconds:.3g} s"
 
 
 def _what_fits(plan: Plan, capacity: int | None, which: str) -> str:

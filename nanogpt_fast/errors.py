@@ -92,5 +92,5 @@ class WarningLines(logging.Handler):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """', did you mean "x"?' for the closest known names, or '' when none is close."""
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    close = difflib.get_close_matches(name[:200], list(known), n=3, cutoff=0.6)  # it takes a time a letter
     return f", did you mean {' or '.join(repr(c) for c in close)}?" if close else ""

@@ -18,6 +18,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from nanogpt_fast.command import run_command
 from nanogpt_fast.data.bpe import extends_gpt2
@@ -28,7 +31,7 @@ from nanogpt_fast.data.text_files import read_chunks
 from nanogpt_fast.data.tokenizer import end_of_text, from_json
 from nanogpt_fast.data.tokens import TokenSource
 from nanogpt_fast.distributed import resolve_device, resolve_dtype
-from nanogpt_fast.errors import ConfigError, DataError
+from nanogpt_fast.errors import ConfigError, DataError, printable
 from nanogpt_fast.graphs import Graphs
 from nanogpt_fast.model import GPT
 from nanogpt_fast.restore import Restored, build_model, restore
@@ -48,6 +51,7 @@ from nanogpt_fast.settings.config import DataConfig, require_range
 from nanogpt_fast.verdict import ops_known
 
 PROG = "python -m nanogpt_fast.evaluate"
+EVERY_S = 10.0  # between lines that say how far it is
 
 # Losses on OpenWebText that nanoGPT's README publishes for OpenAI's weights, by nanoGPT's random batches.
 PUBLISHED = {
@@ -114,7 +118,8 @@ def main(argv: list[str]) -> None:
         forward, rows = Forward(model, eot, Graphs(device, config.cuda_graph)), []
         for split, source in sources.items():
             began = time.perf_counter()
-            result = score(model, targets_of(config, source, model, generator), token_bytes, forward)
+            batches = shown(split, targets_of(config, source, model, generator), targets_in(config, source))
+            result = score(model, batches, token_bytes, forward)
             rows.append(Row(split, result, time.perf_counter() - began))
     facts = {
         "model": restored.source,
@@ -127,7 +132,8 @@ def main(argv: list[str]) -> None:
         "dtype": str(dtype).removeprefix("torch."),
     }
     published = PUBLISHED.get(config.init_from, {}) if config.dataset == "openwebtext" and not config.file else {}
-    print("\n".join(json_lines(facts, rows, published) if config.json else table(facts, rows, published)))
+    lines = json_lines(facts, rows, published) if config.json else table(facts, rows, published)
+    print(printable("\n".join(lines)))
 
 
 def parse_config(argv: list[str]) -> EvaluateConfig:
@@ -254,6 +260,33 @@ def targets_of(config: EvaluateConfig, source: TokenSource, model: GPT, generato
     return all_targets(source, vocab_size, batch_size=stack * B, block_size=T)
 
 
+def targets_in(config: EvaluateConfig, source: TokenSource) -> int:
+    """How many targets those batches have, nearly."""
+    random = config.eval_iters * config.batch_size * config.block_size
+    return random if config.eval_mode == "random" else sum(max(0, file.n_tokens - 1) for file in source.files)
+
+
+def shown(split: str, batches: Iterator[Batch], total: int) -> Iterator[Batch]:
+    """The batches, and how far they are on stderr: a bar on a terminal, a line every 10 s elsewhere."""
+    console, done, began = Console(stderr=True), 0, time.monotonic()
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("eta"), TimeRemainingColumn(),
+        console=console, transient=True, disable=not console.is_terminal,
+    )  # fmt: skip
+    told = began
+    with bar:
+        task = bar.add_task(escape(printable(split)), total=total)
+        for batch in batches:
+            yield batch
+            done += int((batch[1] >= 0).sum())
+            bar.update(task, completed=done)
+            now = time.monotonic()
+            if bar.disable and now - told >= EVERY_S:
+                told, left = now, (now - began) * (total / max(1, done) - 1)
+                line = f"{printable(split)}: {done:,} of {total:,} tokens, {max(0.0, left):,.0f} s to go"
+                print(line, file=sys.stderr, flush=True)
+
+
 # ---- the report ----
 
 
@@ -308,4 +341,4 @@ def table(facts: dict[str, Any], rows: list[Row], published: dict[str, float]) -
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, again="nothing is kept of it; the same command evaluates anew")

@@ -19,6 +19,7 @@ from nanogpt_fast.settings.config import GPTConfig
 log = logging.getLogger(__name__)
 GEMM_SIZE = {"cuda": 8192, "mps": 4096, "cpu": 1024}  # edge of the matrices of measure_gemm
 # For how long it repeats at least: an idle GPU takes a while to raise its clocks.
+LEAST_PEAK = 1e8  # FLOP/s: a core that emulates bfloat16 gives 8e8 (2.6 s for 1024^3); less is no peak of anything
 SETTLE_S = {"cuda": 0.5, "mps": 0.5, "cpu": 0.0}
 # The instructions that multiply a dtype, as /proc/cpuinfo names them. Without one of them torch multiplies one by one.
 CPU_INSTRUCTIONS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
@@ -87,7 +88,9 @@ def resolve_peak(device: torch.device, dtype: torch.dtype) -> tuple[float | None
         return None, f"n/a, this CPU is not known to multiply {name}"  # a product takes seconds: 2.6 s here, AVX2
     if device.type != "cuda":
         flops = measure_gemm(device, dtype)
-        return flops, f"{flops / 1e9:.0f} GFLOP/s, measured {GEMM_SIZE[device.type]}^3 {name} product on {device.type}"
+        if flops < LEAST_PEAK:
+            return None, f"n/a, a {name} product gave {flops / 1e9:.2g} GFLOP/s, which is no peak"
+        return flops, f"{flops / 1e9:.3g} GFLOP/s, measured {GEMM_SIZE[device.type]}^3 {name} product on {device.type}"
     gpu = torch.cuda.get_device_name(device)
     if known := peak_flops(gpu, name):
         return known

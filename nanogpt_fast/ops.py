@@ -29,6 +29,7 @@ __all__ = [
     "GRAD_NORM",
     "LOSS_SCALE",
     "LR",
+    "MAX_HEAD",
     "MAX_NORM",
     "OLDEST",
     "OP_FILES",
@@ -49,6 +50,7 @@ __all__ = [
     "kernel_sources",
     "launched_by",
     "reproducible",
+    "require_heads",
     "row_as_json",
     "row_from_json",
     "rows_asked",
@@ -77,6 +79,7 @@ class Ops:
 
 ROW_FIELDS = ("blocks", "num_warps", "num_stages", "max_registers", "choices")  # of a launch row: what is searched
 OLDEST = 80  # compute capability that our kernels are written for
+MAX_HEAD = 128  # the widest head that their attention has tiles for: MAX_D of ops/attention/forward.py
 OP_NAMES = tuple(f.name for f in dataclasses.fields(Ops))
 OP_FILES = {  # {file of nanogpt_kernels/ops: its ops}; --kernels takes the names of both
     "embedding": ("embedding",),
@@ -239,6 +242,17 @@ def select_ops(spec: str, device_type: str, auto: Ops = REFERENCE) -> Ops:
         ops = sets[source]()
         chosen = dataclasses.replace(chosen, **{op: getattr(ops, op) for op in OP_FILES.get(name, (name,))})
     return chosen
+
+
+def require_heads(ops: Ops, head_size: int) -> None:
+    """ConfigError for a head that these ops' attention does not take."""
+    if ops.qkv_attention is not REFERENCE.qkv_attention and head_size > MAX_HEAD:
+        raise ConfigError(
+            "the Triton attention has no tiles for such heads",
+            where=f"n_embd / n_head = {head_size}",
+            expected=f"at most {MAX_HEAD}",
+            hint="more heads (--n_head), or --kernels=triton,attention=reference",
+        )
 
 
 def expected(capability: int | None) -> Ops:

@@ -3,7 +3,6 @@
 A RUN is an out_dir, its metrics.jsonl, or a console log of nanoGPT or of ours.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,8 @@ import numpy as np
 from tyro.conf import Positional, arg
 
 from nanogpt_fast.command import run_command
-from nanogpt_fast.errors import ConfigError, DataError
+from nanogpt_fast.errors import ConfigError, DataError, printable
+from nanogpt_fast.files import parse_json, read_small
 from nanogpt_fast.settings import cli
 
 if TYPE_CHECKING:
@@ -25,10 +25,13 @@ XAxis = Literal["iter", "tokens", "time"]
 Row = dict[str, Any]  # one line of metrics.jsonl
 
 METRICS = "metrics.jsonl"
+MAX_LOG = 256 << 20  # bytes; 600,000 iterations, each logged, have 200 MB
+_FIGURES = ("loss", "lr", "grad_norm", "tokens_per_s", "tokens", "elapsed_s", "train_loss", "val_loss")
 _HEADER = '{"kind": "run"'  # how a process's first line begins
-_ITER = re.compile(r"^iter (\d+): loss (\S+), time ([\d.]+)ms")
-_STEP = re.compile(r"^step (\d+): train loss (\S+), val loss ([\w.+-]+)")
-_TOKENS_PER_ITER = re.compile(r"tokens per iteration will be: ([\d,]+)")
+_NUMBER = r"([+-]?\d{1,20}(?:\.\d{0,20})?(?:e[+-]?\d\d?)?|nan|[+-]?inf)"
+_ITER = re.compile(rf"^iter (\d{{1,12}}): loss {_NUMBER}, time (\d{{1,12}}(?:\.\d{{0,12}})?)ms")
+_STEP = re.compile(rf"^step (\d{{1,12}}): train loss {_NUMBER}, val loss {_NUMBER}")
+_TOKENS_PER_ITER = re.compile(r"tokens per iteration will be: ([\d,]{1,20})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +69,7 @@ def read_history(run: Path) -> History:
     """The history of an out_dir, a metrics.jsonl or a console log. Raises DataError."""
     path = run / METRICS if run.is_dir() else run
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = read_small(path, MAX_LOG).decode(errors="replace")
     except OSError as error:
         raise DataError(
             "no metrics there",
@@ -128,9 +131,14 @@ def _json_rows(text: str, path: Path) -> Iterator[Row]:
 
 
 def _row(line: str) -> Row:
-    row = json.loads(line)
-    if not isinstance(row, dict) or "kind" not in row or (row["kind"] != "run" and "iter" not in row):
-        raise ValueError("no object with kind and iter")
+    row = parse_json(line)
+    if not isinstance(row, dict) or not isinstance(row.get("kind"), str):
+        raise ValueError("no object with a kind")
+    count, figures = row.get("start", 0) if row["kind"] == "run" else row.get("iter"), map(row.get, _FIGURES)
+    if type(count) is not int or not 0 <= count < 2**53:
+        raise ValueError("no whole number of iterations")
+    if not all(x is None or (isinstance(x, int | float) and abs(x) < 1e30) for x in figures):
+        raise ValueError("a figure is no number")
     return row
 
 
@@ -140,12 +148,12 @@ def _read_console(history: History, text: str) -> None:
     elapsed, previous = 0.0, -1
     for line in text.splitlines():
         if match := _TOKENS_PER_ITER.search(line):
-            tokens_per_iter = int(match[1].replace(",", ""))
+            tokens_per_iter = int(match[1].replace(",", "") or 0) or None
         elif match := _ITER.match(line):
             i, seconds = int(match[1]), float(match[3]) / 1e3
             elapsed, previous = elapsed + seconds * max(1, i - previous), i
             row: Row = {"iter": i, "loss": float(match[2]), "time_ms": 1e3 * seconds, "elapsed_s": elapsed}
-            if tokens_per_iter is not None:
+            if tokens_per_iter is not None and seconds:
                 row |= {"tokens": (i + 1) * tokens_per_iter, "tokens_per_s": tokens_per_iter / seconds}
             history.train[i] = row
         elif match := _STEP.match(line):
@@ -232,10 +240,6 @@ def _points(h: History, kind: Literal["train", "evals"], y: str, axis: Axis) -> 
     return xs / axis.unit, ys
 
 
-def _color(i: int) -> str:
-    return f"C{i % 10}"
-
-
 def _draw_loss(ax: "Axes", histories: Sequence[History], axis: Axis) -> None:
     shown = []
     for i, h in enumerate(histories):
@@ -243,14 +247,14 @@ def _draw_loss(ax: "Axes", histories: Sequence[History], axis: Axis) -> None:
         xs, ys = _points(h, "train", "loss", axis)
         if len(xs):
             mean = smooth(ys)
-            ax.plot(xs, ys, color=_color(i), alpha=0.18, linewidth=0.8)
-            ax.plot(xs, mean, color=_color(i), linewidth=1.6, label=f"{prefix}train {mean[-1]:.3f}, smoothed")
+            ax.plot(xs, ys, color=f"C{i % 10}", alpha=0.18, linewidth=0.8)
+            ax.plot(xs, mean, color=f"C{i % 10}", linewidth=1.6, label=f"{prefix}train {mean[-1]:.3f}, smoothed")
             shown.append((xs, mean))
         xs, ys = _points(h, "evals", "val_loss", axis)
         if len(xs):
             best = f"best {np.nanmin(ys):.4f}" if np.isfinite(ys).any() else "not finite"
             style = {"linestyle": "--", "linewidth": 1.0, "marker": "o", "markersize": 5, "markeredgecolor": "white"}
-            ax.plot(xs, ys, color=_dark(_color(i)), label=f"{prefix}val, {best}", zorder=3, **style)
+            ax.plot(xs, ys, color=_dark(f"C{i % 10}"), label=f"{prefix}val, {best}", zorder=3, **style)
             shown.append((xs, ys))
     if (bounds := limits(shown)) is not None:
         ax.set_ylim(bounds)
@@ -268,7 +272,7 @@ def _dark(color: str) -> tuple[float, ...]:
 
 def _draw_lr(ax: "Axes", histories: Sequence[History], axis: Axis) -> None:
     for i, h in enumerate(histories):
-        ax.plot(*_points(h, "train", "lr", axis), color=_color(i))
+        ax.plot(*_points(h, "train", "lr", axis), color=f"C{i % 10}")
     ax.set_title("learning rate")
     ax.set_ylim(bottom=0)
     ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
@@ -280,7 +284,7 @@ def _draw_speed(ax: "Axes", histories: Sequence[History], axis: Axis) -> None:
         xs, ys = _points(h, "train", "tokens_per_s", axis)
         if len(xs):
             median = float(np.nanmedian(ys))
-            ax.plot(xs, ys, color=_color(i), linewidth=0.8, label=f"median {_si(median)}")
+            ax.plot(xs, ys, color=f"C{i % 10}", linewidth=0.8, label=f"median {_si(median)}")
             top = max(top, 1.35 * median, float(np.nanpercentile(ys, 98)))
     ax.set_title("tokens/s")
     ax.set_ylim(0, top or None)
@@ -293,8 +297,8 @@ def _draw_grad_norm(ax: "Axes", histories: Sequence[History], axis: Axis) -> Non
     for i, h in enumerate(histories):
         xs, ys = _points(h, "train", "grad_norm", axis)
         if len(xs):
-            ax.plot(xs, ys, color=_color(i), alpha=0.25, linewidth=0.8)
-            ax.plot(xs, smooth(ys), color=_color(i), linewidth=1.3)
+            ax.plot(xs, ys, color=f"C{i % 10}", alpha=0.25, linewidth=0.8)
+            ax.plot(xs, smooth(ys), color=f"C{i % 10}", linewidth=1.3)
             curves.append(ys[np.isfinite(ys)])
     finite = np.concatenate(curves) if curves else np.empty(0)
     if len(finite):
@@ -323,12 +327,14 @@ def main(argv: list[str]) -> None:
     """The command: PlotOptions."""
     description = "Draw the curves of one or several runs."
     options = cli.parse(PlotOptions, argv, prog="python -m nanogpt_fast.plot", description=description)
+    out = Path(options.out)
+    out = out / "plot.png" if out.is_dir() else out if out.suffix else out.with_name(f"{out.name}.png")
     figure = draw(name_apart([read_history(Path(run)) for run in options.runs], options.runs), options.x, options.title)
     try:
-        figure.savefig(options.out, dpi=130)
+        figure.savefig(out, dpi=130)
     except (OSError, ValueError) as error:
-        raise ConfigError("the picture cannot be written", where=f"--out={options.out}", found=str(error)) from None
-    print(f"wrote {options.out}")
+        raise ConfigError("the picture cannot be written", where=f"--out={out}", found=str(error)) from None
+    print(f"wrote {printable(str(out))}")
 
 
 def name_apart(histories: list[History], runs: Sequence[str]) -> list[History]:
@@ -341,4 +347,4 @@ def name_apart(histories: list[History], runs: Sequence[str]) -> list[History]:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, again="no picture was written")

@@ -16,7 +16,7 @@ import tyro
 from nanogpt_fast.command import run_command
 from nanogpt_fast.data.text_files import decoded
 from nanogpt_fast.distributed import resolve_device, resolve_dtype
-from nanogpt_fast.errors import ConfigError, did_you_mean
+from nanogpt_fast.errors import ConfigError, did_you_mean, printable
 from nanogpt_fast.files import read_small
 from nanogpt_fast.generate import prompt_ids, sample_text
 from nanogpt_fast.graphs import Graphs
@@ -27,6 +27,7 @@ from nanogpt_fast.settings.config import require_range
 from nanogpt_fast.verdict import ops_known
 
 PROMPT_BYTES = 16 << 20  # of a prompt's file; it is held whole
+LEAST_TEMPERATURE = 1e-30  # float32 logits are divided by it: beyond 1e38 they are infinite, their softmax NaN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +57,9 @@ class SampleConfig:
     def __post_init__(self) -> None:
         for key in ("num_samples", "max_new_tokens", "top_k", "seed"):
             require_range(getattr(self, key) >= 0, key, "a whole number >= 0", getattr(self, key))
-        ok = math.isfinite(self.temperature) and self.temperature >= 0.0
-        require_range(ok, "temperature", "a finite number >= 0", self.temperature)
+        ok = math.isfinite(self.temperature) and (self.temperature == 0.0 or self.temperature >= LEAST_TEMPERATURE)
+        rule = f"a finite number >= {LEAST_TEMPERATURE:g}, or 0 for the likeliest token"
+        require_range(ok, "temperature", rule, self.temperature)
 
 
 def read_prompt(start: str) -> str:
@@ -92,7 +94,7 @@ def main(argv: list[str]) -> None:
     tokenizer = restored.tokenizer()
     model = build_model(restored, device, dtype, ops_known(config.kernels, restored.config, device, dtype))
     ids, block_size = prompt_ids(tokenizer, prompt), restored.config.block_size
-    print(f"sampling from {restored.source}, {device}, {str(dtype).removeprefix('torch.')}", file=sys.stderr)
+    print(f"sampling from {printable(restored.source)}, {device}, {str(dtype).removeprefix('torch.')}", file=sys.stderr)
     if len(ids) > block_size:
         print(f"the prompt has {len(ids)} tokens; the model sees the last {block_size}", file=sys.stderr)
     generator = torch.Generator(exact_device(device)).manual_seed(config.seed)
@@ -111,13 +113,13 @@ def main(argv: list[str]) -> None:
             drawn=drawn,
             graphs=graphs,
         )
-        print(prompt, end="", flush=config.stream)
+        print(printable(prompt), end="", flush=config.stream)
         for piece in pieces if config.stream else ["".join(pieces)]:
-            print(piece, end="", flush=config.stream)
+            print(printable(piece), end="", flush=config.stream)
         print("\n---------------", flush=True)
     seconds = time.perf_counter() - began
     print(f"{len(drawn):,} tokens in {seconds:.2f} s, {len(drawn) / seconds:,.0f} tokens/s", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, again="the samples end here; the same command draws the same ones again")

@@ -23,7 +23,7 @@ from nanogpt_fast.graphs import Graphs
 from nanogpt_fast.guards import LossGuard
 from nanogpt_fast.hardware import Peak, training_peak
 from nanogpt_fast.model import GPT
-from nanogpt_fast.ops import REFERENCE, kept_rows, row_as_json, select_ops
+from nanogpt_fast.ops import REFERENCE, kept_rows, row_as_json
 from nanogpt_fast.restore import shape_of
 from nanogpt_fast.run import checkpoint, tracing
 from nanogpt_fast.run.log import RunLog, set_rows_aside
@@ -33,7 +33,7 @@ from nanogpt_fast.settings.cli import load_config, to_toml
 from nanogpt_fast.settings.config import Config, GPTConfig
 from nanogpt_fast.step import TrainStep
 from nanogpt_fast.trainer import Trainer
-from nanogpt_fast.verdict import ops_of_run, setup_of
+from nanogpt_fast.verdict import check_kernels, ops_of_run, setup_of
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
         graphs = Graphs(world.device, system.cuda_graph)
         say = (lambda text: print(printable(text))) if world.is_main else lambda _: None
         logging.getLogger("nanogpt_fast").setLevel(logging.WARNING if world.is_main else logging.ERROR)
-        select_ops(config.system.kernels, world.device.type)  # a wrong flag ends here, before any work
+        check_kernels(config, world.device.type)  # a wrong flag ends here, before any work
         say(f"tokens per iteration will be: {config.tokens_per_iter:,}")
         if data.batch_ramp:
             say(f"from iteration {batches.ramp} on; the first one has {batches.tokens_before(1):,}")

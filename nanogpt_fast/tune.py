@@ -17,7 +17,7 @@ import torch
 
 from nanogpt_fast import tuned
 from nanogpt_fast.child import DIED, die_with_parent
-from nanogpt_fast.command import run_command
+from nanogpt_fast.command import Stopped, run_command
 from nanogpt_fast.distributed import World, resolve_device, resolve_dtype
 from nanogpt_fast.dry_run import dtype_on, gpu_named
 from nanogpt_fast.errors import ConfigError, DeviceError
@@ -117,7 +117,7 @@ def tune(tuning: Tuning, facts: dict[str, str], earlier: dict[Any, tuned.Entry],
         for target in targets:
             say(f"  {target.cost:8.2f} ms an iteration  {target.name}: {shown(target.present)}")
         tuning.run(targets, until, keep)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Stopped):
         say(f"\n{_rows(len(kept))} kept so far, which train takes from now on")
         raise
     for target in targets:
@@ -205,4 +205,4 @@ def child(given: dict[str, Any]) -> int:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         die_with_parent()
-    run_command(main)
+    run_command(main, again="the same command goes on from the rows that are kept")

@@ -21,7 +21,7 @@ import torch
 from nanogpt_fast import assembler
 from nanogpt_fast.distributed import World
 from nanogpt_fast.errors import NanogptError
-from nanogpt_fast.files import user_cache, write_json
+from nanogpt_fast.files import load_json, user_cache, write_json
 from nanogpt_fast.hardware import capability_of
 from nanogpt_fast.launch_plan import reached
 from nanogpt_fast.ops import (
@@ -104,7 +104,7 @@ def read(facts: Mapping[str, str], say: Callable[[str], None] = lambda line: Non
             if others:
                 say(f"rows tuned with other software, or for another dtype or masks, are left out: {AGAIN}")
             return {}
-        found = json.loads(path.read_text())
+        found = load_json(path)
         entries = [Entry(**entry) for entry in found["rows"]]
         rows = dict(row_from_json(entry.row) for entry in entries)
         with keeping(rows):  # refuses what is none

@@ -27,10 +27,21 @@ from nanogpt_fast.data.dataset import read_meta
 from nanogpt_fast.data.splits import dataset_folder
 from nanogpt_fast.distributed import World
 from nanogpt_fast.errors import DeviceError, NanogptError
-from nanogpt_fast.files import sha256_of, user_cache, write_atomic, write_json
+from nanogpt_fast.files import load_json, sha256_of, user_cache, write_atomic, write_json
 from nanogpt_fast.hardware import capability_of
 from nanogpt_fast.launch_plan import as_proven
-from nanogpt_fast.ops import OLDEST, OP_NAMES, REFERENCE, Ops, keep_rows, kept_rows, row_as_json, rows_asked, select_ops
+from nanogpt_fast.ops import (
+    OLDEST,
+    OP_NAMES,
+    REFERENCE,
+    Ops,
+    keep_rows,
+    kept_rows,
+    require_heads,
+    row_as_json,
+    rows_asked,
+    select_ops,
+)
 from nanogpt_fast.proof import Setup, rehearse
 from nanogpt_fast.restore import restore, shape_of
 from nanogpt_fast.settings.config import Config, GPTConfig
@@ -74,6 +85,13 @@ def require_triton(device: torch.device) -> None:
     select_ops("triton", device.type)
     if device.type == "cuda":
         require_capability(capability_of(device) or 0, str(device))
+
+
+def check_kernels(config: Config, device_type: str) -> None:
+    """An error for --kernels that cannot be had here, or not for this shape; before the data are read."""
+    ops = select_ops(config.system.kernels, device_type)
+    if config.run.init_from == "scratch":  # else the weights say
+        require_heads(ops, config.model.n_embd // config.model.n_head)
 
 
 def require_capability(capability: int, where: str) -> None:
@@ -126,7 +144,7 @@ def _path(facts: dict[str, Any]) -> Path:
 def remembered(facts: dict[str, Any]) -> Verdict | None:
     """The verdict on exactly this; None for one that cannot be read as well."""
     try:
-        found = json.loads(_path(facts).read_text())
+        found = load_json(_path(facts))
         verdict = Verdict(**found)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError):  # RuntimeError: there is no home
         return None
@@ -234,7 +252,9 @@ def ops_of_run(
     all ranks take rank 0's word."""
     tuned.take(rows, spec, setup, world, say)
     if spec.split(",")[0].strip() != "auto" or world.device.type != "cuda":
-        return select_ops(spec, world.device.type)
+        ops = select_ops(spec, world.device.type)
+        require_heads(ops, setup.shape.n_embd // setup.shape.n_head)
+        return ops
     refused, tuned_rows = list(OP_NAMES), bool(kept_rows())
     able = (capability_of(world.device) or 0) >= OLDEST and os.environ.get("TRITON_INTERPRET") != "1"
     if world.is_main and able:

@@ -80,4 +80,4 @@ def child(given: dict[str, Any]) -> int:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         die_with_parent()
-    run_command(main)
+    run_command(main, again="no verdict is kept; the same command tries every op anew")

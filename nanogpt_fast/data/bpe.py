@@ -16,6 +16,10 @@ EOT = "<|endoftext|>"
 VOCAB_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 # GPT-2's pre-tokenizer; the possessive forms match the same as the published ones and cannot backtrack.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# Where a text may be cut without other tokens: a newline between visible characters is a token of its own, whatever
+# surrounds it: cut after it. No token goes on over a space that follows one: cut before it. Python's \S is a part of
+# PATTERN's.
+BOUNDARY = re.compile(r"(?<=\S\n)(?=\S)|(?<=\S)(?= \S)")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -30,6 +34,8 @@ def gpt2_bytes() -> dict[str, int]:
 class BpeTokenizer:
     """vocab: {token: id}, bytes written as vocab.json does; merges: "left right" in order of rank; added: {text: id} of
     tokens that are found in a prompt as they stand, and are no bytes. Raises DataError for what is not of this form."""
+
+    boundary = BOUNDARY
 
     def __init__(self, vocab: dict[str, int], merges: list[str], added: dict[str, int]):
         try:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from nanogpt_fast.data.bpe import EOT, PATTERN, VOCAB_SHA256, BpeTokenizer, gpt2_bytes
+from nanogpt_fast.data.bpe import BOUNDARY, EOT, PATTERN, VOCAB_SHA256, BpeTokenizer, gpt2_bytes
 from nanogpt_fast.data.documents import fetch
 from nanogpt_fast.errors import DataError
 from nanogpt_fast.files import sha256_of
@@ -138,9 +138,7 @@ class Gpt2Tokenizer:
 
     vocab_size = 50257
     eot = 50256
-    # A newline between visible characters is a token of its own, whatever surrounds it: cut after it. No token goes on
-    # over a space that follows one: cut before it. Python's \S is a part of PATTERN's.
-    boundary = re.compile(r"(?<=\S\n)(?=\S)|(?<=\S)(?= \S)")
+    boundary = BOUNDARY
 
     def __init__(self, vocab_bpe: Path):
         try:

@@ -12,14 +12,12 @@ sets keys in Config's sections, or at top level as flags do.
 """
 
 import contextlib
-import dataclasses
 import io
-import json
+import logging
 import os
 import re
 import sys
 import textwrap
-import tomllib
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,8 +29,10 @@ from nanogpt_fast.command import run_command
 from nanogpt_fast.errors import ConfigError, did_you_mean
 from nanogpt_fast.settings import nanogpt_config
 from nanogpt_fast.settings.config import SECTION_OF, Config, present_setting
-from nanogpt_fast.settings.options import BOOLS, options_of
+from nanogpt_fast.settings.options import BOOLS, PATHS, at_home, options_of, shown
+from nanogpt_fast.settings.toml_files import read_toml, to_toml
 
+log = logging.getLogger("nanogpt_fast.settings.cli")  # also as __main__
 T = TypeVar("T")
 C = TypeVar("C", bound=Config)
 
@@ -62,7 +62,13 @@ def load_config(
     exits 0."""
     presets = textwrap.fill(", ".join(preset_names()), 80, initial_indent="  ", subsequent_indent="  ")
     epilog = _TRAIN_HELP.format(prog=prog, presets=presets)
-    return parse(cls, argv, prog=prog, description=description, epilog=epilog)
+    config = parse(cls, argv, prog=prog, description=description, epilog=epilog)
+    optim = config.optim
+    decays = optim.decay_lr and optim.schedule != "constant" and not config.run.eval_only
+    if decays and optim.min_lr > optim.learning_rate:  # nanoGPT's meaning: --learning_rate moves no other setting
+        _warn(f"the learning rate rises to min_lr = {optim.min_lr:g}, above its peak of {optim.learning_rate:g}: "
+              f"--min_lr={optim.learning_rate / 10:.3g}, a tenth, is usual")  # fmt: skip
+    return config
 
 
 def parse(
@@ -78,6 +84,11 @@ def parse(
     if not {"-h", "--help"}.intersection(argv):
         reader = _Reader(cls, prog)
         words, settings = reader.read(argv)
+        for key, (value, where) in settings.items():
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                raise ConfigError(
+                    f"--{key} is out of range", where=where, expected="at most 64 bits", found=shown(value)
+                )
         if default is None:
             reader.check_complete(words, settings)
     console = _Console(sys.stdout)
@@ -122,28 +133,11 @@ def find_preset(name: str) -> Path:
     names = preset_names()
     if name not in names:
         raise ConfigError(
-            f"no preset is named {name!r}{did_you_mean(name, names)}",
+            f"no preset is named {shown(name)}{did_you_mean(name, names)}",
             where=_LINE,
             expected=f"a FILE.toml, a nanoGPT FILE.py, or one of {', '.join(names)}",
         )
     return _presets() / f"{name}.toml"
-
-
-def to_toml(config: Any) -> str:
-    """A Config, or a flat dataclass of scalars, as TOML that loads back equal. None is left out: TOML has no null."""
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    sections = {name: value for name, value in values.items() if dataclasses.is_dataclass(value)}
-    rows = [f"{k} = {_toml_value(v)}" for k, v in values.items() if k not in sections and v is not None]
-    blocks = ["\n".join(rows)] + [f"[{name}]\n{to_toml(section).rstrip()}" for name, section in sections.items()]
-    return "\n\n".join(block for block in blocks if block) + "\n"
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float):
-        return repr(value)
-    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's, but DEL
 
 
 def _presets() -> Path:
@@ -154,6 +148,12 @@ def _presets() -> Path:
     package = Path(__file__).resolve().parent.parent
     packaged = package / "presets"
     return packaged if packaged.is_dir() else package.parent / "configs"
+
+
+def _warn(text: str) -> None:
+    """A warning; of torchrun's ranks one gives it."""
+    if os.environ.get("RANK", "0") == "0":
+        log.warning("%s", text)
 
 
 class _Console(io.StringIO):
@@ -186,6 +186,7 @@ class _Reader:
         options = options_of(cls)
         self.flags = {name: option for name, option in options.items() if not option.positional}
         self.slots = [option for option in options.values() if option.positional]
+        self.preset: dict[str, _Setting] = {}  # what presets said, also where a flag says otherwise
 
     def read(self, argv: list[str]) -> tuple[list[str], dict[str, _Setting]]:
         """The positional words, and the settings of all flags and files, a later one replacing an earlier, as in
@@ -196,7 +197,7 @@ class _Reader:
         while args:
             arg = args.popleft()
             if any("\ud800" <= char <= "\udfff" for char in arg):  # how Python passes bytes that are not UTF-8
-                raise ConfigError("an argument is not UTF-8 text", where=_LINE, found=ascii(arg))
+                raise ConfigError("an argument is not UTF-8 text", where=_LINE, found=ascii(arg)[:200])
             name, equals, value = arg.partition("=")
             if name == "--config":
                 chosen = self.read_config(value if equals else _next_value(name, args, "a preset or a file"))
@@ -208,12 +209,25 @@ class _Reader:
             elif name.startswith("-") and len(arg) > 1:
                 raise self.unknown(name, _LINE)
             elif self.slots:
-                words.append(arg)
+                words.append(at_home(arg, _LINE) if self.slots[0].name in PATHS else arg)
             elif equals and name.replace("-", "_") in self.flags:
                 raise ConfigError(f"a flag begins with two dashes, did you mean --{arg}?", where=_LINE, found=arg)
             else:
                 settings |= self.read_config(arg)
+        self.keep_ratio(settings)
         return words, settings
+
+    def keep_ratio(self, settings: dict[str, _Setting]) -> None:
+        """Where a preset says min_lr and another rate than its own was asked for, min_lr goes along."""
+        peak, end = self.preset.get("learning_rate"), self.preset.get("min_lr")
+        rate = settings.get("learning_rate")
+        if not (peak and end and rate and peak.value > 0 and end.value > 0):
+            return
+        if settings["min_lr"] is end and rate.value != peak.value:
+            kept = float(f"{rate.value * end.value / peak.value:.12g}")
+            settings["min_lr"] = _Setting(kept, end.where)
+            ratio = f"{Path(end.where).stem}'s ratio to learning_rate is kept"
+            _warn(f"min_lr = {kept:g}: {ratio}; --min_lr={end.value:g} leaves it as it was")
 
     def check_complete(self, words: list[str], settings: dict[str, _Setting]) -> None:
         """As many words as the positional fields need and can hold, and every flag without a default."""
@@ -226,7 +240,7 @@ class _Reader:
             told = " and ".join(missing)
             raise ConfigError(f"{told} missing", where=_LINE, expected=usage, hint=f"{self.prog} --help")
         if len(words) > len(self.slots) and not any(slot.repeats for slot in self.slots):
-            raise ConfigError(f"one word too many: {words[len(self.slots)]!r}", where=_LINE, expected=usage)
+            raise ConfigError(f"one word too many: {shown(words[len(self.slots)])}", where=_LINE, expected=usage)
 
     def read_flag(self, name: str, text: str | None, args: deque[str]) -> tuple[str, str]:
         """(key, text) of a flag in any of its forms; takes the next word as its value if it has none inline."""
@@ -252,18 +266,18 @@ class _Reader:
             return ConfigError(f"{name} is a setting of training, not of this command", where=where, hint=hint)
         near = did_you_mean(dashes + key, [dashes + known for known in self.flags])
         return ConfigError(
-            f"unknown {'flag' if dashes else 'key'} {name}{near}", where=where, hint=f"{self.prog} --help"
+            f"unknown {'flag' if dashes else 'key'} {name[:100]}{near}", where=where, hint=f"{self.prog} --help"
         )
 
     def read_config(self, name: str) -> dict[str, _Setting]:
         """The settings of a preset, a TOML file or a nanoGPT .py file."""
-        path = Path(name).expanduser()
+        path, is_preset = Path(at_home(name, "--config")), False
         if path.suffix.lower() not in (".py", ".toml"):
-            path = find_preset(name)
-        elif not path.is_file():
-            raise _missing(path)
+            path, is_preset = find_preset(name), True
         try:
-            items = list(_python_items(path) if path.suffix.lower() == ".py" else self.toml_items(path))
+            items = list(self.python_items(path) if path.suffix.lower() == ".py" else self.toml_items(path))
+        except (FileNotFoundError, IsADirectoryError):
+            raise _missing(path) from None
         except OSError as error:
             raise ConfigError("a config file cannot be read", where=str(path), found=str(error.strerror)) from None
         settings = {}
@@ -272,19 +286,27 @@ class _Reader:
             if key not in self.flags:
                 raise self.unknown(key, where)
             settings[key] = _Setting(self.flags[key].value(value, where, from_text=False), where)
+        self.preset |= settings if is_preset else {}
         return settings
+
+    def python_items(self, path: Path) -> Iterator[tuple[str, Any, str]]:
+        """(key, value, where) of a nanoGPT config; names that begin with an underscore are helpers of its own, and so
+        are those that only its own lines use."""
+        for key, (value, line) in nanogpt_config.read(path, self.flags.keys()).items():
+            if not key.startswith("_"):
+                yield key, value, f"{path}:{line}"
 
     def toml_items(self, path: Path) -> Iterator[tuple[str, Any, str]]:
         """(key, value, where), each key checked to stand in its section or at top level."""
         sections = {option.section: None for option in self.flags.values() if option.section}
         seen: set[str] = set()
-        for name, value in _read_toml(path).items():
+        for name, value in read_toml(path).items():
             in_section = isinstance(value, dict)
-            where = f"{path} [{name}]" if in_section else str(path)
+            where = f"{path} [{name[:100]}]" if in_section else str(path)
             if in_section and name not in sections:
                 known = f"one of [{'], ['.join(sections)}]" if sections else "keys without sections"
                 raise ConfigError(
-                    f"unknown section [{name}]{did_you_mean(name, sections)}", where=where, expected=known
+                    f"unknown section [{name[:100]}]{did_you_mean(name, sections)}", where=where, expected=known
                 )
             for key, item in value.items() if in_section else [(name, value)]:
                 home = self.flags[key].section if key in self.flags else name
@@ -304,26 +326,6 @@ def _next_value(name: str, args: deque[str], expected: str) -> str:
         found = args[0] if args else "the end of the line"
         raise ConfigError(f"{name} needs a value", where=_LINE, expected=expected, found=found)
     return args.popleft()
-
-
-def _python_items(path: Path) -> Iterator[tuple[str, Any, str]]:
-    """(key, value, where) of a nanoGPT config; names that begin with an underscore are helpers of its own."""
-    for key, (value, line) in nanogpt_config.read(path).items():
-        if not key.startswith("_"):
-            yield key, value, f"{path}:{line}"
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    source = path.read_bytes()
-    try:
-        return tomllib.loads(source.decode())
-    except UnicodeDecodeError as error:
-        line = source.count(b"\n", 0, error.start) + 1
-        raise ConfigError("the file is not UTF-8 text", where=f"{path}:{line}", expected="TOML") from None
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        place = re.search(r"line (\d+)", str(error))
-        line = int(place[1]) if place else source.count(b"\n") + 1  # "(at end of document)"
-        raise ConfigError(f"not valid TOML: {error}", where=f"{path}:{line}", expected="KEY = VALUE") from None
 
 
 def _missing(path: Path) -> ConfigError:

@@ -6,21 +6,27 @@ time.time(), the one call nanoGPT's own files make. Imports and docstrings are s
 """
 
 import ast
+import difflib
+import io
+import logging
 import operator
 import time
 import tokenize
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from nanogpt_fast.errors import ConfigError, did_you_mean
+from nanogpt_fast.files import read_small
 
+log = logging.getLogger(__name__)
 ALLOWED = (
     "NAME = VALUE, where VALUE is made of literals, + - * / // % ** on numbers, + on strings, "
     "names set above, str() int() float(), time.time()"
 )
 # A result beyond these is no setting but a slip or an attack: 9**9**9 would run for hours, s = s + s fill the memory.
 MAX_BITS, MAX_CHARS = 256, 4096
+MAX_FILE = 1 << 20  # bytes; nanoGPT's own configs have under 1,000
 
 _OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -42,15 +48,19 @@ class _Refused(Exception):
         self.node, self.why = node, why
 
 
-def read(path: Path) -> dict[str, tuple[Any, int]]:
+def read(path: Path, known: Collection[str] | None = None) -> dict[str, tuple[Any, int]]:
     """{name: (value, line)} for every assignment in the file, a later one replacing an earlier.
 
+    known: the settings there are; another name that a later assignment is made of is a helper, and left out.
     Values are bool, int, float, str or None. Raises ConfigError with file and line, OSError if it cannot be read.
     """
+    data = read_small(path, MAX_FILE)
     try:
-        with tokenize.open(path) as file:  # minds a BOM and a coding line, as Python does
-            source = file.read()
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)  # a BOM and a coding line, as Python does
+        source = io.StringIO(data.decode(encoding), newline=None).read()
         tree = ast.parse(source, filename=str(path))
+    except (LookupError, UnicodeError) as error:  # rot13 is no text encoding; or these bytes are not in the one named
+        raise ConfigError("the file is not text", where=str(path), expected="UTF-8", found=str(error)[:80]) from None
     except SyntaxError as error:
         where = f"{path}:{error.lineno or 1}"
         found = (error.text or "").strip()[:80]
@@ -77,7 +87,14 @@ def read(path: Path) -> dict[str, tuple[Any, int]]:
             ) from None
         except RecursionError:
             raise ConfigError("nested too deep", where=f"{path}:{statement.lineno}", expected=ALLOWED) from None
-    return {name: (value, lines[name]) for name, value in names.items()}
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    helpers = names.keys() & used - set(names if known is None else known)
+    for name in helpers:  # nanoGPT would say nothing: max_iter = 5000, lr_decay_iters = max_iter
+        if near := difflib.get_close_matches(name, known or (), n=1, cutoff=0.85):
+            log.warning(
+                "%s:%d: %s is no setting but a helper of other lines; %s is one", path, lines[name], name, near[0]
+            )
+    return {name: (value, lines[name]) for name, value in names.items() if name not in helpers}
 
 
 def _assignments(statement: ast.stmt, names: dict[str, Any]) -> list[tuple[str, Any]]:

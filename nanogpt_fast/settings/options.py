@@ -6,6 +6,8 @@ Values come as text from the command line and typed from config files; both meet
 import ast
 import contextlib
 import dataclasses
+import os
+import re
 import types
 import typing
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ from nanogpt_fast.errors import ConfigError, did_you_mean
 
 BOOLS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
+PATHS = {"out_dir", "data_dir", "dataset", "init_from", "source", "file", "out", "vocab_bpe", "src", "runs"}
+_HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair: no file and no console takes it
 _NAMES = {
     bool: "True or False",
     int: "a whole number, as 12 or 1e5",
@@ -40,13 +44,14 @@ class Option:
     def value(self, raw: Any, where: str, *, from_text: bool) -> Any:
         """raw as this field's type. ConfigError names the flag, the type and what was found, with near choices."""
         try:
-            return _convert(self.kind, raw, from_text)
+            value = _convert(self.kind, raw, from_text)
         except (ValueError, OverflowError):
-            near = did_you_mean(str(raw), [str(choice) for choice in _choices(self.kind)])
-            found = repr(raw) if from_text else f"{raw!r} ({type(raw).__name__})"
+            near = did_you_mean(raw, map(str, _choices(self.kind))) if isinstance(raw, str) else ""
+            found = shown(raw) if from_text else f"{shown(raw)} ({type(raw).__name__})"
             raise ConfigError(
                 f"wrong value for --{self.name}{near}", where=where, expected=self.expected, found=found[:200]
             ) from None
+        return at_home(value, where) if self.name in PATHS and isinstance(value, str) else value
 
     @property
     def repeats(self) -> bool:
@@ -74,6 +79,24 @@ def options_of(cls: Any, section: str = "") -> dict[str, Option]:
         metavar = (given or ["|".join(map(str, _choices(plain))) or field.name.upper()])[0]
         options[field.name] = Option(field.name, plain, section, tyro.conf.Positional in marks, required, metavar)
     return options
+
+
+def at_home(path: str, where: str) -> str:
+    """A path with ~ as the home folder: a shell leaves it alone in --out_dir=~/x. ConfigError where there is none."""
+    if "\0" in path:
+        raise ConfigError("no path has a NUL in it", where=where, found=shown(path))
+    found = os.path.expanduser(path)
+    if found == path and re.match(r"~([/\\]|$)", path):
+        raise ConfigError("there is no home folder here", where=f"{where}: {path}", expected="$HOME, or a whole path")
+    return found
+
+
+def shown(raw: Any) -> str:
+    """A value for an error's text, shortened."""
+    try:
+        return repr(raw[:200] if isinstance(raw, str) else raw)[:200]
+    except (ValueError, RecursionError):  # an int of thousands of digits, nested lists
+        return "a value too long to show"
 
 
 def _choices(kind: Any) -> tuple[Any, ...]:
@@ -110,7 +133,7 @@ def _convert(kind: Any, raw: Any, from_text: bool) -> Any:
         is_number = isinstance(raw, int | float) and not isinstance(raw, bool)
         return _number(kind, _checked(from_text or is_number, raw))
     if kind is str:
-        return _checked(isinstance(text, str), text)
+        return _checked(isinstance(text, str) and _HALF.search(text) is None, text)
     if kind is type(None):
         return _checked(text is None or (from_text and text == "None"), None)
     return _checked(not members, raw)

@@ -18,7 +18,7 @@ from nanogpt_fast.settings.config import SECTION_OF, Config
 ROOT = Path(__file__).resolve().parents[2]
 
 values = {
-    "out_dir": st.text(st.characters(exclude_categories=["Cs"])),
+    "out_dir": st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0~")),
     "wandb_run_name": st.text(st.characters(exclude_categories=["Cs"])),
     "learning_rate": st.floats(0, 1e300),
     "seed": st.integers(0, 2**63 - 1),

@@ -11,7 +11,7 @@ import torch
 from random_weights import random_weights, same_tensors
 
 from nanogpt_fast import convert, sample
-from nanogpt_fast.data.dataset import nanogpt_pickle
+from nanogpt_fast.data.meta_pickle import nanogpt_pickle
 from nanogpt_fast.errors import CheckpointError
 from nanogpt_fast.restore import restore, shape_of
 from nanogpt_fast.run import checkpoint
