@@ -157,7 +157,8 @@ def claim_out_dir(config: Config, world: World, stack: ExitStack) -> None:
 def begin_out_dir(config: Config, shape: GPTConfig, start: int) -> None:
     """Once nothing can fail before the first step: is there room, move what an abandoned future left aside."""
     out_dir, continues = Path(config.run.out_dir), start if config.run.init_from == "resume" else -1
-    probe_writable(out_dir, need_bytes=12 * shape.num_params(non_embedding=False))
+    count = config.run.keep_last + 2  # the best one, and the one being written
+    probe_writable(out_dir, 12 * shape.num_params(non_embedding=False), count)
     if moved := checkpoint.set_aside_later(out_dir, continues):
         print(f"checkpoints of an earlier run, which this one does not continue, are now in {moved}")
     if kept := set_rows_aside(out_dir / "metrics.jsonl", continues):

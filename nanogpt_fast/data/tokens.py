@@ -82,13 +82,20 @@ class TokenSource:
         return int(out.max(initial=0))
 
     def read_rows(self, file_index: Iterable[int], start: Iterable[int], out: np.ndarray) -> None:
-        """Fill row i of out [rows, width] (C-contiguous, self.dtype) with file_index[i]'s tokens from start[i] on."""
+        """Fill row i of out [rows, width] (C-contiguous, self.dtype) with file_index[i]'s tokens from start[i] on.
+
+        DataError where a file was written to since it was opened: looked at after the read (a microsecond a file), so
+        no batch of an overwritten file is handed out.
+        """
+        file_index = list(file_index)
         size, row_bytes = self.dtype.itemsize, out.shape[1] * self.dtype.itemsize
         view = out.reshape(-1).view(np.uint8).data
         with self._lock:
             for row, (index, first) in enumerate(zip(file_index, start)):
                 offset = self.files[index].offset + first * size
                 self._read(index, offset, view[row * row_bytes : (row + 1) * row_bytes])
+            for index in set(file_index):
+                self._hold(index, _retry(self.files[index].path, self._identity, index))
 
     def _read(self, index: int, offset: int, view: memoryview) -> None:
         path, count = self.files[index].path, 0
@@ -109,6 +116,13 @@ class TokenSource:
             return _pread(self._descriptor(index), view, offset)
         except OSError:
             self._forget(index)  # after ESTALE only a fresh open can help
+            raise
+
+    def _identity(self, index: int) -> tuple[int, int, int]:
+        try:
+            return identity_of(os.fstat(self._descriptor(index)))
+        except OSError:
+            self._forget(index)
             raise
 
     def _descriptor(self, index: int) -> int:
@@ -149,7 +163,8 @@ class TokenSource:
         return {"tokens": self.n_tokens, "files": rows}
 
     def check_unchanged(self, every_seconds: float = 5.0) -> None:
-        """DataError if a file was deleted, resized or replaced since it was opened; looks at most so often.
+        """DataError if a file was deleted or replaced since it was opened (what is written into one, read_rows sees);
+        looks at most so often.
 
         A new time stamp alone (touch, a remount) is forgiven where fingerprint() was taken and still agrees.
         """
@@ -157,21 +172,25 @@ class TokenSource:
             return
         with self._lock:
             for index, file in enumerate(self.files):
-                identity = identity_of(_retry(file.path, os.stat, file.path))
-                if identity == file.identity:
-                    continue
-                self._forget(index)  # it may point at a file that no longer has this name
-                known = self._digests[index] if self._digests else None
-                if identity[0] != file.identity[0] or known is None or self._digest(index) != known:
-                    raise DataError(
-                        "a token file was replaced while the run was reading it",
-                        where=file.path,
-                        expected=f"{file.identity[0]} bytes, written {_when(file.identity)}",
-                        found=f"{identity[0]} bytes, written {_when(identity)}",
-                        hint=RESUME_HINT,
-                    )
-                self.files[index] = replace(file, identity=identity)
+                self._hold(index, identity_of(_retry(file.path, os.stat, file.path)))
         self._checked = time.monotonic()
+
+    def _hold(self, index: int, identity: tuple[int, int, int]) -> None:
+        """Compare what a file is now with what it was when it was opened."""
+        file = self.files[index]
+        if identity == file.identity:
+            return
+        self._forget(index)  # it may point at a file that no longer has this name
+        known = self._digests[index] if self._digests else None
+        if identity[0] != file.identity[0] or known is None or self._digest(index) != known:
+            raise DataError(
+                "a token file was replaced while the run was reading it",
+                where=file.path,
+                expected=f"{file.identity[0]} bytes, written {_when(file.identity)}",
+                found=f"{identity[0]} bytes, written {_when(identity)}",
+                hint=RESUME_HINT,
+            )
+        self.files[index] = replace(file, identity=identity)
 
 
 def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:

@@ -73,10 +73,11 @@ class RunLock:
         return f"process {pid} on {host}"
 
 
-def probe_writable(out_dir: Path, need_bytes: int = 0) -> None:
+def probe_writable(out_dir: Path, need_bytes: int = 0, count: int = 1) -> None:
     """Create `out_dir/checkpoints` and write there now, instead of failing at the first save an hour from now.
 
-    need_bytes: size of one checkpoint; less free space than that is an error too. Raises CheckpointError.
+    need_bytes: size of one checkpoint; less free space than that is an error too. count: so many will be there at a
+    time, the one being written among them; less room for them than that is a warning. Raises CheckpointError.
     """
     folder = out_dir / "checkpoints"
     probe = aside(folder / "step_00000000", "tmp")
@@ -98,6 +99,13 @@ def probe_writable(out_dir: Path, need_bytes: int = 0) -> None:
             found=f"{free / 1e9:.1f} GB free",
             hint="free some space or put --out_dir on another disk",
         )
+    there = sum(1 for path in folder.iterdir() if path.name.startswith("step_"))
+    if free < (missing := max(1, count - there) * need_bytes):
+        log.warning(
+            "%s: %.1f GB free, where up to %d more checkpoints take %.1f GB: later saves may fail; free some space, or "
+            "lower --keep_last",
+            folder, free / 1e9, max(1, count - there), missing / 1e9,
+        )  # fmt: skip
 
 
 def _unwritable(folder: Path, error: OSError) -> CheckpointError:

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -99,6 +100,7 @@ def test_network_errors_are_retried_then_reported(tmp_path, monkeypatch, no_paus
     monkeypatch.setattr(tokens_module, "_pread", flaky)
     monkeypatch.setattr(os, "open", lambda *args: opened.append(args) or os_open(*args))
     with TokenSource([write(tmp_path / "train.bin", 100)]) as source:
+        opened.clear()
         assert read(source, 0, 5, 2).tolist() == [5, 6]
         assert len(tries) == 4 and caplog.text.count("try ") == 3
         assert len(opened) == 4  # a stale handle stays stale: each try opens the file again
@@ -139,7 +141,8 @@ def test_truncated_file(tmp_path):
     with TokenSource([path]) as source:
         read(source, 0, 900, 50)
         os.truncate(path, 1000)
-        assert read(source, 0, 400, 50)[0] == 400  # what is left can still be read
+        with pytest.raises(DataError, match="replaced"):
+            read(source, 0, 400, 50)  # what is left can be read, but nobody knows what it is
         with pytest.raises(DataError, match="became shorter") as caught:
             read(source, 0, 900, 50)
         error = caught.value
@@ -170,6 +173,31 @@ def test_replaced_file(tmp_path, fingerprinted):
         os.replace(write(tmp_path / "new.bin", 1000, first=5), path)
         with pytest.raises(DataError, match="replaced"):
             source.check_unchanged(every_seconds=0)
+
+
+def test_no_rows_of_a_file_that_was_written_over_are_handed_out(tmp_path, monkeypatch):
+    """In place, in its size, between two looks at the names; and while the rows are being read."""
+    path = tmp_path / "train.bin"
+    out = np.empty((1, 8), np.uint16)
+    for late in (False, True):
+        write(path, 5000)
+        with TokenSource([str(path)]) as source:
+            source.fingerprint()
+            source.read_rows([0], [0], out)
+            real = source._read
+
+            def read(*args, real=real, late=late):
+                if late:
+                    real(*args)
+                path.write_bytes(bytes(path.stat().st_size))
+                os.utime(path, ns=(1, 1))
+                if not late:
+                    real(*args)
+
+            monkeypatch.setattr(source, "_read", read)
+            source._checked = time.monotonic()
+            with pytest.raises(DataError, match="replaced while the run was reading it"):
+                source.read_rows([0], [0], out)
 
 
 def test_a_new_time_stamp_alone_is_forgiven(tmp_path):

@@ -3,10 +3,12 @@
 import errno
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -141,6 +143,17 @@ def test_a_directory_that_cannot_be_written_is_found_at_the_start(tmp_path, monk
 def test_a_disk_without_room_for_one_checkpoint_is_found_at_the_start(tmp_path):
     with pytest.raises(CheckpointError, match="no room for a single checkpoint"):
         probe_writable(tmp_path, need_bytes=10**18)
+
+
+def test_little_room_for_the_checkpoints_to_come_is_warned_of(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2_600))
+    probe_writable(tmp_path, 1_000, 4)
+    assert "up to 4 more checkpoints" in caplog.text
+    caplog.clear()
+    for step in (1, 2):
+        (tmp_path / f"checkpoints/step_{step:08d}").mkdir()
+    probe_writable(tmp_path, 1_000, 4)
+    assert not caplog.text, "two are there: two more fit"
 
 
 def test_leftovers_of_dead_processes_go(tmp_path):
