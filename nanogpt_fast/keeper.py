@@ -52,20 +52,23 @@ class Keeper:
     ):
         self.config, self.world, self.step, self.position, self.facts = config, world, step, position, facts
         self._say, self._elapsed = say, elapsed
-        self.saved_step = position.step if config.run.init_from == "resume" else -1  # -1: nothing of this run
-        self.last_loss = 0.0  # of the newest step
+        there = config.run.init_from == "resume" and position.step in checkpoint.readable_steps(self._out_dir)
+        self.saved_step = position.step if there else -1  # -1: nothing of this run
+        self.bad_losses = 0  # steps in a row, up to the newest, whose loss was not finite
         self.evaluated: tuple[int, float] | None = None  # (iteration, val loss) of the last evaluation
         self.best_val_loss = math.inf
         self._failed = 0
 
     @property
     def healthy(self) -> bool:
-        """Whether what is held is worth keeping: whole (no update was broken off), finite, and so were the losses that
-        it came to last. Refused updates are none."""
-        losses = [self.last_loss, self.evaluated[1] if self.evaluated else 0.0]
-        if not (self.step.whole and all(map(math.isfinite, losses))):
+        """Whether what is held is worth keeping: whole (no update was broken off), finite, and so is the loss that it
+        comes to: of its own evaluation where there is one, else not of two steps in a row (one alone may be the fault
+        of its batch; its update was refused)."""
+        if not (self.step.whole and torch.isfinite(self.step.optimizer.flat.master.sum())):
             return False
-        return bool(torch.isfinite(self.step.optimizer.flat.master.sum()))
+        if self.evaluated and self.evaluated[0] == self.position.step:
+            return math.isfinite(self.evaluated[1])
+        return self.bad_losses < 2
 
     @property
     def unsaved(self) -> int:

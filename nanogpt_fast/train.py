@@ -99,20 +99,15 @@ def main(argv: list[str]) -> int:
         guard.load_state_dict(resumed.state if resumed else {})
         peak = training_peak(world.device, dtype) if world.is_main else Peak(None, "")
         say(f"device {world.device}, dtype {str(dtype).removeprefix('torch.')}, peak for MFU: {peak.source}")
-        if world.is_main and not config.run.eval_only:
-            begin_out_dir(config, shape, start)
         run_log = RunLog(
             Path(config.run.out_dir),
             config.log,
             config.flat(),
             total=config.optim.max_iters + 1,
             enabled=world.is_main,
-            must=not config.run.eval_only,
             elapsed=resumed.state.get("elapsed_s", 0.0) if resumed else 0.0,
         )
         stack.callback(run_log.close)
-        if not config.run.eval_only:  # an evaluation adds a line to the run's metrics, it is no new run
-            run_log.run(**run_facts(config, shape, start, dtype, peak.source))
         facts = tracing.facts_of(config, model.config, world.device, dtype, world.size) if world.is_main else {}
         facts["micro_steps"] = batches.accumulation_at(config.system.window.start) // world.size
         window = tracing.window_of_run(config, start, world.device, model, facts) if world.is_main else tracing.Window()
@@ -132,6 +127,11 @@ def main(argv: list[str]) -> int:
             saved_val_loss=resumed.state.get("val_loss") if resumed else None,
             window=window,
         )
+        if world.is_main and not config.run.eval_only:
+            begin_out_dir(config, shape, start)
+        run_log.open_rows(must=not config.run.eval_only)
+        if not config.run.eval_only:  # an evaluation adds a line to the run's metrics, it is no new run
+            run_log.run(**run_facts(config, shape, start, dtype, peak.source))
         code = trainer.run()
         run_log.close()
         if code == 0 and world.is_main and not config.run.eval_only:
@@ -161,7 +161,8 @@ def begin_out_dir(config: Config, shape: GPTConfig, start: int) -> None:
     probe_writable(out_dir, 12 * shape.num_params(non_embedding=False), count)
     if moved := checkpoint.set_aside_later(out_dir, continues):
         print(f"checkpoints of an earlier run, which this one does not continue, are now in {moved}")
-    if kept := set_rows_aside(out_dir / "metrics.jsonl", continues):
+    evaluates = continues % config.run.eval_interval == 0
+    if kept := set_rows_aside(out_dir / "metrics.jsonl", continues, evaluates):
         print(f"figures that this run does not continue are now in {kept}")
     write_atomic(out_dir / "config.toml", to_toml(config.replace(dry_run=False, profile="", resume_step=0)).encode())
 
@@ -212,7 +213,7 @@ def finish(config: Config, model: GPT, tokenizer: dict[str, Any], graphs: Graphs
         f" --max_iters={2 * config.optim.max_iters}"
     )
     if saved_step < config.optim.max_iters:
-        print(f"  (from iteration {saved_step}, the best: with always_save_checkpoint = False later ones are not kept)")
+        print(f"  (from iteration {saved_step}: always_save_checkpoint = False keeps improvements only)")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,7 +130,7 @@ class Trainer:
         always, saved = self.config.run.always_save_checkpoint, self.keeper.saved_step
         if self.start >= end:
             self.log.line(f"nothing to do: {self.start} iterations are done, --max_iters={end - 1}")
-        elif not self.keeper.healthy:
+        elif not self.keeper.healthy or not math.isfinite(self.keeper.evaluated[1] if self.keeper.evaluated else 0.0):
             raise self._diverged("the run ended in losses that are not finite", f"iteration {end - 1}")
         elif saved < end - 1 and (always or saved in (-1, self.start)):  # as nanoGPT, max_iters steps are enough
             self.keeper.save(must=True)
@@ -139,7 +140,9 @@ class Trainer:
         if stop.save_asked and self.world.is_main:
             stop.save_asked = False
             self._settle()
-            if self.keeper.unsaved and self.keeper.healthy:
+            if not self.keeper.healthy:
+                log.warning("iteration %d: not saved, the losses are not finite", iteration)
+            elif self.keeper.unsaved:
                 self.keeper.save()
             self._restart_clock()
         self.optimizer.set_lr(learning_rate(iteration, self.config.optim))
@@ -166,7 +169,7 @@ class Trainer:
 
     def _take_in(self, launched: Launched, report: Report) -> None:
         self._votes += report.stop
-        self.keeper.last_loss = report.loss
+        self.keeper.bad_losses = 0 if math.isfinite(report.loss) else self.keeper.bad_losses + 1
         self.meter.count(report, launched.traced)
         if report.refused:
             self._say_refused(launched, report)
@@ -225,10 +228,11 @@ class Trainer:
 
     def _evaluate_and_save(self, iteration: int, stop: StopSignals) -> None:
         began, run, keeper = time.perf_counter(), self.config.run, self.keeper
-        with span(ranges.EVALUATION):
-            losses = self._estimate(iteration, stop)
-        if losses is None and stop():
-            return  # broken off: it says nothing
+        try:
+            with span(ranges.EVALUATION):
+                losses = self._estimate(iteration, stop)
+        except BrokenOff:  # it says nothing
+            return
         if losses is not None:
             self._report_evaluation(iteration, losses)
         val = losses.get("val") if losses else None
@@ -248,8 +252,9 @@ class Trainer:
         self.meter.evaluated(time.perf_counter() - began)
 
     def _estimate(self, iteration: int, stop: Callable[[], bool]) -> dict[str, float] | None:
-        """Mean losses by split; None where a rank was asked to stop meanwhile. Every rank takes a share, but in
-        nanoGPT's order rank 0 alone draws, as there."""
+        """Mean losses by split; None without a validation split, and where this rank takes no part: every rank takes a
+        share, but in nanoGPT's order rank 0 alone draws, as there. BrokenOff where a rank was asked to stop meanwhile.
+        """
         run, data, world = self.config.run, self.config.data, self.world
         if "val" not in self.sources:
             return None
@@ -258,7 +263,8 @@ class Trainer:
             return None
         iters = run.eval_iters if alone else -(-run.eval_iters // world.size)
         seed = (run.seed << 20) + iteration * world.size + world.rank
-        try:
+        losses: dict[str, float] | None = None
+        with suppress(BrokenOff):
             losses = estimate_loss(
                 self.model,
                 self.sources,
@@ -270,8 +276,6 @@ class Trainer:
                 forward=self._forward,
                 stop=stop,
             )
-        except BrokenOff:
-            losses = None
         if not alone and world.size > 1:
             names = sorted(self.sources)
             values = [losses[name] for name in names] if losses else [0.0] * len(names)
@@ -279,6 +283,8 @@ class Trainer:
             world.all_reduce_(shared)
             *means, broken_off = (shared / world.size).tolist()
             losses = None if broken_off else dict(zip(names, means))
+        if losses is None:
+            raise BrokenOff
         return losses
 
     def _report_evaluation(self, iteration: int, losses: dict[str, float]) -> None:

@@ -8,6 +8,7 @@ pipe whose reader is gone (Ctrl-C ends `| tee` too) stops that sink, once said.
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -35,23 +36,15 @@ class RunLog:
         *,
         total: int,
         enabled: bool = True,
-        must: bool = True,
         elapsed: float = 0.0,
     ):
-        """must: OSError where metrics.jsonl cannot be opened, else a warning. elapsed: seconds of the run before."""
-        self.enabled, self.total = enabled, total
+        """elapsed: seconds that the run has behind it. Rows are kept from open_rows() on."""
+        self.enabled, self.total, self._out_dir = enabled, total, out_dir
         self._began = time.perf_counter() - elapsed
         self._lost: set[str] = set()  # sinks that failed and are no longer written to
         self._file = self._wandb = self._tensorboard = self._progress = None
         if not enabled:
             return
-        try:
-            out_dir.mkdir(parents=True, exist_ok=True)
-            self._file = MetricsFile(out_dir / "metrics.jsonl")
-        except OSError as error:
-            if must:
-                raise
-            log.warning("%s: %s; its figures are not kept", out_dir / "metrics.jsonl", error.strerror)
         if config.tensorboard:
             self._tensorboard = _summary_writer(out_dir / "tensorboard")
         if config.wandb_log:
@@ -69,6 +62,18 @@ class RunLog:
                 refresh_per_second=4,
             )
             self._task = self._progress.add_task("iter", total=total, figures="")
+
+    def open_rows(self, must: bool = True) -> None:
+        """Begin to append to metrics.jsonl. Where it cannot be opened: OSError if it must, else a warning."""
+        if not self.enabled:
+            return
+        try:
+            self._out_dir.mkdir(parents=True, exist_ok=True)
+            self._file = MetricsFile(self._out_dir / "metrics.jsonl")
+        except OSError as error:
+            if must:
+                raise
+            log.warning("%s: %s; its figures are not kept", self._out_dir / "metrics.jsonl", error.strerror)
 
     def start(self, iteration: int) -> None:
         """Begin the live line, at this iteration."""
@@ -164,7 +169,7 @@ class MetricsFile:
 
     def __init__(self, path: Path):
         """Open at its end, on a line of its own: a process killed in mid-write leaves half a line."""
-        self._path, self._waiting, self._refused = path, b"", False
+        self._path, self._waiting, self._refused, self._dropped = path, b"", False, 0
         with path.open("ab+") as file:
             file.seek(max(0, file.tell() - 1))
             if file.read(1) not in (b"", b"\n"):
@@ -175,6 +180,8 @@ class MetricsFile:
         """One row, its line feed included."""
         if len(self._waiting) < self.MOST:
             self._waiting += line.encode()
+        else:
+            self._dropped += 1
         try:
             while self._waiting:
                 self._waiting = self._waiting[self._file.write(self._waiting) :]
@@ -184,45 +191,54 @@ class MetricsFile:
             self._refused = True
         else:
             if self._refused:
-                log.warning("%s: can be written again, no row is lost", self._path)
+                log.warning("%s: can be written again, %s", self._path, self._lost(0))
             self._refused = False
 
     def close(self) -> None:
         if self._waiting:
             self.write("")
         if self._waiting:
-            log.warning("%s: %d rows are lost", self._path, self._waiting.count(b"\n"))
+            log.warning("%s: %s", self._path, self._lost(self._waiting.count(b"\n")))
         self._file.close()
 
+    def _lost(self, waiting: int) -> str:
+        rows = waiting + self._dropped
+        return f"{rows} rows are lost" if rows else "no row is lost"
 
-def set_rows_aside(path: Path, step: int) -> Path | None:
-    """Move the rows of metrics.jsonl that a run from `step` on does not continue into metrics.abandoned-N.jsonl beside
-    it; that file, None if there are none. step -1: a run that starts anew, all rows are another's.
+
+def set_rows_aside(path: Path, step: int, evaluates: bool = True) -> Path | None:
+    """Move the rows of metrics.jsonl that a run from `step` on does not continue to the end of metrics.abandoned.jsonl
+    beside it; that file, None if there are none. step -1: a run that starts anew, all rows are another's. evaluates:
+    whether it evaluates at `step`, so that an evaluation there will be done again.
 
     A run that was killed has rows of steps it will do again; kept in place, they would stand twice. Raises OSError.
     """
     if not path.is_file():
         return None
+    path = path.resolve()  # of a link the file, not the link
     lines = path.read_bytes().splitlines(keepends=True)
-    later = [line for line in lines if step < 0 or _iteration_of(line) >= step]
-    if not later:
+    kept = [step >= 0 and _stands(line, step, evaluates) for line in lines]
+    if all(kept):
         return None
-    number = 1
-    while (aside := path.with_name(f"metrics.abandoned-{number}.jsonl")).exists():
-        number += 1
-    gone = set(map(id, later))
-    write_atomic(aside, b"".join(later))
-    write_atomic(path, b"".join(line for line in lines if id(line) not in gone))
+    aside = path.with_name("metrics.abandoned.jsonl")
+    with aside.open("ab") as file:  # before they are gone from the other: a crash here leaves them twice, not never
+        file.write(b"".join(line for line, stays in zip(lines, kept) if not stays))
+        file.flush()
+        os.fsync(file.fileno())
+    write_atomic(path, b"".join(line for line, stays in zip(lines, kept) if stays))
     return aside
 
 
-def _iteration_of(line: bytes) -> int:
-    """A row's iteration; -1 of a header, or of what is no row."""
+def _stands(line: bytes, step: int, evaluates: bool) -> bool:
+    """Whether a row is of what a run from `step` on has behind it; headers are, and what is no row."""
     try:
-        found = parse_json(line).get("iter", -1)
+        row = parse_json(line)
+        iteration, kind = row.get("iter", -1), row.get("kind")
     except (ValueError, AttributeError):
-        return -1
-    return found if isinstance(found, int) else -1
+        return True
+    if not isinstance(iteration, int) or iteration < step:
+        return True
+    return iteration == step and kind == "eval" and not evaluates
 
 
 def _summary_writer(folder: Path) -> Any:

@@ -9,6 +9,7 @@ import math
 import os
 import struct
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -46,12 +47,14 @@ def sniff(path: str | Path) -> Format:
     if str(path).removeprefix("openai-community/") in HUB:
         return "hf"
     if path.is_dir():
-        if (path / "checkpoints").is_dir() or (path / checkpoint.STATE).is_file():
+        if checkpoint.readable_steps(path) or (path / checkpoint.STATE).is_file():
             return "native"
         if (path / "config.json").is_file():
             return "hf"
         if (path / "ckpt.pt").is_file():
             return "nanogpt"
+        if (path / "checkpoints").is_dir():  # of a run that has saved nothing yet: whoever reads it says so
+            return "native"
         odd = [name for name in ("config.json", "ckpt.pt", checkpoint.STATE) if (path / name).exists()]
         found = f"{odd[0]}, which is no regular file" if odd else "a folder without any of these"
     elif os.path.lexists(path):
@@ -114,7 +117,8 @@ def write(weights: Weights, dst: Path, to: Format, *, dtype: torch.dtype = torch
         [*weights.model.values(), *(weights.optimizer or {}).values()] if to == "nanogpt" else [*weights.model.values()]
     )
     size = sum(t.numel() for t in tensors) * dtype.itemsize
-    with lock_of(dst.parent), written_beside(dst, force, size) as new:
+    lock = lock_of(dst.parent) if dst.name == "ckpt.pt" else nullcontext()  # a resume reads no other form
+    with lock, written_beside(dst, force, size) as new:
         if to == "nanogpt":
             nanogpt_ckpt.write(weights, new)
         elif to == "hf":
@@ -169,15 +173,15 @@ def read_native(path: Path, optimizer: bool = True) -> tuple[Weights, Path]:
 
 
 def _sound(state: dict[str, Any], where: str) -> dict[str, Any]:
-    """The state, if what a run takes from it is of the kind that it expects: hashes prove who wrote last, not what."""
+    """The state, if its numbers and what its lists hold are such as a run expects (checkpoint.load has looked at the
+    kinds): hashes prove who wrote last, not what."""
     for key in ("samples_seen", "good_steps", "loss_scale"):
         number(state, key, 1, where)
     losses, data = state.get("recent_losses"), state.get("fingerprint") or {"files": [], "tokens": 0}
-    files = data.get("files") if isinstance(data, dict) and isinstance(data.get("tokens"), int) else None
+    files = data.get("files") if isinstance(data.get("tokens"), int) else None
     sound = {
-        "recent_losses": losses is None or isinstance(losses, list) and all(type(n) in (int, float) for n in losses),
+        "recent_losses": all(type(n) in (int, float) for n in losses or []),
         "fingerprint": isinstance(files, list) and all(isinstance(f, dict) and f.keys() >= _FILE for f in files),
-        "tokenizer": isinstance(state.get("tokenizer"), dict | None),
     }
     for key, is_sound in sound.items():
         if not is_sound:

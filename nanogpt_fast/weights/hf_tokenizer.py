@@ -118,16 +118,16 @@ def write(weights: Weights, folder: Path) -> bool:
     found = weights.tokenizer or {}
     if found.get("kind") == "bpe":
         _write_bpe(found, weights, folder)
-        _write_json(folder / "tokenizer.json", _tokenizer_json(found))
+        write_hf_json(folder / "tokenizer.json", _tokenizer_json(found))
         return True
     if found:
         meta = {"format": META_FORMAT, "tokenizer": found, "vocab_size": weights.used_vocab, "splits": {}}
         write_json(folder / "meta.json", meta)  # escapes what UTF-8 cannot hold
     if found.get("kind") != "char" or not is_text(found["itos"]):
         return False
-    _write_json(folder / "tokenizer.json", _tokenizer_json(found))
+    write_hf_json(folder / "tokenizer.json", _tokenizer_json(found))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    _write_json(folder / "tokenizer_config.json", settings | {"model_max_length": weights.model_args.block_size})
+    write_hf_json(folder / "tokenizer_config.json", settings | {"model_max_length": weights.model_args.block_size})
     return True
 
 
@@ -138,7 +138,7 @@ def is_text(itos: list[str]) -> bool:
 
 def _write_bpe(bpe: dict[str, Any], weights: Weights, folder: Path) -> None:
     end = {EOT: bpe["added"][EOT]} if EOT in bpe["added"] else {}
-    _write_json(folder / "vocab.json", bpe["vocab"] | end)
+    write_hf_json(folder / "vocab.json", bpe["vocab"] | end)
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *bpe["merges"], ""]), encoding="utf-8")
     text_of = {i: text for text, i in bpe["added"].items()}
     ids = special_ids(weights.state.get("special_ids") or {})
@@ -150,7 +150,7 @@ def _write_bpe(bpe: dict[str, Any], weights: Weights, folder: Path) -> None:
         "model_max_length": weights.model_args.block_size,
         "add_prefix_space": False,
     }
-    _write_json(folder / "tokenizer_config.json", {**settings, **special})
+    write_hf_json(folder / "tokenizer_config.json", {**settings, **special})
 
 
 def _tokenizer_json(found: dict[str, Any]) -> dict[str, Any]:
@@ -171,5 +171,5 @@ def _tokenizer_json(found: dict[str, Any]) -> dict[str, Any]:
     return whole | {"added_tokens": []} | ends | {"model": {"type": "WordLevel", "vocab": vocab, "unk_token": ""}}
 
 
-def _write_json(path: Path, value: object) -> None:
+def write_hf_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -166,9 +166,9 @@ def write(weights: Weights, folder: Path, dtype: torch.dtype = torch.float32) ->
         for chunk in _safetensors(weights, shapes, dtype):
             file.write(chunk)
     config = _their_config(weights, dtype)
-    _write_json(folder / "config.json", config)
+    hf_tokenizer.write_hf_json(folder / "config.json", config)
     special = {key: config[key] for key in hf_tokenizer.SPECIAL_IDS if key in config}
-    _write_json(folder / "generation_config.json", special)
+    hf_tokenizer.write_hf_json(folder / "generation_config.json", special)
     (folder / "README.md").write_text(model_card(weights, hf_tokenizer.write(weights, folder)), encoding="utf-8")
 
 
@@ -224,10 +224,6 @@ def _their_config(weights: Weights, dtype: torch.dtype) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         **FIXED,
     }
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def load_pretrained(name: str | Path) -> Weights:

@@ -57,7 +57,7 @@ def test_a_word_runs_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.delitem(sys.modules, "nanogpt_fast.plot")  # runpy warns of a module that is there already
     with pytest.raises(SystemExit) as stop:
-        listing.main(["plot", "--help"])
+        listing.dispatch(["plot", "--help"])
     assert stop.value.code == 0 and "usage: python -m nanogpt_fast.plot" in capsys.readouterr().out
 
 

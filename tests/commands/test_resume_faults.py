@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tiny_checkpoint import save_steps
 from tiny_run import metrics, train, write_dataset
 
 from nanogpt_fast import evaluate
-from nanogpt_fast.errors import CheckpointError
+from nanogpt_fast.errors import CheckpointError, ConfigError
 from nanogpt_fast.hardware import Peak, flops_per_token
 from nanogpt_fast.meter import Meter
 from nanogpt_fast.restore import restore
@@ -25,6 +26,7 @@ from nanogpt_fast.run.rundir import aside
 from nanogpt_fast.settings.cli import load_config
 from nanogpt_fast.step import Report
 from nanogpt_fast.trainer import Trainer
+from nanogpt_fast.weights import formats
 
 
 @pytest.fixture
@@ -152,7 +154,7 @@ def test_the_next_command_says_where_it_begins(folder: Path, monkeypatch: pytest
     losses = iter([3.0, 2.0, 2.5])
     monkeypatch.setattr(Trainer, "_estimate", lambda *_: {"train": 1.0, "val": next(losses)})
     train(folder, always_save_checkpoint=False)
-    assert steps_of(folder) == [10] and "(from iteration 10, the best" in capsys.readouterr().out
+    assert steps_of(folder) == [10] and "(from iteration 10: always_save_checkpoint" in capsys.readouterr().out
 
 
 # ---- figures ----
@@ -162,8 +164,8 @@ def test_a_new_run_begins_a_new_file_of_figures(folder: Path, capsys: pytest.Cap
     train(folder)
     old = (folder / "out/metrics.jsonl").read_bytes()
     train(folder, max_iters=5)
-    assert (folder / "out/metrics.abandoned-1.jsonl").read_bytes() == old
-    assert "metrics.abandoned-1.jsonl" in capsys.readouterr().out
+    assert (folder / "out/metrics.abandoned.jsonl").read_bytes() == old
+    assert "metrics.abandoned.jsonl" in capsys.readouterr().out
     assert len(metrics(folder, "train", "loss")) == 6
 
 
@@ -171,12 +173,18 @@ def test_rows_of_steps_that_are_done_again_stand_once(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     rows = [{"kind": "run"}, *({"kind": "train", "iter": i} for i in range(5)), {"kind": "eval", "iter": 3}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "tr')
-    assert set_rows_aside(path, 3) == tmp_path / "metrics.abandoned-1.jsonl"
+    assert set_rows_aside(path, 3) == tmp_path / "metrics.abandoned.jsonl"
     kept = path.read_text().splitlines()
     assert [json.loads(line).get("iter") for line in kept[:-1]] == [None, 0, 1, 2] and kept[-1] == '{"kind": "tr'
-    moved = (tmp_path / "metrics.abandoned-1.jsonl").read_text().splitlines()
+    moved = (tmp_path / "metrics.abandoned.jsonl").read_text().splitlines()
     assert [json.loads(line)["iter"] for line in moved] == [3, 4, 3]
     assert set_rows_aside(path, 3) is None and set_rows_aside(tmp_path / "none.jsonl", 0) is None
+    path.write_text('{"kind": "eval", "iter": 4}\n{"kind": "train", "iter": 4}\n')
+    assert set_rows_aside(path, 4, evaluates=False)
+    assert path.read_text() == '{"kind": "eval", "iter": 4}\n', "its checkpoint's loss, which nobody computes again"
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(path)
+    assert set_rows_aside(link, -1) and link.is_symlink() and path.read_text() == ""
 
 
 def test_elapsed_goes_on_over_a_resume(folder: Path):
@@ -277,3 +285,23 @@ def test_a_state_of_the_wrong_kind_is_stepped_over(folder: Path, key: str, value
         checkpoint.load(path)
     assert f"state.{key}" in error.value.where
     assert restore("resume", str(folder / "out")).step == 10
+
+
+def test_a_start_that_fails_disturbs_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """--wandb_log without wandb, --profile before the start: exit 2, and the finished run is as it was."""
+    train(folder, max_iters=30)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    files = {p: p.read_bytes() for p in (folder / "out").rglob("*") if p.is_file()}
+    for changes in (dict(wandb_log=True), dict(init_from="resume", profile="3:5")):
+        with pytest.raises(ConfigError):
+            train(folder, **changes)
+        assert {p: p.read_bytes() for p in (folder / "out").rglob("*") if p.is_file()} == files
+
+
+def test_a_resume_from_nanogpts_file_has_saved_nothing_yet(folder: Path):
+    train(folder, max_iters=10)
+    formats.write(formats.read(folder / "out"), folder / "theirs", "nanogpt")
+    (folder / "theirs/checkpoints").mkdir()
+    assert formats.sniff(folder / "theirs") == "nanogpt", "an empty folder of ours does not hide theirs"
+    train(folder, max_iters=10, init_from="resume", out_dir=folder / "theirs")
+    assert list(checkpoint.list_steps(folder / "theirs")) == [10]

@@ -17,7 +17,7 @@ from nanogpt_fast.data.loader import Loader
 from nanogpt_fast.errors import CheckpointError, DataError, DeviceError, DivergedError
 from nanogpt_fast.run import checkpoint
 from nanogpt_fast.scoring import Forward
-from nanogpt_fast.step import TrainStep
+from nanogpt_fast.step import Report, TrainStep
 from nanogpt_fast.trainer import Trainer
 
 
@@ -158,6 +158,23 @@ def test_the_way_back_leads_to_before_the_loss_went_up(folder: Path, monkeypatch
     with pytest.raises(CheckpointError, match="no checkpoint of step 11") as missing:
         train(folder, max_iters=30, init_from="resume", resume_step=11)
     assert missing.value.found == "10, 20, 30"
+
+
+def test_one_bad_loss_or_an_old_evaluation_costs_no_save(folder: Path, monkeypatch: pytest.MonkeyPatch, caplog):
+    """The update of a NaN step was refused, and an evaluation says nothing of later steps: what is held is healthy."""
+    losses = iter([3.0, math.nan, 2.0])
+    monkeypatch.setattr(Trainer, "_estimate", lambda *_: {"train": 1.0, "val": next(losses)})
+    real = Trainer._take_in
+
+    def take_in(self: Trainer, launched: Any, report: Report) -> None:
+        if launched.iteration == 14:
+            os.kill(os.getpid(), signal.SIGTERM)
+            report = report._replace(loss=math.nan, refused=1.0, bad_steps=1.0)
+        real(self, launched, report)
+
+    monkeypatch.setattr(Trainer, "_take_in", take_in)
+    assert train(folder) == 143 and steps_of(folder) == [15]
+    assert caplog.text.count("not saved") == 1
 
 
 # ---- signals ----

@@ -21,7 +21,9 @@ needs_dev_full = pytest.mark.skipif(not FULL.exists(), reason="/dev/full, a disk
 
 
 def open_log(folder: Path, *, enabled: bool = True, **config: Any) -> RunLog:
-    return RunLog(folder, LogConfig(**config), {"learning_rate": 1e-3}, total=10, enabled=enabled)
+    log = RunLog(folder, LogConfig(**config), {"learning_rate": 1e-3}, total=10, enabled=enabled)
+    log.open_rows()
+    return log
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -139,9 +141,10 @@ import logging, sys
 from pathlib import Path
 from nanogpt_fast.errors import WarningLines
 from nanogpt_fast.settings.config import LogConfig
-from nanogpt_fast.run.log import MetricsFile, RunLog
+from nanogpt_fast.run.log import RunLog
 logging.getLogger("nanogpt_fast").addHandler(WarningLines())
 log = RunLog(Path(sys.argv[1]), LogConfig(), {}, total=3)
+log.open_rows()
 sys.stdin.readline()  # the reader of our pipe is gone by now
 for i in range(5):
     log.train(i, {"loss": 1.0}, f"iter {i}: loss 1.0")
@@ -263,3 +266,23 @@ def test_a_terminal_gets_a_live_line_and_the_same_lines(
     log.close()
     out = capsys.readouterr().out
     assert line in out and "5/10" in out and "loss 1.000" in out
+
+
+def test_rows_beyond_what_may_wait_are_counted(tmp_path: Path, caplog, monkeypatch):
+    metrics, full = MetricsFile(tmp_path / "metrics.jsonl"), [True]
+    raw = metrics._file
+
+    class Disk:
+        def write(self, data: bytes) -> int:
+            if full[0]:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return raw.write(data) or 0
+
+    monkeypatch.setattr(metrics, "_file", Disk())
+    monkeypatch.setattr(metrics, "MOST", 20)
+    for iteration in range(5):
+        metrics.write(f'{{"iter": {iteration}}}\n')
+    full[0] = False
+    metrics.write('{"iter": 5}\n')
+    assert caplog.messages[-1].endswith("can be written again, 4 rows are lost")
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
