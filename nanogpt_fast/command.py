@@ -54,8 +54,7 @@ def run_command(main: Callable[[list[str]], int | None], *, again: str = "nothin
     for logger in loggers:
         logger.addHandler(warnings)
     try:
-        with _unwinding():
-            code = _guarded(main, argv, again)
+        code = _guarded(main, argv, again)
     finally:
         for logger in loggers:
             logger.removeHandler(warnings)
@@ -68,12 +67,8 @@ def run_command(main: Callable[[list[str]], int | None], *, again: str = "nothin
 def _guarded(main: Callable[[list[str]], int | None], argv: list[str], again: str) -> int:
     """The exit code of main(argv), what it raised put into words on stderr."""
     try:
-        try:
-            code = main(argv) or 0
-        except SystemExit as stop:  # --help
-            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        sys.stdout.flush()
-        return code
+        with _unwinding(last=True):  # in here: a signal between its handlers and main() must be caught too
+            return _code_of(main, argv)
     except (KeyboardInterrupt, Stopped) as stop:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
         _say(f"interrupted ({signal.Signals(number).name}): {again}")
@@ -84,6 +79,15 @@ def _guarded(main: Callable[[list[str]], int | None], argv: list[str], again: st
         ours = explained(error)
         _say("".join(traceback.format_exception(error)).rstrip() if _debug(argv) else f"error: {ours}")
         return ours.exit_code
+
+
+def _code_of(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
+    try:
+        code = main(argv) or 0
+    except SystemExit as stop:  # --help
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    sys.stdout.flush()
+    return code
 
 
 def _debug(argv: list[str]) -> bool:
@@ -147,9 +151,10 @@ def _kept_traceback(error: BaseException) -> str:
 
 
 @contextmanager
-def _unwinding() -> Iterator[None]:
+def _unwinding(last: bool = False) -> Iterator[None]:
     """SIGTERM and SIGHUP raise Stopped, Ctrl-C KeyboardInterrupt, once; another one ends the process. SIGUSR1, Slurm's
-    warning, does no harm."""
+    warning, does no harm. last: the process ends next, which torch makes half a second of; Ctrl-C then ends it at
+    once, without a traceback."""
     owner, before = os.getpid(), {}
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -173,6 +178,8 @@ def _unwinding() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
+            if last:
+                handler = signal.SIG_IGN if number == getattr(signal, "SIGUSR1", None) else signal.SIG_DFL
             signal.signal(number, handler)
 
 
