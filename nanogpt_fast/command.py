@@ -32,6 +32,7 @@ _HINTS = {  # by what the system says
     errno.ENAMETOOLONG: "a name has at most 255 bytes: choose a shorter one",
 }
 _HINT = "check the path and its permissions (ls -ld), then run it again"
+_came: list[int] = []  # signals that unwound the stack: what a library made of their exception is not what happened
 _FALSE = ("False", "false", "0", "no", "off")
 
 
@@ -70,15 +71,20 @@ def _guarded(main: Callable[[list[str]], int | None], argv: list[str], again: st
         with _unwinding(last=True):  # in here: a signal between its handlers and main() must be caught too
             return _code_of(main, argv)
     except (KeyboardInterrupt, Stopped) as stop:
-        number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
-        _say(f"interrupted ({signal.Signals(number).name}): {again}")
-        return 128 + number
+        return _interrupted(stop.number if isinstance(stop, Stopped) else signal.SIGINT, again)
     except Exception as error:
+        if _came:
+            return _interrupted(_came[-1], again)
         if isinstance(error, BrokenPipeError) and _nobody_reads():  # stdout closed early, as by `| head`
             return 141
         ours = explained(error)
         _say("".join(traceback.format_exception(error)).rstrip() if _debug(argv) else f"error: {ours}")
         return ours.exit_code
+
+
+def _interrupted(number: int, again: str) -> int:
+    _say(f"interrupted ({signal.Signals(number).name}): {again}")
+    return 128 + number
 
 
 def _code_of(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
@@ -161,10 +167,9 @@ def _unwinding(last: bool = False) -> Iterator[None]:
         signal.signal(number, signal.SIG_DFL)
         if os.getpid() != owner:  # a forked worker, which is told to end
             os.kill(os.getpid(), number)
-        elif number == signal.SIGINT:
-            raise KeyboardInterrupt
-        else:
-            raise Stopped(number)
+            return
+        _came.append(number)
+        raise KeyboardInterrupt if number == signal.SIGINT else Stopped(number)
 
     handlers = dict.fromkeys(("SIGINT", "SIGTERM", "SIGHUP"), on_signal) | {"SIGUSR1": lambda *_: None}
     with suppress(ValueError):  # not the main thread

@@ -289,6 +289,14 @@ def test_handlers_are_put_back():
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+@posix
+def test_what_a_library_makes_of_an_interruption_is_one():
+    """torch.tensor() turns a Ctrl-C within it into a ValueError: it was exit 70."""
+    body = "try:\n    os.kill(os.getpid(), signal.SIGINT); time.sleep(20)\n"
+    body += "except KeyboardInterrupt:\n    raise ValueError('not ours') from None"
+    assert ended(body)[::2] == (130, "interrupted (SIGINT): nothing was left half done\n")
+
+
 EACH_LINE = """
 import os, signal, sys
 from nanogpt_fast import command
