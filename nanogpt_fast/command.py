@@ -67,6 +67,8 @@ def run_command(main: Callable[[list[str]], int | None], *, again: str = "nothin
 
 def _guarded(main: Callable[[list[str]], int | None], argv: list[str], again: str) -> int:
     """The exit code of main(argv), what it raised put into words on stderr."""
+    if _came:  # while `python -m nanogpt_fast` imported the command: an import of torch's may swallow it
+        return _interrupted(_came[-1], again)
     try:
         with _unwinding(last=True):  # in here: a signal between its handlers and main() must be caught too
             return _code_of(main, argv)
