@@ -18,8 +18,6 @@ from nanogpt_fast.weights.formats import FORMATS, Format, read, sniff, write
 
 PROG = "python -m nanogpt_fast.convert"
 AGAIN = "DST is as it was or, in the last instant, new and whole; the same command starts over (a new DST: --force)"
-    "DST is as it was or, in the last instant, new and whole; the same command starts over (over a new DST: --force)"
-)
 DTYPES: dict[Format, tuple[str, ...]] = {
     "native": ("float32",),
     "nanogpt": ("float32",),

@@ -1,6 +1,6 @@
 """kill -9 and signals at random moments over every command that writes: what is typed next ends where no kill ends.
 
-Slow: 62 kills in chains (8 min), 520 signals (25 min on 2 busy cores); `-s` shows how long each took to end its command.
+Slow: 62 kills in chains (8 min on 2 busy cores), 520 signals (25 min); `-s` shows how long each took to end.
 """
 
 import json
@@ -37,7 +37,10 @@ SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 MOMENTS = 10  # each signal comes so often in each place
 HANGS = 10.0  # seconds
 LOCKS = {".run.lock", ".prepare.lock"}
-OFTEN: dict[str, Any] = {"nanogpt_fast.data.encode.BATCH_CHARS": 2000, "nanogpt_fast.data.preparation.COMMIT_TOKENS": 5000}
+OFTEN: dict[str, Any] = {
+    "nanogpt_fast.data.encode.BATCH_CHARS": 2000,
+    "nanogpt_fast.data.preparation.COMMIT_TOKENS": 5000,
+}
 RUN = flags(Path(), vocab_size=0, max_iters=20, eval_interval=5, eval_iters=30, sample_at_end=100)
 TIMES: dict[tuple[str, str], list[float]] = defaultdict(list)  # seconds to exit, by place and signal
 Words = list[str]

@@ -90,8 +90,9 @@ class Forker:
 
     def wait(self) -> Ended:
         code = int(self._next())
-        seconds, files = time.perf_counter() - self._began, [self.cwd / "stdout", self.cwd / "stderr"]
-        return Ended(code, *(file.read_text(errors="replace") for file in files), seconds)
+        seconds = time.perf_counter() - self._began
+        out, err = ((self.cwd / name).read_text(errors="replace") for name in ("stdout", "stderr"))
+        return Ended(code, out, err, seconds)
 
     def left_alive(self) -> bool:
         """Whether anything of the command's session lives 5 s after its end: a worker that lost its parent."""
