@@ -32,6 +32,7 @@ _HINTS = {  # by what the system says
     errno.ENAMETOOLONG: "a name has at most 255 bytes: choose a shorter one",
 }
 _HINT = "check the path and its permissions (ls -ld), then run it again"
+_came: list[int] = []  # signals that unwound the stack: what a library made of their exception is not what happened
 _FALSE = ("False", "false", "0", "no", "off")
 
 
@@ -54,8 +55,7 @@ def run_command(main: Callable[[list[str]], int | None], *, again: str = "nothin
     for logger in loggers:
         logger.addHandler(warnings)
     try:
-        with _unwinding():
-            code = _guarded(main, argv, again)
+        code = _guarded(main, argv, again)
     finally:
         for logger in loggers:
             logger.removeHandler(warnings)
@@ -67,23 +67,35 @@ def run_command(main: Callable[[list[str]], int | None], *, again: str = "nothin
 
 def _guarded(main: Callable[[list[str]], int | None], argv: list[str], again: str) -> int:
     """The exit code of main(argv), what it raised put into words on stderr."""
+    if _came:  # while `python -m nanogpt_fast` imported the command: an import of torch's may swallow it
+        return _interrupted(_came[-1], again)
     try:
-        try:
-            code = main(argv) or 0
-        except SystemExit as stop:  # --help
-            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        sys.stdout.flush()
-        return code
+        with _unwinding(last=True):  # in here: a signal between its handlers and main() must be caught too
+            return _code_of(main, argv)
     except (KeyboardInterrupt, Stopped) as stop:
-        number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
-        _say(f"interrupted ({signal.Signals(number).name}): {again}")
-        return 128 + number
+        return _interrupted(stop.number if isinstance(stop, Stopped) else signal.SIGINT, again)
     except Exception as error:
+        if _came:
+            return _interrupted(_came[-1], again)
         if isinstance(error, BrokenPipeError) and _nobody_reads():  # stdout closed early, as by `| head`
             return 141
         ours = explained(error)
         _say("".join(traceback.format_exception(error)).rstrip() if _debug(argv) else f"error: {ours}")
         return ours.exit_code
+
+
+def _interrupted(number: int, again: str) -> int:
+    _say(f"interrupted ({signal.Signals(number).name}): {again}")
+    return 128 + number
+
+
+def _code_of(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
+    try:
+        code = main(argv) or 0
+    except SystemExit as stop:  # --help
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    sys.stdout.flush()
+    return code
 
 
 def _debug(argv: list[str]) -> bool:
@@ -147,19 +159,19 @@ def _kept_traceback(error: BaseException) -> str:
 
 
 @contextmanager
-def _unwinding() -> Iterator[None]:
+def _unwinding(last: bool = False) -> Iterator[None]:
     """SIGTERM and SIGHUP raise Stopped, Ctrl-C KeyboardInterrupt, once; another one ends the process. SIGUSR1, Slurm's
-    warning, does no harm."""
+    warning, does no harm. last: the process ends next, which torch makes half a second of; Ctrl-C then ends it at
+    once, without a traceback."""
     owner, before = os.getpid(), {}
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
         if os.getpid() != owner:  # a forked worker, which is told to end
             os.kill(os.getpid(), number)
-        elif number == signal.SIGINT:
-            raise KeyboardInterrupt
-        else:
-            raise Stopped(number)
+            return
+        _came.append(number)
+        raise KeyboardInterrupt if number == signal.SIGINT else Stopped(number)
 
     handlers = dict.fromkeys(("SIGINT", "SIGTERM", "SIGHUP"), on_signal) | {"SIGUSR1": lambda *_: None}
     with suppress(ValueError):  # not the main thread
@@ -173,6 +185,8 @@ def _unwinding() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
+            if last:
+                handler = signal.SIG_IGN if number == getattr(signal, "SIGUSR1", None) else signal.SIG_DFL
             signal.signal(number, handler)
 
 

@@ -17,7 +17,7 @@ from nanogpt_fast.weights.canonical import Weights, dataset_meta
 from nanogpt_fast.weights.formats import FORMATS, Format, read, sniff, write
 
 PROG = "python -m nanogpt_fast.convert"
-AGAIN = "nothing was written, DST is as it was; the same command starts over"
+AGAIN = "DST is as it was or, in the last instant, new and whole; the same command starts over (a new DST: --force)"
 DTYPES: dict[Format, tuple[str, ...]] = {
     "native": ("float32",),
     "nanogpt": ("float32",),

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -64,11 +65,16 @@ def _no_number(word: str) -> Any:
 def write_atomic(path: Path, data: bytes) -> None:
     """Write path so that it holds the old bytes or the new ones at any instant."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:  # a signal, a full disk: nothing stays that nobody reads
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 

@@ -34,7 +34,14 @@ def sample_text(
 
     temperature 0 takes the likeliest token, top_k 0 draws among all. seed: a number, or a generator on exact_device of
     the model's, which several samples may share. drawn, when given, receives the ids. graphs: as `GPT.stream`'s.
+    Raises DataError where the tokenizer has more ids than the model has embeddings.
     """
+    if tokenizer.vocab_size > (embeddings := model.config.vocab_size):
+        raise DataError(
+            "the tokenizer has more ids than the model has embeddings",
+            expected=f"at most {embeddings}",
+            found=str(tokenizer.vocab_size),
+        )
     device = model.transformer.wte.weight.device
     generator = seed if isinstance(seed, torch.Generator) else torch.Generator(exact_device(device)).manual_seed(seed)
     idx = torch.tensor([prompt_ids(tokenizer, prompt)], device=device)

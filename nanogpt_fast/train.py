@@ -36,6 +36,7 @@ from nanogpt_fast.trainer import Trainer
 from nanogpt_fast.verdict import check_kernels, ops_of_run, setup_of
 
 log = logging.getLogger(__name__)
+AGAIN = "what was saved stands; --init_from=resume goes on from it, the same command begins anew where nothing was"
 
 
 def main(argv: list[str]) -> int:
@@ -217,4 +218,4 @@ def finish(config: Config, model: GPT, tokenizer: dict[str, Any], graphs: Graphs
 
 
 if __name__ == "__main__":
-    run_command(main, again="what was saved stands; --init_from=resume goes on from it")
+    run_command(main, again=AGAIN)

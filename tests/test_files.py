@@ -62,3 +62,17 @@ def test_a_directory_that_cannot_be_fsynced_is_tolerated_a_file_is_not(tmp_path,
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="Invalid argument"):
         sync(tmp_path / "file")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_a_small_write_that_is_cut_off_leaves_nothing_beside(tmp_path: Path, monkeypatch, error: BaseException):
+    """A SIGTERM within prepare's last write left meta.json.tmp."""
+
+    def fail(fd: int) -> None:
+        raise error
+
+    (tmp_path / "a").write_bytes(b"old")
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(type(error)):
+        write_atomic(tmp_path / "a", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_bytes() == b"old"

@@ -230,7 +230,8 @@ def _read_state(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"{STATE} is damaged", where=str(path / STATE), expected="step, model_args and state")
     for key, (kinds, meaning) in _STATE_KINDS.items():
         value = state["state"].get(key)
-        wrong = isinstance(value, bool) or not isinstance(value, kinds) or (isinstance(value, int) and value < 0)
+        wrong = isinstance(value, bool) or not isinstance(value, kinds)
+        wrong = wrong or (isinstance(value, int) and not 0 <= value < 2**63)
         if value is not None and wrong:
             raise CheckpointError(
                 f"{STATE} is damaged",
@@ -239,6 +240,7 @@ def _read_state(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
                 found=repr(value)[:80],
                 hint="use an earlier checkpoint: --init_from=resume finds the newest sound one",
             )
+    state["state"] = {key: value for key, value in state["state"].items() if value is not None}  # null: not there
     name = _STEP.fullmatch(path.name)
     found = {"manifest.json": manifest.get("step"), "directory name": int(name[1]) if name else state["step"]}
     for where, step in found.items():

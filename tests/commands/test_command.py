@@ -287,3 +287,50 @@ def test_handlers_are_put_back():
     with command._unwinding():
         assert signal.getsignal(signal.SIGTERM) != before[1]
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@posix
+def test_what_a_library_makes_of_an_interruption_is_one():
+    """torch.tensor() turns a Ctrl-C within it into a ValueError: it was exit 70."""
+    body = "try:\n    os.kill(os.getpid(), signal.SIGINT); time.sleep(20)\n"
+    body += "except KeyboardInterrupt:\n    raise ValueError('not ours') from None"
+    assert ended(body)[::2] == (130, "interrupted (SIGINT): nothing was left half done\n")
+
+
+EACH_LINE = """
+import os, signal, sys
+from nanogpt_fast import command
+
+def trace(frame, event, arg):
+    global lines
+    if event == "call":
+        return trace if frame.f_code.co_filename == command.__file__ else None
+    lines += signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL or ended
+    if event == "line" and lines == line:
+        os.kill(os.getpid(), signal.NAME)
+
+def main(argv):
+    global ended
+    ended = True
+
+for line in range(1, 100):
+    lines, ended = 0, False
+    if not (pid := os.fork()):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.settrace(trace)
+        command.run_command(main, again="run it again")
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code in (0, 128 + signal.NAME, -signal.NAME), (line, code)
+    print(code)
+"""
+
+
+@posix
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_at_any_line_around_main_ends_quietly(name: str):
+    """From the handlers on until the process is gone: before main() it was a traceback and exit 1."""
+    body = EACH_LINE.replace("NAME", name)
+    done = subprocess.run([sys.executable, "-c", body], env=ENV, capture_output=True, timeout=60, text=True)
+    number = getattr(signal, name)
+    assert done.returncode == 0 and set(done.stderr.splitlines()) == {f"interrupted ({name}): run it again"}
+    assert set(map(int, done.stdout.split())) == {0, 128 + number, -number}

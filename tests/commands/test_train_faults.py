@@ -266,3 +266,10 @@ def test_an_evaluation_alone_is_left_too(folder: Path, monkeypatch: pytest.Monke
     before = (folder / "out/metrics.jsonl").read_text()
     assert train(folder, init_from="resume", eval_only=True) == 130
     assert "leaving the evaluation" in capfd.readouterr().err and (folder / "out/metrics.jsonl").read_text() == before
+
+
+def test_a_run_whose_tokenizer_is_not_the_models_ends_well(folder: Path, capsys: pytest.CaptureFixture[str]):
+    """Headerless tokens without a meta file are taken for GPT-2's; the sample's IndexError was exit 70 after a run."""
+    assert train(folder, max_iters=2, sample_at_end=5) == 0
+    out = capsys.readouterr().out
+    assert "no sample: the tokenizer has more ids than the model has embeddings" in out and "next:\n" in out

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from tiny_checkpoint import assert_whole, save_steps
+from tiny_checkpoint import assert_whole, save_steps, tiny_checkpoint
 
 from nanogpt_fast.errors import CheckpointError
 from nanogpt_fast.run.checkpoint import best, load, newest, save, set_aside_later
@@ -269,3 +269,22 @@ def test_an_unreadable_file_is_an_error_with_its_name(tmp_path, monkeypatch):
     text = refusal(path)
     assert "Permission denied" in text
     assert str(path / "model.safetensors") in text
+
+
+@pytest.mark.parametrize("key", ["samples_seen", "elapsed_s", "recent_losses", "fingerprint", "draws", "val_loss"])
+def test_a_null_in_the_state_is_as_nothing(tmp_path: Path, key: str):
+    """samples_seen: null ended a resume in a TypeError."""
+    checkpoint = tiny_checkpoint(10, val_loss=1.0)
+    checkpoint.state[key] = None
+    assert key not in load(save(tmp_path, checkpoint, keep_last=1)).state
+
+
+@pytest.mark.parametrize("key", ["samples_seen", "val_loss", "elapsed_s"])
+def test_a_number_beyond_all_counts_is_damage(tmp_path: Path, key: str):
+    """An integer of 400 digits is JSON; math.isfinite() of it is an OverflowError."""
+    checkpoint = tiny_checkpoint(10)
+    checkpoint.state[key] = 10**400
+    path = save(tmp_path, checkpoint, keep_last=1)
+    with pytest.raises(CheckpointError, match=rf"(?s)state.json is damaged.*state.{key}"):
+        load(path)
+    assert best(tmp_path) is None
