@@ -1,0 +1,65 @@
+"""Would the suite notice? Each fault of the table is planted alone in a copy of the tree, and its tests must fail there.
+
+A row whose old text is no longer there, or not once, fails too: mend the row, or drop it with what it was about.
+"""
+
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from planted_faults import FAULTS, Fault
+from planted_kernel_faults import KERNEL_FAULTS
+
+ROOT = Path(__file__).resolve().parent.parent
+TREE = ("nanogpt_fast", "kernels", "profiling", "tests", "configs", "pyproject.toml", "setup.py")  # what the tests need
+ROWS = [(file, fault) for table in (FAULTS, KERNEL_FAULTS) for file, faults in table.items() for fault in faults]
+FAILED = 1  # pytest's exit code for tests that failed; 2 to 5 say that they did not run
+
+pytestmark = pytest.mark.slow
+
+
+def copy_tree(to: Path) -> None:
+    """Files of its own, with their times, so that what Python compiled of them holds too."""
+    for name in TREE:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, to / name, ignore=shutil.ignore_patterns("*.egg-info", "*.json.tmp"))
+        else:
+            shutil.copy2(ROOT / name, to / name)
+
+
+def plant(file: Path, old: str, new: str) -> None:
+    """Replace old, which must stand there once."""
+    text = file.read_text(encoding="utf-8")
+    assert text.count(old) == 1, f"{file.name} has {text.count(old)} times: {old}"
+    file.write_text(text.replace(old, new), encoding="utf-8")
+    Path(importlib.util.cache_from_source(str(file))).unlink(missing_ok=True)
+
+
+def run(tests: list[str], tree: Path) -> subprocess.CompletedProcess[str]:
+    """pytest of these tests in the tree, with the tree's packages before all installed ones."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    env |= {"PYTHONPATH": os.pathsep.join(map(str, (tree, tree / "kernels"))), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", *tests]
+    return subprocess.run(command, cwd=tree, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.parametrize(("file", "fault"), ROWS, ids=[f"{Path(file).stem}: {fault.what}" for file, fault in ROWS])
+def test_a_planted_fault_is_found(file: str, fault: Fault, tmp_path: Path):
+    copy_tree(tmp_path)
+    plant(tmp_path / file, fault.old, fault.new)
+    done = run(shlex.split(fault.tests), tmp_path)
+    assert done.returncode == FAILED, done.stdout[-2000:]
+
+
+@pytest.mark.timeout(1800)
+def test_without_a_fault_the_same_tests_pass(tmp_path: Path):
+    """Else the rows would prove nothing."""
+    copy_tree(tmp_path)
+    for tests in sorted({fault.tests for _, fault in ROWS}):
+        done = run(shlex.split(tests), tmp_path)
+        assert done.returncode == 0, f"{tests}\n{done.stdout[-2000:]}"
