@@ -120,5 +120,10 @@ def test_two_saves_may_fail_and_the_third_ends_the_run(folder: Path, monkeypatch
     assert caplog.text.count("the next evaluation tries again") == 4
 
 
+def test_the_end_is_saved_where_the_last_evaluation_was_one_step_before(folder: Path):
+    train(folder, max_iters=20, eval_interval=19)
+    assert list(checkpoint.list_steps(folder / "out")) == [19, 21]
+
+
 def test_the_first_rank_is_the_main_one():
     assert [World(rank, 3).is_main for rank in range(3)] == [True, False, False]
