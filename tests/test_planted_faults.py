@@ -1,6 +1,6 @@
 """Would the suite notice? Each fault of a table is planted alone in a copy of the tree, and its tests must fail there.
 
-A row whose old text is no longer there, or not once, fails too: mend the row, or drop it with what it was about.
+A row whose old text stands there no more, or twice, fails too: mend it, or drop it with what it was about.
 """
 
 import importlib.util
