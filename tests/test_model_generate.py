@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import nanogpt_fast.model
 from nanogpt_fast.model import GPT
 from nanogpt_fast.settings.config import GPTConfig
 
@@ -46,6 +47,21 @@ def test_greedy_with_the_cache_equals_without(model: GPT, prompt: int, count: in
     want = recomputed(model, idx, count, lambda logits: logits.argmax(-1, keepdim=True))
     assert torch.equal(model.generate(idx, count, temperature=0.0), want)
     assert want.shape == (batch, prompt + count)
+
+
+def test_every_token_sees_a_whole_block(model: GPT, monkeypatch: pytest.MonkeyPatch):
+    """The logits, since the likeliest token may well be the same without the block's first one."""
+    seen: list[Tensor] = []
+
+    def likeliest(logits: Tensor, *_: object) -> Tensor:
+        seen.append(logits)
+        return logits.argmax(-1, keepdim=True)
+
+    monkeypatch.setattr(nanogpt_fast.model, "_draw", likeliest)
+    idx = torch.tensor([[1, 2, 3]])
+    model.generate(idx, 12)
+    recomputed(model, idx, 12, likeliest)
+    torch.testing.assert_close(torch.cat(seen[:12]), torch.cat(seen[12:]), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("top_k", [None, 5, 1000], ids=["all", "top 5", "more than there are"])

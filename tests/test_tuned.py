@@ -27,6 +27,7 @@ SETUP = Setup(SHAPE, "float32", rows=16)
 KEY = Key("norm_fwd", 90, 4, 16)
 ROW = Row(90, dict(ROWS=2, BLOCK_C=128), num_warps=2, choices=dict(programs_per_sm=3))
 ELSEWHERE = Key("norm_fwd", 90, 4, 32)
+REAL_FACTS_OF = tuned.facts_of
 FACTS = {"gpu": "A GPU", "driver": "1", "torch": "2", "triton": "3", "ptxas": "13", "kernels": "k"}
 OF_RUN = FACTS | {"run": "float32 highest"}
 
@@ -249,3 +250,14 @@ def test_two_ranks_take_rank_0_s_rows(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_the_cache_lies_beside_the_verdicts():
     assert tuned.path_of(OF_RUN).parent == user_cache("rows") and tuned.path_of(OF_RUN).name.startswith("a-gpu-")
+
+
+def test_the_facts_are_all_that_a_row_depends_on(monkeypatch: pytest.MonkeyPatch):
+    """Each of the chip, the software and our own sources, as they are now."""
+    device, before = torch.device("cpu"), REAL_FACTS_OF(torch.device("cpu"))
+    assert before.keys() == {"gpu", "driver", "torch", "triton", "ptxas", "kernels"}
+    for name, value in (("kernel_sources", "other kernels"), ("_driver", "another driver")):
+        monkeypatch.setattr(tuned, name, lambda value=value: value)
+    monkeypatch.setattr(torch, "__version__", "another torch")
+    changed = {name: value for name, value in REAL_FACTS_OF(device).items() if value != before[name]}
+    assert changed == {"kernels": "other kernels", "driver": "another driver", "torch": "another torch"}

@@ -133,6 +133,8 @@ def test_too_few_tokens(tmp_path, kind):
     error = caught.value
     assert "1025 tokens" in error.expected and error.found == "10 tokens" and error.hint == "--block_size=9"
     kind(make_source(tmp_path, 10), 9, last)
+    with pytest.raises(DataError, match="too few tokens"):  # the last target is one token further
+        kind(make_source(tmp_path, 10), 10, last)
 
 
 # ---- nanoGPT ----

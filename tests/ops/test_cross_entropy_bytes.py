@@ -3,9 +3,12 @@
 The plan of the head's pass over a chunk of logits is two reads (the second from L2) and one write.
 """
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
-from interpreter import counting_bytes
+from interpreter import InterpreterBuilder, counting_bytes
 from kernel_case import DEVICE, randn
 from nanogpt_kernels import launch
 from nanogpt_kernels.ops.cross_entropy import cross_entropy, cross_entropy_in_place
@@ -47,3 +50,22 @@ def test_plain_backward_moves_a_read_and_a_write():
     row, statistics = V * logits.element_size(), 8
     assert moved["load"] <= 1.05 * M * (row + TARGET + statistics)
     assert moved["store"] == M * (row + logits.element_size())  # the target's column once more
+
+
+@pytest.mark.parametrize("V", [TILE // 4 + 1, TILE + 3])
+def test_nothing_is_read_outside_the_operands(V: int, monkeypatch: pytest.MonkeyPatch):
+    """Past the last row's end another tensor may lie, or no memory at all: -inf in its place is not enough."""
+    M, outside, load = 3, [], InterpreterBuilder.create_masked_load
+    logits, targets, nll, scale = randn(M, V).detach(), torch.tensor([0, -1, V - 1]), torch.empty(M), torch.ones(1)
+    operands = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in (logits, targets, nll, scale)]
+
+    def watched(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+        at = ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)]
+        outside.extend(at[~np.logical_or.reduce([(first <= at) & (at < end) for first, end in operands])].tolist())
+        return load(self, ptrs, mask, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", watched)
+    with launch.override("cross_entropy", blocks=dict(BLOCK_V=TILE)):
+        cross_entropy_in_place(logits, V, targets, scale, nll, -1, V)
+    assert not outside, f"{len(outside)} elements were read outside"
+    assert bool((nll[[0, 2]] > 0).all()) and nll[1] == 0

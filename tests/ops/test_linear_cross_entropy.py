@@ -72,6 +72,17 @@ def test_values_and_gradients(M: int, V: int, valid: int | None, dtype: torch.dt
     )
 
 
+@pytest.mark.parametrize("ignore_index", [-100, 0])
+def test_ignore_index_is_the_callers(ignore_index: int):
+    """torch's own -100; and 0, an id that is in the vocabulary."""
+    targets = draw_targets(11, V=65)
+    targets = targets.where(targets >= 0, ignore_index)
+    inputs = [randn(11, C), randn(65, C, seed=1), targets, 1 / 11, ignore_index]
+    nll = linear_cross_entropy(*inputs)[1]
+    assert bool((nll[targets == ignore_index] == 0).all()) and bool((nll[targets != ignore_index] > 0).all())
+    kernel_case.assert_op(linear_cross_entropy, reference.linear_cross_entropy, inputs, what="head")
+
+
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     shape=st.sampled_from([(1,), (7,), (2, 3), (2, 1, 4)]),

@@ -100,3 +100,26 @@ def test_a_store_out_of_bounds_is_seen():
         y = torch.empty(1023, device=DEVICE)
         launch("test", _gelu_kernel, (1,), torch.zeros(1024, device=DEVICE), y, torch.empty(1024, device=DEVICE),
                TANH=True, SHORT=False, BLOCK=1024)  # fmt: skip
+
+
+@triton.jit
+def _piece_kernel(
+    at_ptr, inside_ptr, row0, M, C: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, I: tl.constexpr
+):  # fmt: skip
+    m = row0 + tl.arange(0, ROWS).to(tl.int64)
+    at, inside = primitives.piece(m, M, I, C, BLOCK_C)  # type: ignore[misc]
+    lane = tl.arange(0, ROWS)[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    tl.store(at_ptr + lane, at)
+    tl.store(inside_ptr + lane, inside)
+
+
+def test_a_piece_s_offsets_are_64_bits():
+    """Rows of a tensor of more than 2^31 elements, of which the last lanes do not exist."""
+    rows, block, C, i, row0 = 4, 8, 12, 1, 2**31 // 12 - 2
+    at = torch.zeros(rows, block, dtype=torch.int64, device=DEVICE)
+    inside = torch.zeros(rows, block, dtype=torch.bool, device=DEVICE)
+    M = row0 + 3
+    launch("test", _piece_kernel, (1,), at, inside, row0, M, C=C, ROWS=rows, BLOCK_C=block, I=i)
+    m, c = row0 + torch.arange(rows, device=DEVICE)[:, None], i * block + torch.arange(block, device=DEVICE)[None, :]
+    assert torch.equal(at, m * C + c) and bool((at > 2**31).any())
+    assert torch.equal(inside, (m < M) & (c < C))
