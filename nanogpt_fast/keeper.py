@@ -107,12 +107,13 @@ class Keeper:
             self._failed, self.saved_step = 0, step
             self._say(f"saving checkpoint to {path}")
 
-    def before_leaving(self, must: bool = False) -> None:
-        """The run ends here: save the steps since the last checkpoint if they are healthy, and say how to go on.
+    def before_leaving(self, must: bool = False, then: Callable[[], None] = lambda: None) -> None:
+        """The run ends here: save the steps since the last checkpoint if they are healthy, then(), and say how to go on.
 
         Raises where that fails and `must`; else something worse ends the run, and this only warns.
         """
         if not self.world.is_main:
+            then()
             return
         try:
             if self.unsaved and self.healthy:
@@ -121,6 +122,7 @@ class Keeper:
             if must:
                 raise
             log.warning("the last %d steps could not be saved: %s", self.unsaved, str(error).partition("\n")[0])
+        then()
         done, saved = self.position.step, self.saved_step
         kept = "" if not self.unsaved else f"; saved until iteration {saved - 1}" if saved > 0 else "; nothing is saved"
         if not done:

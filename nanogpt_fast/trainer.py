@@ -121,8 +121,7 @@ class Trainer:
     def _leave(self, stop: StopSignals) -> int:
         """Save, say how to go on; the exit code."""
         self._settle()
-        self.window.close()  # what to type next comes last
-        self.keeper.before_leaving(must=True)
+        self.keeper.before_leaving(must=True, then=self.window.close)  # what to type next comes last
         return stop.exit_code or 143
 
     def _finish(self, end: int) -> None:

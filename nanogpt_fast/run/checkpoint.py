@@ -234,7 +234,7 @@ def _read_state(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         wrong = wrong or (isinstance(value, int) and not 0 <= value < 2**63)
         if value is not None and wrong:
             raise CheckpointError(
-                f"{STATE} is damaged",
+                f"{STATE} is damaged at {key}",
                 where=f"{path / STATE}: state.{key}",
                 expected=meaning,
                 found=repr(value)[:80],
