@@ -68,7 +68,7 @@ def test_a_planted_fault_is_found(file: str, fault: Fault, tmp_path: Path):
     assert done.returncode == FAILED, done.stdout[-2000:]
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_without_a_fault_the_same_tests_pass(tmp_path: Path):
     """Else the rows would prove nothing. One process a file, for all that rows want of it."""
     copy_tree(tmp_path)
