@@ -108,7 +108,7 @@ class Keeper:
             self._say(f"saving checkpoint to {path}")
 
     def before_leaving(self, must: bool = False, then: Callable[[], None] = lambda: None) -> None:
-        """The run ends here: save the steps since the last checkpoint if they are healthy, then(), and say how to go on.
+        """The run ends here: save the steps since the last checkpoint if they are healthy, then(), say how to go on.
 
         Raises where that fails and `must`; else something worse ends the run, and this only warns.
         """
