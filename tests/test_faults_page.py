@@ -18,5 +18,6 @@ def test_every_test_that_the_page_names_exists():
 
 
 def test_every_promise_names_one():
-    rows = [line for line in PAGE.splitlines() if line.startswith("| ") and "what is promised" not in line]
+    promises = PAGE.partition("\n## 10.")[0].splitlines()  # what follows is about others
+    rows = [line for line in promises if line.startswith("| ") and "what is promised" not in line]
     assert len(rows) > 40 and not [row for row in rows if "test_" not in row.rsplit("|", 2)[1]]
