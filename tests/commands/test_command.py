@@ -227,7 +227,7 @@ def heed() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-def interrupted(body: str, *signals: int, before: Callable[[], None] = heed) -> tuple[int, str, str]:
+def interrupted(body: str, *signals: int, before: Callable[[], Any] = heed) -> tuple[int, str, str]:
     """The same for a process that is sent signals, half a second apart, once it has said something."""
     with subprocess.Popen(
         script(body, "run it again"), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
