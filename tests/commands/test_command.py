@@ -221,11 +221,18 @@ def test_a_console_is_given_what_it_can_show(encoding: str):
 # ---- signals ----
 
 
-def interrupted(body: str, *signals: int, **popen: Any) -> tuple[int, str, str]:
+def heed() -> None:
+    """Under nohup, or in the background, a test run ignores them, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def interrupted(body: str, *signals: int, before: Callable[[], Any] = heed) -> tuple[int, str, str]:
     """The same for a process that is sent signals, half a second apart, once it has said something."""
     with subprocess.Popen(
-        script(body, "run it again"), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
-    ) as process:
+        script(body, "run it again"), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=before,
+    ) as process:  # fmt: skip
         assert process.stdout is not None
         first = process.stdout.readline()
         for number in signals:
@@ -266,7 +273,7 @@ def test_the_warning_of_a_scheduler_does_no_harm():
 def test_a_signal_that_nohup_ignores_stays_ignored():
     body = "print('begun', flush=True); time.sleep(0.2); print('done')"
     ignore = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    assert interrupted(body, signal.SIGHUP, preexec_fn=ignore) == (0, "begun\ndone\n", "")
+    assert interrupted(body, signal.SIGHUP, before=ignore) == (0, "begun\ndone\n", "")
 
 
 @posix
