@@ -85,6 +85,7 @@ def _guarded(main: Callable[[list[str]], int | None], argv: list[str], again: st
 
 
 def _interrupted(number: int, again: str) -> int:
+    _came.clear()  # it is answered
     _say(f"interrupted ({signal.Signals(number).name}): {again}")
     return 128 + number
 

@@ -203,7 +203,7 @@ def test_a_stopped_step_does_not_pass_for_an_evaluated_one(folder: Path, monkeyp
 
     monkeypatch.setattr(TrainStep, "__call__", step_and_signal)
     assert train(folder, max_iters=20, eval_interval=10) == 143
-    assert checkpoint.load(folder / "out/checkpoints/step_00000010").state["val_loss"] is None
+    assert checkpoint.load(folder / "out/checkpoints/step_00000010").state.get("val_loss") is None
     monkeypatch.undo()
     train(folder, max_iters=20, eval_interval=10, init_from="resume")
     assert checkpoint.load(folder / "out/checkpoints/step_00000010").state["val_loss"] is not None

@@ -122,7 +122,7 @@ def test_failing_to_replace_a_step_keeps_the_old_one(tmp_path, monkeypatch):
         with pytest.raises(SaveFailed, match="Input/output error"):
             save(tmp_path, tiny_checkpoint(10, val_loss=1.0), keep_last=2)
     assert names(tmp_path) == ["step_00000010"]
-    assert newest(tmp_path)[0].state["val_loss"] is None
+    assert newest(tmp_path)[0].state.get("val_loss") is None
 
 
 def test_failing_to_prune_is_a_warning_and_no_failed_save(tmp_path, monkeypatch, caplog):

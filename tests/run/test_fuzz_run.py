@@ -93,7 +93,7 @@ def from_config(folder: Path) -> None:
 def from_metrics(folder: Path) -> None:
     set_rows_aside(folder / "out/metrics.jsonl", 10)
     for line in (folder / "out").glob("metrics.*"):
-        assert line.name == "metrics.jsonl" or line.name.startswith("metrics.abandoned-")
+        assert line.name == "metrics.jsonl" or line.name == "metrics.abandoned.jsonl"
 
 
 VALUES = [
@@ -169,7 +169,7 @@ def test_mutated_files_of_a_run_are_used_or_refused(made: Path, tmp_path: Path, 
         if name == "state.json":
             seal(folder / STEP)
         outcomes[attempt(lambda: read(folder), f"{name}, seed {seed}")] += 1
-        for path in (folder / "out").glob("metrics.abandoned-*"):
+        for path in (folder / "out").glob("metrics.abandoned*"):
             path.unlink()
         if seed % (count // RESUMED[count]) == 0:
             shutil.rmtree(folder / "out")
