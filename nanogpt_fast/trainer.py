@@ -98,7 +98,8 @@ class Trainer:
                             return self._leave(stop)
                         self.meter.leave_out(window.reach(iteration, self.meter.step_ms(iteration)))
                         with span(ranges.ITERATION):
-                            self._evaluate_where_due(iteration, stop)
+                            if iteration % run.eval_interval == 0:
+                                self._evaluate_and_save(iteration, stop)
                             if self.world.size == 1 and stop():  # within the evaluation
                                 return self._leave(stop)
                             self._iterate(iteration, stop)
@@ -220,10 +221,6 @@ class Trainer:
         )
 
     # ---- evaluation ----
-
-    def _evaluate_where_due(self, iteration: int, stop: StopSignals) -> None:
-        if iteration % self.config.run.eval_interval == 0:
-            self._evaluate_and_save(iteration, stop)
 
     def _evaluate_and_save(self, iteration: int, stop: StopSignals) -> None:
         began, run, keeper = time.perf_counter(), self.config.run, self.keeper

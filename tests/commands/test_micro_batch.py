@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import VOCAB, metrics, train, write_dataset
+from tiny_run import VOCAB, metrics, train
 from torch import Tensor
 
 from nanogpt_fast import dry_run, parts
@@ -22,12 +22,6 @@ from nanogpt_fast.train import main
 
 TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=VOCAB, data_order="shuffle")
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    write_dataset(tmp_path)
-    return tmp_path
 
 
 def room_for(batch_size: int, sequences: int = 8) -> int:

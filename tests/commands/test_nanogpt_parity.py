@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_run import ENV, VOCAB, flags, metrics, train, write_dataset
+from tiny_run import ENV, VOCAB, flags, metrics, train
 from twin import Twin, train_twin
 
 from nanogpt_fast.convert import main as convert
@@ -26,12 +26,6 @@ NANOGPT = os.environ.get("NANOGPT_DIR")
 needs_nanogpt = pytest.mark.skipif(not NANOGPT, reason="set NANOGPT_DIR to a checkout of karpathy/nanoGPT")
 SETTINGS = dict(data_order="nanogpt", max_iters=100, eval_interval=50, eval_iters=3, warmup_iters=10, lr_decay_iters=90)
 OPTIM = OptimConfig(learning_rate=1e-2, min_lr=1e-3, warmup_iters=10, lr_decay_iters=90)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    write_dataset(tmp_path)
-    return tmp_path
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(bias=True), dict(gradient_accumulation_steps=3)], ids=str)

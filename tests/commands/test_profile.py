@@ -7,19 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import flags, metrics, train, write_dataset
+from tiny_run import flags, metrics, train
 
 from nanogpt_fast.errors import ConfigError
 from nanogpt_fast.run import checkpoint, trace_events
 from nanogpt_fast.settings.cli import load_config
 from nanogpt_fast.step import StepResult, TrainStep
 from nanogpt_fast.train import main
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    write_dataset(tmp_path)
-    return tmp_path
 
 
 def summary(folder: Path) -> dict:

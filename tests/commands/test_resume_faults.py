@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_checkpoint import save_steps
-from tiny_run import metrics, train, write_dataset
+from tiny_run import metrics, steps_of, train
 
 from nanogpt_fast import evaluate
 from nanogpt_fast.errors import CheckpointError, ConfigError
@@ -27,17 +27,6 @@ from nanogpt_fast.settings.cli import load_config
 from nanogpt_fast.step import Report
 from nanogpt_fast.trainer import Trainer
 from nanogpt_fast.weights import formats
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    write_dataset(tmp_path)
-    return tmp_path
-
-
-def steps_of(folder: Path) -> list[int]:
-    return list(checkpoint.list_steps(folder / "out"))
-
 
 # ---- resuming ----
 

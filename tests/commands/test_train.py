@@ -38,12 +38,6 @@ META = json.dumps(
 )
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    write_dataset(tmp_path)
-    return tmp_path
-
-
 def test_it_learns_and_prints_nanogpts_lines(folder: Path, capsys: pytest.CaptureFixture[str]):
     assert train(folder, max_iters=150, eval_interval=50) == 0
     val = metrics(folder, "eval", "val_loss")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import metrics, train, train_process, write_dataset
+from tiny_run import metrics, steps_of, train, train_process
 
 from nanogpt_fast.data.loader import Loader
 from nanogpt_fast.errors import CheckpointError, DataError, DeviceError, DivergedError
@@ -19,16 +19,6 @@ from nanogpt_fast.run import checkpoint
 from nanogpt_fast.scoring import Forward
 from nanogpt_fast.step import Report, TrainStep
 from nanogpt_fast.trainer import Trainer
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    write_dataset(tmp_path)
-    return tmp_path
-
-
-def steps_of(folder: Path) -> list[int]:
-    return list(checkpoint.list_steps(folder / "out"))
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, call: int, error: Exception, of: type, name: str) -> None:
@@ -102,26 +92,6 @@ def test_an_error_that_cannot_be_saved_is_still_the_error(folder: Path, monkeypa
     with pytest.raises(DataError, match="gone"):
         train(folder, eval_interval=100)
     assert "the last 7 steps could not be saved" in caplog.text
-
-
-@pytest.mark.parametrize("failures", [2, 3])
-def test_a_full_disk_is_survived_twice(folder: Path, failures: int, monkeypatch: pytest.MonkeyPatch, caplog):
-    """The third save in a row that fails ends the run; one that succeeds begins the count anew."""
-    real, calls = checkpoint.save, iter(range(1, 10**6))
-
-    def save(*args: Any, **kwargs: Any) -> Path:
-        if next(calls) <= failures:
-            raise checkpoint.SaveFailed("could not save the checkpoint", found="No space left on device")
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(checkpoint, "save", save)
-    if failures == 2:
-        assert train(folder, max_iters=30) == 0 and steps_of(folder) == [30]
-        assert caplog.text.count("training goes on") == 2
-    else:
-        with pytest.raises(CheckpointError, match="could not save"):
-            train(folder, max_iters=100)
-        assert steps_of(folder) == [30], "tried once more before it left"
 
 
 # ---- what is not finite ----

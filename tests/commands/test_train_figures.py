@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import metrics, train, write_dataset
+from tiny_run import metrics, train
 
 from nanogpt_fast import trainer
 from nanogpt_fast.distributed import World
@@ -19,12 +19,6 @@ from nanogpt_fast.schedule import learning_rate
 from nanogpt_fast.settings.config import OptimConfig
 from nanogpt_fast.step import TrainStep
 from nanogpt_fast.trainer import Trainer
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    write_dataset(tmp_path)
-    return tmp_path
 
 
 def wrap(monkeypatch: pytest.MonkeyPatch, of: Any, name: str, before: Any) -> None:

@@ -6,16 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import metrics, train, write_dataset
+from tiny_run import metrics, train
 
 from nanogpt_fast.errors import DivergedError
 from nanogpt_fast.step import StepResult, TrainStep
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    write_dataset(tmp_path)
-    return tmp_path
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, iterations: set[int], value: float) -> None:

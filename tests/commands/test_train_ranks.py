@@ -8,15 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_run import ENV, flags, metrics, train, write_dataset
+from tiny_run import ENV, flags, metrics, train
 
 from nanogpt_fast.run import checkpoint
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    write_dataset(tmp_path)
-    return tmp_path
 
 
 def start_ranks(folder: Path, size: int, **changes: object) -> list[subprocess.Popen[str]]:

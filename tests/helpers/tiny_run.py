@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from nanogpt_fast.run import checkpoint
 from nanogpt_fast.train import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,3 +53,8 @@ def metrics(folder: Path, kind: str, key: str) -> dict[int, Any]:
     """{iteration: value} from out/metrics.jsonl; the last line of an iteration wins."""
     lines = [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text().splitlines()]
     return {line["iter"]: line[key] for line in lines if line["kind"] == kind}
+
+
+def steps_of(folder: Path) -> list[int]:
+    """The steps of out/checkpoints, in order."""
+    return list(checkpoint.list_steps(folder / "out"))
