@@ -19,7 +19,7 @@ import os
 import platform
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,6 @@ from nanogpt_fast.run.rundir import aside, clean_stale, publish, replaced
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 REQUIRED, OPTIONAL = (MODEL, STATE), (OPTIMIZER,)
 log = logging.getLogger(__name__)
-# What trainers read of a state.json's `state`, which may lack any; other keys are not ours to judge.
-_STATE_KINDS: dict[str, tuple[Any, str]] = {
-    **dict.fromkeys(("samples_seen", "optimizer_step", "good_steps"), (int, "a whole number >= 0")),
-    **dict.fromkeys(("best_val_loss", "val_loss", "loss_scale", "elapsed_s"), ((int, float), "a number")),
-    **dict.fromkeys(("fingerprint", "tokenizer", "config", "draws"), (dict, "an object")),
-    "recent_losses": (list, "a list of losses"),
-}
 _STEP = re.compile(r"step_(\d{8}|[1-9]\d{8,})")
 
 
@@ -218,6 +211,50 @@ def _encode(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
         yield tensor.detach().cpu().contiguous().numpy().astype("<f4", copy=False).reshape(-1).data
 
 
+def _is_number(value: Any) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_amount(value: Any) -> bool:
+    return _is_number(value) and 0 <= value < math.inf
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_losses(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_number, value))
+
+
+def _is_fingerprint(value: Any) -> bool:
+    """As data.tokens makes it; empty of other formats."""
+    if not isinstance(value, dict) or not value:
+        return value == {}
+    files = value.get("files")
+    return _is_count(value.get("tokens")) and isinstance(files, list) and all(map(_is_file, files))
+
+
+def _is_file(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() >= {"name", "bytes", "layout", "sha256_ends"}
+
+
+# What a run takes from a state.json's `state`, which may lack any: hashes prove who wrote last, not what. Other keys
+# are not ours to judge.
+_SOUND: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("samples_seen", "optimizer_step", "good_steps"), (_is_count, "a whole number >= 0")),
+    **dict.fromkeys(("best_val_loss", "val_loss"), (_is_number, "a number")),  # an older version saved NaN
+    **dict.fromkeys(("loss_scale", "elapsed_s"), (_is_amount, "a finite number >= 0")),
+    **dict.fromkeys(("tokenizer", "config", "draws"), (_is_object, "an object")),
+    "fingerprint": (_is_fingerprint, "the data's tokens and files"),
+    "recent_losses": (_is_losses, "a list of numbers"),
+}
+
+
 def _read_state(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """state.json, already verified; its step is the truth that the manifest's and the directory's name must match."""
     state = read_json(path / STATE)
@@ -228,11 +265,9 @@ def _read_state(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         and isinstance(state.get("state"), dict)
     ):
         raise CheckpointError(f"{STATE} is damaged", where=str(path / STATE), expected="step, model_args and state")
-    for key, (kinds, meaning) in _STATE_KINDS.items():
+    for key, (is_one, meaning) in _SOUND.items():
         value = state["state"].get(key)
-        wrong = isinstance(value, bool) or not isinstance(value, kinds)
-        wrong = wrong or (isinstance(value, int) and not 0 <= value < 2**63)
-        if value is not None and wrong:
+        if value is not None and not is_one(value):
             raise CheckpointError(
                 f"{STATE} is damaged at {key}",
                 where=f"{path / STATE}: state.{key}",

@@ -261,7 +261,8 @@ def test_the_configuration_is_written_durably(folder: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("key", "value"),
     [("samples_seen", "many"), ("samples_seen", -1), ("best_val_loss", []), ("val_loss", "low"), ("config", 3),
-     ("tokenizer", []), ("fingerprint", "x"), ("recent_losses", 1.0), ("elapsed_s", "long"), ("optimizer_step", 1.5)],
+     ("tokenizer", []), ("fingerprint", "x"), ("recent_losses", 1.0), ("elapsed_s", "long"), ("optimizer_step", 1.5),
+     ("fingerprint", {"tokens": 1, "files": [{}]}), ("recent_losses", ["x"]), ("loss_scale", -1.0)],
 )  # fmt: skip
 def test_a_state_of_the_wrong_kind_is_stepped_over(folder: Path, key: str, value: Any, capsys, caplog):
     """Its hash is right: somebody wrote it so."""
@@ -274,6 +275,15 @@ def test_a_state_of_the_wrong_kind_is_stepped_over(folder: Path, key: str, value
         checkpoint.load(path)
     assert f"state.{key}" in error.value.where
     assert restore("resume", str(folder / "out")).step == 10
+
+
+def test_a_loss_scale_below_one_is_sound(folder: Path):
+    """float16's is halved as often as gradients overflow."""
+    train(folder, max_iters=10)
+    found = checkpoint.load(folder / "out/checkpoints/step_00000010")
+    found.state["loss_scale"] = 0.5
+    checkpoint.save(folder / "out", found, keep_last=5)
+    assert restore("resume", str(folder / "out")).state["loss_scale"] == 0.5
 
 
 def test_a_start_that_fails_disturbs_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch):
