@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 MARK = "@ "  # before our lines: libraries print lines of their own
@@ -64,7 +65,8 @@ class Apart:
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout):
             if stream is not None:
-                stream.close()
+                with suppress(BrokenPipeError):  # closing writes what a turn could not
+                    stream.close()
 
 
 def serve(make: Callable[[], tuple[dict[str, Any], Callable[[], Any], Callable[[], dict[str, Any]]]],

@@ -24,7 +24,7 @@ if __name__ == "__main__":  # before Triton is imported, which nothing but this 
 
 import torch
 import work
-from byte_counter import accept_new_numpy, counting_bytes
+from byte_counter import counting_bytes, mend_interpreter
 from nanogpt_kernels import launch
 from nanogpt_kernels.contract import GRAD_NORM, LOSS_SCALE, LR
 from nanogpt_kernels.ops.adamw import adamw_, grad_norm
@@ -149,5 +149,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    accept_new_numpy()
+    mend_interpreter()
     main()

@@ -5,6 +5,11 @@ tests (tests/ops) run compiled on it and carry the marker `gpu`.
 """
 
 import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,3 +18,16 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def signals_heeded() -> Iterator[None]:
+    """SIGINT and SIGHUP as a terminal leaves them. A test run under nohup, or in the background, ignores them, and so
+    do its children: whoever sends one asks for this."""
+    heeded: dict[int, Any] = {signal.SIGINT: signal.default_int_handler}
+    if hasattr(signal, "SIGHUP"):
+        heeded[signal.SIGHUP] = signal.SIG_DFL
+    before = {number: signal.signal(number, handler) for number, handler in heeded.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -8,7 +8,7 @@ from nanogpt_fast.optim import FlatParameters
 from nanogpt_fast.settings.config import GPTConfig
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_compiled_equals_eager(dtype: torch.dtype):
     """The aot_eager backend traces and differentiates as inductor does, without its half-minute of C++."""
     generator = torch.Generator().manual_seed(0)

@@ -272,6 +272,7 @@ if len(path.read_text().splitlines()) == 1:
 """
 
 
+@pytest.mark.usefixtures("signals_heeded")
 def test_an_interrupted_run_keeps_what_it_has_and_goes_on(tmp_path: Path):
     """Ctrl-C in the second stage: its rows are whole, the page is there, and the printed command finishes the rest."""
     patch = (

@@ -221,13 +221,7 @@ def test_a_console_is_given_what_it_can_show(encoding: str):
 # ---- signals ----
 
 
-def heed() -> None:
-    """Under nohup, or in the background, a test run ignores them, and so would its children."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-
-def interrupted(body: str, *signals: int, before: Callable[[], Any] = heed) -> tuple[int, str, str]:
+def interrupted(body: str, *signals: int, before: Callable[[], Any] | None = None) -> tuple[int, str, str]:
     """The same for a process that is sent signals, half a second apart, once it has said something."""
     with subprocess.Popen(
         script(body, "run it again"), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -249,6 +243,7 @@ WAIT = "try:\n    print('begun', flush=True); time.sleep(20)\nfinally:\n    prin
 
 
 @posix
+@pytest.mark.usefixtures("signals_heeded")
 @pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
 def test_signals_unwind_and_say_how_to_go_on(name: str, code: int):
     found = interrupted(WAIT, getattr(signal, name))
@@ -256,6 +251,7 @@ def test_signals_unwind_and_say_how_to_go_on(name: str, code: int):
 
 
 @posix
+@pytest.mark.usefixtures("signals_heeded")
 def test_a_second_signal_ends_a_clean_up_that_hangs():
     for number in (signal.SIGINT, signal.SIGTERM):
         body = "try:\n    print('begun', flush=True); time.sleep(20)\nfinally:\n    time.sleep(20)"
@@ -297,6 +293,7 @@ def test_handlers_are_put_back():
 
 
 @posix
+@pytest.mark.usefixtures("signals_heeded")
 def test_what_a_library_makes_of_an_interruption_is_one():
     """torch.tensor() turns a Ctrl-C within it into a ValueError: it was exit 70."""
     body = "try:\n    os.kill(os.getpid(), signal.SIGINT); time.sleep(20)\n"
@@ -323,7 +320,6 @@ def main(argv):
 for line in range(1, 100):
     lines, ended = 0, False
     if not (pid := os.fork()):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.settrace(trace)
         command.run_command(main, again="run it again")
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -333,6 +329,7 @@ for line in range(1, 100):
 
 
 @posix
+@pytest.mark.usefixtures("signals_heeded")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_a_signal_at_any_line_around_main_ends_quietly(name: str):
     """From the handlers on until the process is gone: before main() it was a traceback and exit 1."""

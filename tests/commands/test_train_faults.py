@@ -189,6 +189,7 @@ def test_a_signal_within_an_evaluation_ends_it(folder: Path, mode: str, monkeypa
     assert "step 5:" not in out and "stopped after iteration 4. To continue:" in out
 
 
+@pytest.mark.usefixtures("signals_heeded")
 @pytest.mark.parametrize(("name", "code"), [("SIGHUP", 129), ("SIGINT", 130)])
 def test_a_run_is_saved_at(folder: Path, name: str, code: int):
     number = getattr(signal, name)

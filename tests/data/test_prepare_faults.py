@@ -19,11 +19,11 @@ from nanogpt_fast.data import encode, preparation, token_writer
 from nanogpt_fast.data.dataset import read_meta, verify
 from nanogpt_fast.data.preparation import PrepareConfig, prepare
 
+pytestmark = pytest.mark.usefixtures("signals_heeded")
+
 # The command itself, with small steps that take long enough to be hit.
 DRIVER = """
-import signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background, or under nohup, ignores them
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
+import sys, time
 from nanogpt_fast import prepare
 from nanogpt_fast.data import encode, preparation, token_writer
 from nanogpt_fast.command import run_command

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 import triton.language as tl
-from byte_counter import accept_new_numpy
 from byte_counter import counting_bytes as counting_bytes
+from byte_counter import mend_interpreter
 from triton.runtime import interpreter
 from triton.runtime.interpreter import TensorHandle
 
@@ -42,7 +42,7 @@ def install() -> None:
     """Patch the interpreter; once a process."""
     if getattr(InterpreterBuilder, "exact_bfloat16", False):
         return
-    accept_new_numpy()
+    mend_interpreter()
     np.seterr(over="ignore")  # to infinity without a word, as GPUs do
     stock = {
         name: getattr(InterpreterBuilder, name)

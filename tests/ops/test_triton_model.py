@@ -85,7 +85,7 @@ def test_loss_and_every_gradient(dtype: torch.dtype, residual: torch.dtype | Non
         assert_parity(ours[name], theirs[name], exact[name].double(), tiny=1e-6, what=name)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
 def test_twenty_steps_stay_together(dtype: torch.dtype):
     """Training on each set of ops: the losses agree to what the dtype leaves after twenty updates, and they fall."""
     losses = []

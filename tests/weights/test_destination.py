@@ -172,6 +172,7 @@ def test_killed_between_the_renames_nothing_is_lost(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
+@pytest.mark.usefixtures("signals_heeded")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_convert_between_two_pieces_and_leaves_nothing(tmp_path, monkeypatch, capsys, number):
     write(FIRST, tmp_path / "a.pt", "nanogpt")
@@ -186,12 +187,8 @@ def test_a_signal_stops_convert_between_two_pieces_and_leaves_nothing(tmp_path, 
 
     monkeypatch.setattr(huggingface, "PIECE", 1000)
     monkeypatch.setattr(huggingface, "_safetensors", interrupted)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # under nohup it is ignored
-    try:
-        with command._unwinding():
-            code = command._guarded(convert.main, [f"{tmp_path}/a.pt", f"{tmp_path}/hf", "--to=hf"], convert.AGAIN)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with command._unwinding():
+        code = command._guarded(convert.main, [f"{tmp_path}/a.pt", f"{tmp_path}/hf", "--to=hf"], convert.AGAIN)
     assert code == 128 + number and len(pieces) == 9 and max(pieces[2:]) == 1000
     assert convert.AGAIN in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
