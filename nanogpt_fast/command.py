@@ -52,6 +52,8 @@ def run_command(main: Callable[[list[str]], int | None], *, again: str = "nothin
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     argv, warnings = sys.argv[1:], WarningLines()
     loggers = [logging.getLogger(name) for name in ("nanogpt_fast", "__main__")]  # a command's own file is __main__
+    if any(isinstance(handler, WarningLines) for handler in loggers[0].handlers):
+        loggers = []  # `python -m nanogpt_fast` has run us, and says them
     for logger in loggers:
         logger.addHandler(warnings)
     try:

@@ -205,7 +205,7 @@ def encode_batches(batches: Iterable[Batch], encoder: Encoder, num_proc: int) ->
 def _pool(encoder: Encoder, num_proc: int) -> ProcessPoolExecutor | None:
     context = multiprocessing.get_context("spawn")  # forking a process that has threads (datasets has) can deadlock
     try:
-        with _signals_held():  # the resource tracker starts here, which would take SIGHUP
+        with _signals_held():  # the resource tracker starts here, which would take SIGHUP and SIGUSR1
             return ProcessPoolExecutor(num_proc, mp_context=context, initializer=_start_worker, initargs=(encoder,))
     except (OSError, ImportError) as error:  # semaphores live in /dev/shm
         log.warning("no processes can be shared work with here (%s): this one encodes alone", error)
@@ -214,11 +214,12 @@ def _pool(encoder: Encoder, num_proc: int) -> ProcessPoolExecutor | None:
 
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
-    """A terminal's signals go to the whole group: what starts in here never sees them, the parent decides."""
+    """A terminal's signals, and Slurm's, go to all processes: what starts in here sees none, its parent decides."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    held = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
     try:
         yield
     finally:

@@ -3,13 +3,14 @@
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from random_weights import random_weights
-from tiny_run import write_dataset
+from tiny_run import ENV, write_dataset
 
 from nanogpt_fast import __main__ as listing
 from nanogpt_fast import doctor, dry_run, evaluate, hardware, ops, plot, sample, tuned, verdict
@@ -19,7 +20,7 @@ from nanogpt_fast.settings.cli import load_config
 from nanogpt_fast.weights import formats
 
 ROOT = Path(__file__).resolve().parents[2]
-posix = pytest.mark.skipif(os.name == "nt", reason="files of POSIX")
+posix = pytest.mark.skipif(os.name == "nt", reason="files and signals of POSIX")
 ITOS = ["\n", "\x1b", "\u202e", *map(chr, range(97, 97 + 17))]
 
 
@@ -57,8 +58,26 @@ def test_a_word_runs_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.delitem(sys.modules, "nanogpt_fast.plot")  # runpy warns of a module that is there already
     with pytest.raises(SystemExit) as stop:
-        listing.dispatch(["plot", "--help"])
+        listing.main(["plot", "--help"])
     assert stop.value.code == 0 and "usage: python -m nanogpt_fast.plot" in capsys.readouterr().out
+
+
+@posix
+@pytest.mark.usefixtures("signals_heeded")
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_while_torch_is_imported_is_said_in_a_line(name: str, code: int):
+    body = (
+        "import os, runpy, signal, sys\n"
+        "class Hit:\n"
+        "    def find_spec(self, module, *_):\n"
+        f"        module == 'torch' and os.kill(os.getpid(), signal.{name})\n"
+        "sys.meta_path.insert(0, Hit())\n"
+        "sys.argv = ['nanogpt_fast', 'train', '--help']\n"
+        "runpy.run_module('nanogpt_fast', run_name='__main__', alter_sys=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", body], env=ENV, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr == f"interrupted ({name}): nothing was left half done\n"
 
 
 # ---- sample ----
