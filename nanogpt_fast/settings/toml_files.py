@@ -11,11 +11,16 @@ from nanogpt_fast.errors import ConfigError
 from nanogpt_fast.files import read_small
 
 MAX_FILE = 1 << 20  # bytes; a whole configuration has about 2,000
+MAX_DOTS = 200  # a line; what tomllib takes grows with the square of a key's parts: 1 GB for 16,000, 32 s for 50,000
 
 
 def read_toml(path: Path) -> dict[str, Any]:
     """Its keys and tables. Raises ConfigError with file and line, OSError if it cannot be read."""
     source = read_small(path, MAX_FILE)
+    for number, line in enumerate(source.splitlines(), 1):
+        if (dots := line.count(b".")) > MAX_DOTS:
+            what = f"a line with {dots:,} dots; {MAX_DOTS} at most are read"
+            raise ConfigError(what, where=f"{path}:{number}", expected="KEY = VALUE")
     try:
         return tomllib.loads(source.decode())
     except UnicodeDecodeError as error:
