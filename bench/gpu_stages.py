@@ -88,6 +88,11 @@ def all_stages(out: Path, arch: int = 90, ptxas: Path | None = None, sanitizer: 
         own = ["-p", "no:cacheprovider", "-p", "pytest_stage", "--results", str(out / "tests.jsonl")]
         return [sys.executable, "-m", "pytest", "-rfE", "--tb=short", *own, *args]
 
+    def small(name: str, batch_size: int) -> Stage:
+        return Stage(name, script("step.py", f"--batch_size={batch_size}", "--rounds=3", "--total_s", SECONDS, "--arms",
+                                  "triton+graph", "triton"), 45, suite="step",
+                     rehearsal=script("step.py", *on_cpu, *one_step, "--batch_size=1", "--arms", "triton"))  # fmt: skip
+
     on_cpu, one_step = ("--device=cpu", "--dtype=float32"), ("--tiny", "--accumulation=1", "--warmup=0", "--steps=1")
     parallel = ["-n", "8"] if importlib.util.find_spec("xdist") else []  # a test's time is compiling: on several cores
     on_gpu = ["-m", "gpu", "--maxfail=40", *parallel]
@@ -95,7 +100,7 @@ def all_stages(out: Path, arch: int = 90, ptxas: Path | None = None, sanitizer: 
     memcheck = [str(tool or "compute-sanitizer"), "--tool", "memcheck", "--error-exitcode", "9"]
     race = ("race.py", "--device=cpu", "--dtype=float32", "--size=tiny", "--repeats=2", "--ballast_mb=0")
     checked = ("ops.py", "norm", "--check", "--sizes=tiny", *on_cpu)
-    ops = ("ops.py", "--resume", "--sizes")
+    ops, run = ("ops.py", "--resume", "--sizes"), ("against_nanogpt.py", "--job")
     triton = importlib.util.find_spec("triton")
     own = Path(triton.origin if triton and triton.origin else "").parent / "backends/nvidia/bin"  # Triton's assemblers
     ours: dict[str, str | None] = {
@@ -119,9 +124,7 @@ def all_stages(out: Path, arch: int = 90, ptxas: Path | None = None, sanitizer: 
               rehearsal=pytest("-k", "test_widths and float32", *shipped_tests())),
         Stage("captured", pytest(*on_gpu, *captured_tests()), 60,
               rehearsal=pytest("--collect-only", *captured_tests())),
-        Stage("step-small", script("step.py", "--batch_size=4", "--rounds=3", "--total_s", SECONDS, "--arms",
-                                   "triton+graph", "triton"), 45, suite="step",
-              rehearsal=script("step.py", *on_cpu, *one_step, "--batch_size=1", "--arms", "triton")),
+        small("step-small", 4),
         Stage("race", script("race.py", *RACED), 40, rehearsal=script(*race, "embedding")),
         Stage("race-own-ptxas", script("race.py", *RACED), 40, env=ours, rehearsal=script(*race, "norm"),
               missing="" if ptxas else "needs a second assembler: --ptxas PATH"),
@@ -135,6 +138,11 @@ def all_stages(out: Path, arch: int = 90, ptxas: Path | None = None, sanitizer: 
               rehearsal=script("step.py", *on_cpu, *one_step, "--arms", "reference", "nanogpt")),
         Stage("profile", script("profile_stage.py"), 60, suite="profile",
               rehearsal=script("profile_stage.py", "--device=cpu", "--tiny", "--steps=2")),
+        small("step-16", 16),
+        *(Stage(f"train-{job}", script(*run, job, "--rounds=1", "--arms", "ours", "nanogpt"), 260, least_s=90,
+                suite="train", missing="" if importlib.util.find_spec("tyro") else "needs tyro",
+                rehearsal=script(*run, job, "--dry_run"))
+          for job in ("gpt2_124m", "shakespeare_char")),
         Stage("peers", script(*ops, "124m"), 180, suite="ops", rehearsal=script(*checked, "--peers=pytorch")),
         *tests,
         Stage("race-all", script("race.py"), 120, rehearsal=script(*race, "grad_norm")),

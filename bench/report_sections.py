@@ -227,25 +227,27 @@ def the_loader(rows: Rows) -> Section | None:
 
 
 def the_runs(rows: Rows) -> Section | None:
-    last = latest(rows.get("train", []), "arm", "round")
-    if not last:
-        return None
-    stock = {row["round"]: row["wall_s"] for row in last if row["arm"] == "nanogpt" and ok(row)}
-    cells = []
-    for arm in dict.fromkeys(row["arm"] for row in last):
-        mine = [row for row in last if row["arm"] == arm]
-        done = list(filter(ok, mine))
-        if not done:
-            cells.append([arm, *[None] * 4, mine[-1]["status"]])
-            continue
-        ratios = [row["wall_s"] / stock[row["round"]] for row in done if row["round"] in stock and arm != "nanogpt"]
-        middle = [harness.summary([row[key] for row in done])["ms"] for key in ("wall_s", "iter_ms", "val_loss")]
-        cells.append([arm, *middle, spread(ratios) if ratios else "", f"{len(done)} run(s)"])
+    every = latest(rows.get("train", []), "config", "arm", "round")
     section = Section("Whole training runs")
-    section.text.append(f"{last[-1].get('iterations')} iterations, each run a process from start to end.")
     header = ["arm", "wall s", "ms an iteration", "val loss", "of nanoGPT's wall time", "note"]
-    section.tables.append(("in turn", header, cells))
-    return section
+    for job in dict.fromkeys(row.get("config") for row in every):
+        last = [row for row in every if row.get("config") == job]
+        stock = {row["round"]: row["wall_s"] for row in last if row["arm"] == "nanogpt" and ok(row)}
+        cells = []
+        for arm in dict.fromkeys(row["arm"] for row in last):
+            mine = [row for row in last if row["arm"] == arm]
+            done = list(filter(ok, mine))
+            if not done:
+                cells.append([arm, *[None] * 4, mine[-1]["status"]])
+                continue
+            ratios = [row["wall_s"] / stock[row["round"]] for row in done if row["round"] in stock and arm != "nanogpt"]
+            middle = [harness.summary([row[key] for row in done])["ms"] for key in ("wall_s", "iter_ms", "val_loss")]
+            cells.append([arm, *middle, spread(ratios) if ratios else "", f"{len(done)} run(s)"])
+        named = (
+            f"{job or 'cpu'}, {last[-1].get('iterations')} iterations, each run a process from start to end, in turn"
+        )
+        section.tables.append((named, header, cells))
+    return section if every else None
 
 
 def the_explanation(rows: Rows) -> Section | None:

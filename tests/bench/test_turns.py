@@ -1,6 +1,7 @@
 """bench/turns.py, and what uses it: arms in processes of their own. No time is asserted anywhere."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 import step
 import step_timing
 import turns
+
+from nanogpt_fast.settings.cli import load_config
 
 BENCH = Path(turns.__file__).parent
 TINY = ["--device=cpu", "--tiny", "--dtype=float32", "--batch_size=2", "--accumulation=1", "--warmup=1"]
@@ -138,6 +141,23 @@ def test_whole_runs_are_compared_within_a_round(tmp_path: Path):
     }  # fmt: skip
     assert [(row[0], row[2]) for row in against_nanogpt.summary(runs)] == [("nanogpt", 1.0), ("ours", 0.375)]
     assert against_nanogpt.summary({"ours": runs["ours"]})[0][2] is None
+
+
+@pytest.mark.parametrize("job", against_nanogpt.JOBS)
+def test_our_commands_are_runs_of_so_many_iterations(job: str, capsys: pytest.CaptureFixture[str]):
+    assert against_nanogpt.main([f"--job={job}", "--dry_run"]) == 0
+    said = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    words = shlex.split(said["ours"])
+    config = load_config(words[words.index("nanogpt_fast.train") + 1 :])
+    assert config.optim.max_iters == config.optim.lr_decay_iters == against_nanogpt.JOBS[job]
+    tokens = config.data.batch_size * config.data.block_size * config.data.gradient_accumulation_steps
+    assert tokens == {"cpu": 768, "shakespeare_char": 16384, "gpt2_124m": 65536}[job]
+    assert f"--max_iters={config.optim.max_iters}" in shlex.split(said["nanogpt"])
+
+
+def test_losses_of_the_same_batches_are_laid_beside_each_other():
+    ours, theirs = {0: 4.0, 1: 3.5, 2: 3.0}, {0: 4.0, 1: 3.25}
+    assert against_nanogpt.gap(ours, theirs) == {"largest_gap": 0.25, "end_gap": 0.125}
 
 
 def test_a_run_that_fails_is_a_row_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
