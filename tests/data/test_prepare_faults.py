@@ -94,6 +94,22 @@ def test_a_signal_with_several_processes_prints_one_line(corpus: Path, sign: sig
     assert json.loads(Path("made/mine/.partial/journal.json").read_text())["documents"] > 0
 
 
+@pytest.mark.skipif(os.name == "nt", reason="process groups are POSIX")
+def test_slurms_warning_harms_no_process_of_several(corpus: Path) -> None:
+    """SIGUSR1 goes to all of them; a worker, or multiprocessing's tracker, that it killed would end the run."""
+    command, pipe = [sys.executable, "driver.py", *ARGV, "--num_proc=2"], subprocess.PIPE
+    with subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, env=environment(), text=True, start_new_session=True
+    ) as run:
+        assert run.stdout and run.stderr
+        for _ in range(20):
+            run.stdout.readline()
+        os.killpg(run.pid, signal.SIGUSR1)
+        assert all(run.stdout.readline() for _ in range(10))
+        run.terminate()
+        assert run.stderr.read().splitlines() == [STOPPED.replace("SIGINT", "SIGTERM")] and run.wait(30) == 143
+
+
 @pytest.mark.parametrize("where", ["characters", "tokens", "hashing"])
 def test_stopped_at_any_stage_it_goes_on_from_there(corpus: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     config = PrepareConfig(name="mine", source="corpus.jsonl", tokenizer="char", out="made/mine", num_proc=1)
