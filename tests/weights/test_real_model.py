@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from parity import assert_parity
 from random_weights import same_tensors
 
 from nanogpt_fast.model import GPT
@@ -24,7 +25,7 @@ pytestmark = [
 
 
 @torch.no_grad()
-def logits(folder: Path, idx: torch.Tensor) -> torch.Tensor:
+def logits(folder: Path, idx: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """By transformers, which reads pytorch_model.bin no more: its weights go in by hand."""
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config.from_pretrained(folder))
     if (folder / "pytorch_model.bin").exists():
@@ -33,7 +34,7 @@ def logits(folder: Path, idx: torch.Tensor) -> torch.Tensor:
         assert set(missing) <= {"lm_head.weight"}
     else:
         model = transformers.GPT2LMHeadModel.from_pretrained(folder)
-    return model.eval()(idx).logits
+    return model.eval().to(dtype)(idx).logits
 
 
 def test_it_computes_transformers_logits_and_survives_every_form(tmp_path: Path):
@@ -43,10 +44,14 @@ def test_it_computes_transformers_logits_and_survives_every_form(tmp_path: Path)
     idx = torch.randint(c.vocab_size, (2, c.block_size), generator=torch.Generator().manual_seed(0))
     expected, model = logits(folder, idx), GPT(c)
     model.load_state_dict(weights.model)
+    exact = logits(folder, idx, torch.float64)
     with torch.no_grad():
-        difference = (model.eval().logits(idx) - expected).abs().max()
-    assert expected.abs().max() > 1 and difference < 1e-5, f"{difference:.2g}"
-    print(f"logits up to {expected.abs().max():.3g} differ by {difference:.2g}")
+        ours, ours64 = model.eval().logits(idx), model.double().logits(idx)
+    assert exact.abs().max() > 1
+    torch.testing.assert_close(ours64, exact, rtol=0, atol=1e-11)  # measured 2e-14
+    assert_parity(ours, expected, exact, tiny=0.0, what="logits")  # either of them is 1e-5 from exact, of up to 19
+    differ = [f"{(a - b).abs().max():.2g}" for a, b in ((ours, expected), (ours64, exact))]
+    print(f"logits up to {exact.abs().max():.3g} differ by {differ[0]}, in float64 by {differ[1]}")
 
     names, path = {"nanogpt": "a.pt", "llmc": "m.bin"}, folder
     for to in ("native", "nanogpt", "llmc", "hf"):  # from form to form, not each from the first
