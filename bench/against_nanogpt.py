@@ -46,26 +46,24 @@ def schedule(args: argparse.Namespace) -> list[str]:
 
 def commands(nanogpt: Path | None, scratch: Path, args: argparse.Namespace) -> dict[str, tuple[list[str], Path]]:
     """{arm: (command, working directory)}: without nanoGPT's files ours alone."""
-    config = str(nanogpt / "config/train_shakespeare_char.py") if nanogpt else "config/train_shakespeare_char.py"
-    preset = ["--config", {"cpu": "shakespeare_char_cpu"}.get(args.job, args.job)]
-    if args.job == "cpu":
-        flags = ["--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=1", "--block_size=64",
-                 "--batch_size=12", "--n_layer=4", "--n_head=4", "--n_embd=128", "--dropout=0.0"]  # fmt: skip
-        theirs, given = [config, *flags], [config, *flags]
-    elif args.job == "gpt2_124m":
-        # one micro-batch: of several nanoGPT logs the last one's loss, we all of them
-        theirs = ["--batch_size=64", "--gradient_accumulation_steps=1", "--eval_iters=20", "--log_interval=1"]
-        given, preset = [], [*theirs, "--data_order=nanogpt"]
-    else:
-        theirs, given = [config], []
+    config = str((nanogpt or Path()) / "config/train_shakespeare_char.py")
+    small = [config, "--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=1", "--block_size=64",
+             "--batch_size=12", "--n_layer=4", "--n_head=4", "--n_embd=128", "--dropout=0.0"]  # fmt: skip
+    # one micro-batch: of several nanoGPT logs the last one's loss, we all of them
+    large = ["--batch_size=64", "--gradient_accumulation_steps=1", "--eval_iters=20", "--log_interval=1"]
+    theirs, ours = {
+        "cpu": (small, ["--config", "shakespeare_char_cpu"]),
+        "shakespeare_char": ([config], ["--config", "shakespeare_char"]),
+        "gpt2_124m": (large, [*large, "--data_order=nanogpt"]),
+    }[args.job]
     train = [sys.executable, "-m", "nanogpt_fast.train"]
     dtype = [f"--dtype={args.dtype}"] if args.dtype else []
-    found = {"ours": ([*train, *preset, *schedule(args), *dtype], scratch)}
+    found = {"ours": ([*train, *ours, *schedule(args), *dtype], scratch)}
     if nanogpt is not None:
         found["nanogpt"] = ([sys.executable, "train.py", *theirs, *schedule(args)], nanogpt)
         if args.job == "cpu":
-            again = [*train, *given, *schedule(args)]
-            found |= {ARMS[2]: (again, scratch), ARMS[3]: ([*again, "--dtype=float32"], scratch)}
+            same = [*train, *theirs, *schedule(args)]
+            found |= {ARMS[2]: (same, scratch), ARMS[3]: ([*same, "--dtype=float32"], scratch)}
     return found
 
 
@@ -123,12 +121,13 @@ def main(argv: list[str]) -> int:
                         help="tiny Shakespeare; else the sources of Python's library")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--iterations", type=int, help=", ".join(f"{job}: {count}" for job, count in JOBS.items()))
-    parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS), help="only these arms")
+    parser.add_argument("--arms", nargs="*", choices=ARMS, help="only these arms")
     parser.add_argument("--dtype", help="of the arm `ours`; by default its preset's")
     parser.add_argument("--dry_run", action="store_true", help="say what would run")
     parser.add_argument("--out", type=Path, help="append to DIR/train.jsonl")
     args = parser.parse_args(argv)
     args.iterations = args.iterations or JOBS[args.job]
+    args.arms = args.arms or list(ARMS if args.job == "cpu" else ARMS[:2])
     args.dataset = "bins_alone" if args.job == "gpt2_124m" else "shakespeare_char" if args.text else "stdlib"
     facts = {**machine.machine_facts("cpu" if args.job == "cpu" else ""), "config": args.job}
     facts |= {"iterations": args.iterations, "dataset": args.dataset}
@@ -145,13 +144,11 @@ def prepared(args: argparse.Namespace, scratch: Path) -> Path:
     """The folder of the text's tokens; of .bin files alone for a model that has GPT-2's vocabulary."""
     from nanogpt_fast.prepare import main as prepare  # only here: a dry run needs no tyro
 
-    data, made = scratch / "data" / args.dataset, scratch / "made"
-    prepare(
-        ["shakespeare_char", f"--source={args.text}", f"--out={made}"] if args.text else ["stdlib", f"--out={made}"]
-    )
-    data.mkdir(parents=True)
-    for path in made.glob("*.bin" if args.job == "gpt2_124m" else "*"):
-        shutil.copy(path, data)
+    data = scratch / "data" / args.dataset
+    source = ["shakespeare_char", f"--source={args.text}"] if args.text else ["stdlib"]
+    prepare([*source, f"--out={data}"])
+    for meta in data.glob("meta.*") if args.job == "gpt2_124m" else ():
+        meta.unlink()
     return data
 
 
@@ -160,7 +157,7 @@ def compare(args: argparse.Namespace, lines: machine.Lines, scratch: Path) -> in
     data = prepared(args, scratch)
     arms = commands(copied(args.nanogpt and Path(args.nanogpt), data, scratch), scratch, args)
     for name in args.arms:
-        if name not in arms and (args.job == "cpu" or name in ARMS[:2]):
+        if name not in arms:
             lines.write(arm=name, status="missing: name a checkout of karpathy/nanoGPT by --nanogpt DIR")
             print(f"{name}: missing: --nanogpt DIR, a checkout of karpathy/nanoGPT", flush=True)
     arms = {name: arms[name] for name in args.arms if name in arms}

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from nanogpt_fast.data.dataset import read_meta, verify
 from nanogpt_fast.data.preparation import PrepareConfig, prepare
 
 pytestmark = pytest.mark.usefixtures("signals_heeded")
+posix = pytest.mark.skipif(os.name == "nt", reason="process groups are POSIX")
 
 # The command itself, with small steps that take long enough to be hit.
 DRIVER = """
@@ -74,40 +77,47 @@ def test_an_interrupted_run_looks_unfinished_and_resumes(corpus: Path, sign: int
     assert resumed.splits == straight.splits and not (folder / ".partial").exists()
 
 
-@pytest.mark.skipif(os.name == "nt", reason="process groups are POSIX")
-@pytest.mark.parametrize(("sign", "lines"), [(signal.SIGINT, 20), (signal.SIGTERM, 1), (signal.SIGHUP, 1)])
-def test_a_signal_with_several_processes_prints_one_line(corpus: Path, sign: signal.Signals, lines: int) -> None:
-    """A terminal sends it to the whole group: the workers, starting or started, must leave it to the parent."""
-    command = [sys.executable, "driver.py", *ARGV, "--num_proc=2"]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(
-        command, stdout=pipe, stderr=pipe, env=environment(), text=True, start_new_session=True
-    ) as run:
-        assert run.stdout and run.stderr
-        for _ in range(lines):  # 20: a second, in which both workers have started
-            run.stdout.readline()
-        began = time.monotonic()
-        os.killpg(run.pid, sign)
-        told = run.stderr.read().splitlines()
-        assert run.wait(30) == 128 + sign and told == [STOPPED.replace("SIGINT", sign.name)]
-        assert time.monotonic() - began < 5  # 0.3 to 0.8 s on 2 cores
-    assert json.loads(Path("made/mine/.partial/journal.json").read_text())["documents"] > 0
-
-
-@pytest.mark.skipif(os.name == "nt", reason="process groups are POSIX")
-def test_slurms_warning_harms_no_process_of_several(corpus: Path) -> None:
-    """SIGUSR1 goes to all of them; a worker, or multiprocessing's tracker, that it killed would end the run."""
+@contextmanager
+def two_workers(lines: int) -> Iterator[subprocess.Popen[str]]:
+    """A run of them in a session of their own, which has said so many lines; by 20, a second, both have started."""
     command, pipe = [sys.executable, "driver.py", *ARGV, "--num_proc=2"], subprocess.PIPE
     with subprocess.Popen(
         command, stdout=pipe, stderr=pipe, env=environment(), text=True, start_new_session=True
     ) as run:
-        assert run.stdout and run.stderr
-        for _ in range(20):
+        assert run.stdout
+        for _ in range(lines):
             run.stdout.readline()
+        yield run
+
+
+def stopped_by(run: subprocess.Popen[str], sign: signal.Signals) -> bool:
+    """Whether it says so, and nothing else."""
+    assert run.stderr
+    told = run.stderr.read().splitlines()
+    return run.wait(30) == 128 + sign and told == [STOPPED.replace("SIGINT", sign.name)]
+
+
+@posix
+@pytest.mark.parametrize(("sign", "lines"), [(signal.SIGINT, 20), (signal.SIGTERM, 1), (signal.SIGHUP, 1)])
+def test_a_signal_with_several_processes_prints_one_line(corpus: Path, sign: signal.Signals, lines: int) -> None:
+    """A terminal sends it to the whole group: the workers, starting or started, must leave it to the parent."""
+    with two_workers(lines) as run:
+        began = time.monotonic()
+        os.killpg(run.pid, sign)
+        assert stopped_by(run, sign)
+        assert time.monotonic() - began < 5  # 0.3 to 0.8 s on 2 cores
+    assert json.loads(Path("made/mine/.partial/journal.json").read_text())["documents"] > 0
+
+
+@posix
+def test_slurms_warning_harms_no_process_of_several(corpus: Path) -> None:
+    """SIGUSR1 goes to all of them; a worker, or multiprocessing's tracker, that it killed would end the run."""
+    with two_workers(20) as run:
+        assert run.stdout
         os.killpg(run.pid, signal.SIGUSR1)
         assert all(run.stdout.readline() for _ in range(10))
         run.terminate()
-        assert run.stderr.read().splitlines() == [STOPPED.replace("SIGINT", "SIGTERM")] and run.wait(30) == 143
+        assert stopped_by(run, signal.SIGTERM)
 
 
 @pytest.mark.parametrize("where", ["characters", "tokens", "hashing"])
