@@ -6,9 +6,10 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,10 @@ log = logging.getLogger(__name__)
 # Measured on an AVX2 core, quickstart: 65 to 94 ms an iteration in float32, 828 to 943 in bfloat16, float16 as slow.
 SLOW_DTYPE = "this CPU has neither {missing} and emulates {name}, about ten times as slow as float32: --dtype=float32"
 
+NAMED_BEFORE = {  # torch 2.13
+    "reduce_scatter_single": "reduce_scatter_tensor",
+    "all_gather_single": "all_gather_into_tensor",
+}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
@@ -40,15 +45,43 @@ class World:
 
     def all_reduce_(self, tensor: Tensor) -> None:
         """Sum over ranks, in place."""
-        if self.size > 1:
+        self.all_reduce(tensor)()
+
+    def all_reduce(self, tensor: Tensor) -> Callable[[], None]:
+        """Start to sum over ranks, in place; what is returned waits: a GPU's stream, or on the CPU this thread."""
+        return self._started("all_reduce", tensor)
+
+    def reduce_scatter(self, share: Tensor, tensor: Tensor) -> Callable[[], None]:
+        """Start to sum over ranks; share, [len(tensor) / size], becomes this rank's part of the sum. It may lie in
+        tensor, at its own place, whose rest is then in any state."""
+        return self._started("reduce_scatter_single", share, tensor)
+
+    def all_gather(self, tensor: Tensor, share: Tensor) -> Callable[[], None]:
+        """Start to fill tensor with every rank's share, which may lie in it, at its own place."""
+        return self._started("all_gather_single", tensor, share)
+
+    def _started(self, name: str, *tensors: Tensor) -> Callable[[], None]:
+        if self.size == 1:
+            return lambda: None
+        collective = getattr(dist, name, None) or getattr(dist, NAMED_BEFORE[name])
+        with self._with_all():
+            work: Any = collective(*tensors, async_op=True)
+
+        def wait() -> None:
             with self._with_all():
-                dist.all_reduce(tensor)
+                work.wait()
+
+        return wait
 
     def broadcast_(self, tensor: Tensor) -> None:
         """Rank 0's values to all, in place."""
         if self.size > 1:
             with self._with_all():
                 dist.broadcast(tensor, src=0)
+
+    def main_says(self, flag: bool) -> bool:
+        """Rank 0's flag, on every rank."""
+        return self.any(flag and self.is_main)
 
     def any(self, flag: bool) -> bool:
         """True on every rank when it is True on one."""
@@ -175,15 +208,7 @@ def join(device: str, backend: str, gradient_accumulation_steps: int, ramp_start
             expected="0 <= RANK < WORLD_SIZE",
             hint="start with torchrun, or `unset RANK` to train alone",
         )
-    for key, count in (("gradient_accumulation_steps", gradient_accumulation_steps), ("batch_ramp", ramp_start)):
-        if count % size:
-            up, rest = -(-count // size) * size, ":ITERS" if key == "batch_ramp" else ""
-            raise ConfigError(
-                f"{key} counts the micro-batches of all ranks and must divide by their number",
-                where=f"{key} = {count}{rest}, WORLD_SIZE = {size}",
-                expected=f"a multiple of {size}{rest}",
-                hint=f"--{key}={up}{rest}",
-            )
+    require_shares(size, gradient_accumulation_steps, ramp_start)
     on = resolve_device(device)
     if on.type == "mps" and size > 1:
         raise DeviceError(
@@ -205,6 +230,19 @@ def join(device: str, backend: str, gradient_accumulation_steps: int, ramp_start
             hint="start with torchrun, or `unset RANK` to train alone",
         ) from error
     return World(rank, size, on)
+
+
+def require_shares(size: int, gradient_accumulation_steps: int, ramp_start: int = 0) -> None:
+    """ConfigError unless so many ranks get as many of the micro-batches each, at --batch_ramp's start too."""
+    for key, count in (("gradient_accumulation_steps", gradient_accumulation_steps), ("batch_ramp", ramp_start)):
+        if count % size:
+            up, rest = -(-count // size) * size, ":ITERS" if key == "batch_ramp" else ""
+            raise ConfigError(
+                f"{key} counts the micro-batches of all ranks and must divide by their number",
+                where=f"{key} = {count}{rest}, WORLD_SIZE = {size}",
+                expected=f"a multiple of {size}{rest}",
+                hint=f"--{key}={up}{rest}",
+            )
 
 
 def _number(key: str) -> int:

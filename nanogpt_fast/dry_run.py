@@ -1,5 +1,7 @@
 """--dry_run: the resolved configuration, and what a run of it asks for."""
 
+from dataclasses import replace
+
 import torch
 
 from nanogpt_fast import distributed
@@ -41,7 +43,9 @@ def describe(config: Config) -> str:
         ops = select_ops(config.system.kernels, device.type, expected(capability_of(device)))
         dtype = distributed.resolve_dtype(config.system.dtype, device)
         flops_there, source = resolve_peak(device, dtype)
-    plan = plan_of(config, shape, ops, dtype, device)
+    ranks, batches = max(1, config.system.world), BatchSchedule.of(config.data)
+    distributed.require_shares(ranks, batches.full, batches.start)
+    plan = plan_of(config, shape, ops, dtype, device, ranks)
     memory = peak(plan)
     rows = [
         f"model           {model}: {shape.num_params() / 1e6:,.2f}M parameters, vocab_size {shape.vocab_size:,}",
@@ -52,14 +56,16 @@ def describe(config: Config) -> str:
     ]
     if not config.run.eval_only:
         rows.append(f"micro-batch     {_what_fits(plan, capacity, 'in all' if config.system.on else 'free')}")
-        batches, flops = BatchSchedule.of(config.data), flops_per_token(shape)["nanogpt"]
+        flops = flops_per_token(shape)["nanogpt"]
         tokens, first = batches.tokens_before(config.optim.max_iters + 1), batches.tokens_before(1)
         ramp = f"{first:,}, growing to " if config.data.batch_ramp else ""
         rows.append(f"tokens          {ramp}{config.tokens_per_iter:,} an iteration, {tokens:,} in all")
         rows.append(f"compute         {flops / 1e9:.3f} GFLOP a token, {flops * tokens / 1e15:,.3f} PFLOP in all")
         if flops_there:
             rows.append(f"time            {_span(flops * tokens / flops_there)} at least on one such device (MFU 100%)")
-    return to_toml(config.replace(dry_run=False, on="")) + "\n" + "\n".join(f"# {row}" for row in rows)
+        if config.system.world:
+            rows += _over_ranks(config, plan)
+    return to_toml(config.replace(dry_run=False, on="", world=0)) + "\n" + "\n".join(f"# {row}" for row in rows)
 
 
 def _what_is_there(config: Config) -> str:
@@ -81,6 +87,20 @@ def _span(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:,.3g} {unit}" if seconds < 1000 * size else f"{seconds / size:,.0f} {unit}"
     return f"{seconds:.3g} s"
+
+
+def _over_ranks(config: Config, plan: Plan) -> list[str]:
+    """A row for 1, 2, 4, ... ranks up to --world: what each holds at the peak, and the micro-batches that it takes."""
+    world, batches = plan.ranks, BatchSchedule.of(config.data)
+    counts = sorted({*(2**i for i in range(world.bit_length()) if 2**i <= world), world})
+    rows = [f"{'ranks':<15} {'ddp, GiB a rank':>15} {'zero1':>9} {'micro-batches each':>19}"]
+    for ranks in counts:
+        divides = batches.full % ranks == 0 == batches.start % ranks
+        each = str(batches.full // ranks) if divides else f"{batches.full} do not divide"
+        plans = [replace(plan, ranks=ranks, parallel=parallel) for parallel in ("ddp", "zero1")]
+        held = [sum(peak(each).values()) / 2**30 for each in plans]
+        rows.append(f"{ranks:<15,} {held[0]:>15.2f} {held[1]:>9.2f} {each:>19}")
+    return rows
 
 
 def _what_fits(plan: Plan, capacity: int | None, which: str) -> str:

@@ -35,7 +35,7 @@ class Position(NamedTuple):
 
 
 class Keeper:
-    """Saves rank 0's state to out_dir; on other ranks save() does nothing.
+    """Saves the state to out_dir, which rank 0 does; where ranks hold shares of it, all of them have to ask alike.
 
     facts: what every checkpoint says of the run (fingerprint, tokenizer). say, elapsed: the run's log.
     """
@@ -63,24 +63,37 @@ class Keeper:
     def healthy(self) -> bool:
         """Whether what is held is worth keeping: whole (no update was broken off), finite, and so is the loss that it
         comes to: of its own evaluation where there is one, else not of two steps in a row (one alone may be the fault
-        of its batch; its update was refused)."""
-        if not (self.step.whole and torch.isfinite(self.step.optimizer.flat.master.sum())):
-            return False
+        of its batch; its update was refused). Of shares, all."""
+        good = self.bad_losses < 2
         if self.evaluated and self.evaluated[0] == self.position.step:
-            return math.isfinite(self.evaluated[1])
-        return self.bad_losses < 2
+            good = math.isfinite(self.evaluated[1])
+        good = good and self.step.whole and bool(torch.isfinite(self.step.optimizer.flat.master.sum()))
+        return not self.world.any(not good) if self.step.exchange.sharded else good
 
     @property
     def unsaved(self) -> int:
         """Steps since the last checkpoint."""
         return self.position.step - max(self.saved_step, 0)
 
-    def save(self, must: bool = False) -> None:
-        """Write the checkpoint of the steps done; a full disk is survived a few times, unless `must`."""
-        if not self.world.is_main:
+    def offer(self, wanted: bool, refusal: str = "", must: bool = False) -> None:
+        """Save what is held if that is wanted, by rank 0's account, and healthy; else warn of the refusal."""
+        if self.step.exchange.sharded:
+            wanted = self.world.main_says(wanted)
+        elif not self.world.is_main:
             return
+        if wanted and self.healthy:
+            self._save(must)
+        elif wanted and refusal:
+            log.warning(refusal)
+
+    def _save(self, must: bool) -> None:
+        """Write the checkpoint of the steps done; a full disk is survived a few times, unless `must`."""
         optimizer, (step, samples, draws) = self.step.optimizer, self.position
-        tensors, numbers = optimizer.state_dict()
+        model, flat = self.step.model, optimizer.flat
+        master, m, v = (self.step.exchange.whole(held) for held in (flat.master, optimizer.m, optimizer.v))
+        if master is None:  # rank 0 has it
+            return
+        tensors, numbers = optimizer.state_dict(m, v)
         state = {
             **numbers,
             **self.step.guard.state_dict(),
@@ -93,8 +106,7 @@ class Keeper:
         }
         if draws is not None and self.world.size == 1:  # the other ranks have generators of their own
             state["draws"] = draws.to_json()
-        model, flat = self.step.model, optimizer.flat
-        content = checkpoint.Checkpoint(step, asdict(model.config), flat.named(flat.master), tensors, state)
+        content = checkpoint.Checkpoint(step, asdict(model.config), flat.named(master), tensors, state)
         try:
             with span(ranges.CHECKPOINT):
                 path = checkpoint.save(self._out_dir, content, keep_last=self.config.run.keep_last)
@@ -112,17 +124,18 @@ class Keeper:
 
         Raises where that fails and `must`; else something worse ends the run, and this only warns.
         """
-        if not self.world.is_main:
-            then()
-            return
         try:
-            if self.unsaved and self.healthy:
-                self.save(must=True)
+            if must or not self.step.exchange.sharded:
+                self.offer(self.unsaved > 0, must=True)
+            elif self.unsaved:  # what ended this rank may have ended others, who would not come
+                log.warning("the last %d steps are lost: --parallel=zero1 saves with all ranks only", self.unsaved)
         except Exception as error:  # the device is gone, or the disk
             if must:
                 raise
             log.warning("the last %d steps could not be saved: %s", self.unsaved, str(error).partition("\n")[0])
         then()
+        if not self.world.is_main:
+            return
         done, saved = self.position.step, self.saved_step
         kept = "" if not self.unsaved else f"; saved until iteration {saved - 1}" if saved > 0 else "; nothing is saved"
         if not done:

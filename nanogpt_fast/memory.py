@@ -30,7 +30,7 @@ from nanogpt_fast.gpus import GPU
 from nanogpt_fast.hardware import capability_of
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import Ops, inside_of, without_data
-from nanogpt_fast.optim import AdamW, FlatParameters
+from nanogpt_fast.optim import BUCKET, AdamW, FlatParameters
 from nanogpt_fast.settings.config import Config, GPTConfig
 from nanogpt_fast.step import TrainStep
 
@@ -56,6 +56,10 @@ class Plan:
     ramp: int = 0  # its iterations, 0 without one
     device_type: str
     capability: int | None = None  # of a CUDA device, as in sm_90: 90
+    ranks: int = 1
+    parallel: str = "ddp"  # zero1: each holds a share of masters and moments
+    reduce_dtype: torch.dtype = torch.float32
+    bucket_mb: float = BUCKET
 
     def with_batch(self, batch_size: int) -> "Plan":
         """As many sequences an iteration, in micro-batches of batch_size, which divides them."""
@@ -89,6 +93,10 @@ def plan_of(
         ramp=ramp,
         device_type="cuda" if isinstance(device, GPU) else device.type,
         capability=device.capability if isinstance(device, GPU) else capability_of(device),
+        ranks=ranks,
+        parallel=config.system.parallel,
+        reduce_dtype=getattr(torch, config.system.reduce_dtype),
+        bucket_mb=config.system.bucket_mb,
     )
 
 
@@ -112,10 +120,11 @@ def _step(plan: Plan, held: "_LiveBytes") -> TrainStep:
         linear_cross_entropy=held.labelled(WORKSPACE, plan.ops.linear_cross_entropy),
         adamw_=lambda *args: None,
     )
-    meta = torch.device("meta")
-    with meta:
+    meta, sharded = torch.device("meta"), plan.parallel == "zero1"
+    world = Unheard(0, plan.ranks, meta)
+    with meta, held.overlooking():  # the model is built on the CPU
         model = GPT(plan.shape, ops, plan.residual_dtype, plan.recompute).train()
-    flat = FlatParameters(model, plan.dtype, meta)
+    flat = FlatParameters(model, plan.dtype, meta, world, sharded=sharded, bucket_mb=plan.bucket_mb)
     optimizer = AdamW(flat, Config().optim, ops, scale_loss=plan.dtype == torch.float16)
     for part, buffers in {
         PARAMETERS: (flat.master, flat.params),
@@ -124,7 +133,16 @@ def _step(plan: Plan, held: "_LiveBytes") -> TrainStep:
     }.items():
         for buffer in buffers:
             held.label(buffer, part)
-    return TrainStep(model, optimizer, World(device=meta), seed=0)
+    return TrainStep(model, optimizer, world, seed=0, reduce_dtype=plan.reduce_dtype)
+
+
+class Unheard(World):
+    """A rank whose collectives nobody hears."""
+
+    def _started(self, name: str, *tensors: Tensor) -> Callable[[], None]:
+        return lambda: None
+
+    def broadcast_(self, tensor: Tensor) -> None: ...
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -151,7 +169,7 @@ class _LiveBytes(TorchDispatchMode):
         key = storage._cdata
         if key in self.live:
             return
-        size = -(-storage.nbytes() // self.block) * self.block
+        size = -(-storage.nbytes() // self.block) * self.block if self.block else 0
         in_backward = torch._C._current_graph_task_id() != -1
         part = WORKSPACE if in_backward else self.current
         self.live[key] = weakref.ref(storage, lambda _: self._forget(key)), size, part
@@ -172,6 +190,15 @@ class _LiveBytes(TorchDispatchMode):
         self.live[key] = ref, size, part
         self.now[before] -= size
         self.now[part] += size
+
+    @contextmanager
+    def overlooking(self) -> Iterator[None]:
+        """What is made within does not count, then or later."""
+        block, self.block = self.block, 0
+        try:
+            yield
+        finally:
+            self.block = block
 
     def labelled(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """function, what it allocates being of this part."""
@@ -220,14 +247,14 @@ def largest_batch(plan: Plan, budget: float) -> int | None:
     return batches[low - 1] if low else None
 
 
-def batch_flags(plan: Plan, batch_size: int, ranks: int = 1) -> str:
+def batch_flags(plan: Plan, batch_size: int) -> str:
     """The flags of micro-batches of batch_size sequences, with the plan's tokens an iteration."""
-    first, full = (n * ranks // batch_size for n in (plan.first, plan.sequences))
+    first, full = (n * plan.ranks // batch_size for n in (plan.first, plan.sequences))
     ramp = f" --batch_ramp={first}:{plan.ramp}" if plan.ramp else ""
     return f"--batch_size={batch_size} --gradient_accumulation_steps={full}{ramp}"
 
 
-def relief(plan: Plan, budget: float | None, ranks: int = 1) -> str:
+def relief(plan: Plan, budget: float | None) -> str:
     """What to set when a step of this plan ran out of memory, best first; budget: bytes there are, None if unknown."""
     found, stronger = [], RECOMPUTE[RECOMPUTE.index(plan.recompute) + 1 :]
     now = sum(peak(plan).values())
@@ -240,7 +267,7 @@ def relief(plan: Plan, budget: float | None, ranks: int = 1) -> str:
         found.append(f"--recompute={name} ({readable(now - kept[name])} less by prediction)")
     if smaller:
         fits = None if budget is None else largest_batch(plan, budget)
-        found.append(batch_flags(plan, fits if fits in smaller else smaller[-1], ranks) + ", on the same tokens")
+        found.append(batch_flags(plan, fits if fits in smaller else smaller[-1]) + ", on the same tokens")
     return ", or ".join(found) or "a smaller --block_size or model, or a device with more memory"
 
 

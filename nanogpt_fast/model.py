@@ -127,6 +127,7 @@ class GPT(nn.Module):
         self.config, self.ops, self.residual_dtype, self.recompute = config, ops, residual_dtype, recompute
         self.transformer = _Transformer(config)
         self.blocks: list[_Block] = list(self.transformer.h)  # type: ignore[arg-type]
+        self.at_block: Callable[[int, Tensor], None] | None = None  # called before block i, with its y; for step.py
 
     def num_params(self, non_embedding: bool = True) -> int:
         return self.config.num_params(non_embedding)
@@ -182,6 +183,8 @@ class GPT(nn.Module):
         y = ops.norm(r, self.blocks[0].ln_1.weight, self.blocks[0].ln_1.bias, EPS, t.wte.weight.dtype)
         rebuilt = self.recompute == "block" and torch.is_grad_enabled()
         for i in range(len(self.blocks)):
+            if self.at_block is not None:
+                self.at_block(i, y)
             r, y = (self._rebuilt_block if rebuilt else self._block)(i, r, y, p, seed, doc_ids)
         return y
 

@@ -114,10 +114,8 @@ def build_optimizer(
     config: Config, model: GPT, restored: Restored | None, dtype: torch.dtype, world: World, say: Any
 ) -> AdamW:
     """Move the parameters into flat buffers on the device, and AdamW over them, its state restored on resume."""
-    flat = FlatParameters(model, dtype, world.device)
-    world.broadcast_(flat.master)
-    if flat.params is not flat.master:
-        flat.params.copy_(flat.master)
+    sharded, bucket_mb = config.system.parallel == "zero1", config.system.bucket_mb
+    flat = FlatParameters(model, dtype, world.device, world, sharded=sharded, bucket_mb=bucket_mb)
     optimizer = AdamW(flat, config.optim, model.ops, scale_loss=dtype == torch.float16)
     for text, wanted in (("decayed", True), ("non-decayed", False)):
         shapes = [shape for shape in flat.shapes.values() if (len(shape) > 1) == wanted]

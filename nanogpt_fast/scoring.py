@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nanogpt_fast.data.loader import full_split, random_batches, read_windows
 from nanogpt_fast.data.tokens import TokenSource
+from nanogpt_fast.distributed import World
 from nanogpt_fast.graphs import Graphs
 from nanogpt_fast.model import GPT, document_ids
 from nanogpt_fast.ops import exact_device
@@ -120,13 +121,17 @@ def estimate_loss(
     mode: Mode = "random",
     forward: Forward | None = None,
     stop: Callable[[], bool] = lambda: False,
+    world: World | None = None,
 ) -> dict[str, float]:
     """{split: mean loss}, split after split in the order of sources. BrokenOff once stop(), asked before each forward,
     says so.
 
     random: nanoGPT's estimate, eval_iters batches a split drawn from generator. full: every token of val once, and the
     estimate for train, whose whole is too long for an evaluation (9 billion tokens of OpenWebText). forward: see score.
+    world: ranks that share the work: each draws eval_iters batches and takes its part of the windows, and all get the
+    losses over the targets of all, or BrokenOff where one of them was asked to stop.
     """
+    world = world or World()
     stack = stack_for(model, batch_size, block_size)
     settings = {"eval_iters": eval_iters, "batch_size": batch_size, "block_size": block_size, "stack": stack}
     losses = {}
@@ -134,11 +139,24 @@ def estimate_loss(
         if mode == "random" or split == "train":
             batches = random_targets(source, model.config.vocab_size, generator=generator, **settings)
         else:
-            batches = all_targets(source, model.config.vocab_size, batch_size=stack * batch_size, block_size=block_size)
+            batches = all_targets(
+                source,
+                model.config.vocab_size,
+                batch_size=stack * batch_size,
+                block_size=block_size,
+                rank=world.rank,
+                ranks=world.size,
+            )
         result = score(model, itertools.takewhile(lambda _: not stop(), batches), forward=forward)
-        if stop():
+        sums = [result.nll, float(result.tokens), float(stop())]
+        if world.size > 1:
+            shared = torch.tensor(sums, dtype=torch.float64, device=world.device)
+            world.all_reduce_(shared)
+            sums = shared.tolist()
+        nll, tokens, broken_off = sums
+        if broken_off:
             raise BrokenOff
-        losses[split] = result.loss
+        losses[split] = nll / tokens
     return losses
 
 
@@ -166,10 +184,12 @@ def random_targets(
         yield tokens[:, :-1], tokens[:, 1:]
 
 
-def all_targets(source: TokenSource, vocab_size: int, *, batch_size: int, block_size: int) -> Iterator[Batch]:
-    """Every target of the source once, in order."""
-    position = torch.arange(block_size)
-    for tokens, valid in full_split(source, batch_size=batch_size, block_size=block_size, vocab_size=vocab_size):
+def all_targets(
+    source: TokenSource, vocab_size: int, *, batch_size: int, block_size: int, rank: int = 0, ranks: int = 1
+) -> Iterator[Batch]:
+    """Every target of the source once, in order; of several ranks, this one's part of them."""
+    position, sizes = torch.arange(block_size), {"batch_size": batch_size, "block_size": block_size}
+    for tokens, valid in full_split(source, vocab_size=vocab_size, rank=rank, ranks=ranks, **sizes):
         tokens = tokens.to(torch.int64)
         yield tokens[:, :-1], tokens[:, 1:].masked_fill(position >= valid[:, None], -1)
 

@@ -98,6 +98,8 @@ def main(argv: list[str]) -> int:
         )
         guard = LossGuard(config.optim.skip_step_sigma, config.optim.skip_step_window, optimizer.scalars.device)
         guard.load_state_dict(resumed.state if resumed else {})
+        sums = getattr(torch, system.reduce_dtype)
+        step = TrainStep(model, optimizer, world, config.run.seed, batches, eot, graphs, guard, sums)
         peak = training_peak(world.device, dtype) if world.is_main else Peak(None, "")
         say(f"device {world.device}, dtype {str(dtype).removeprefix('torch.')}, peak for MFU: {peak.source}")
         run_log = RunLog(
@@ -115,7 +117,7 @@ def main(argv: list[str]) -> int:
         trainer = Trainer(
             config=config,
             world=world,
-            step=TrainStep(model, optimizer, world, config.run.seed, batches, eot, graphs, guard),
+            step=step,
             loader=loader,
             sources=sources,
             generator=generator if data.data_order == "nanogpt" else None,

@@ -74,7 +74,7 @@ class Trainer:
         self._launched: deque[Launched] = deque()
         self._lag = 1 if self.world.device.type == "cuda" else 0  # iterations whose figures the GPU still owes
         self._forward = Forward(self.model, self.step.eot, self.step.graphs)
-        self._votes = 0.0  # to stop; on all ranks alike
+        self._votes, self._save_votes = 0.0, 0.0  # to stop, and to save and go on; on all ranks alike
         facts = {"fingerprint": self.fingerprint, "tokenizer": self.tokenizer}
         line, elapsed = self.log.line, lambda: self.log.elapsed
         self.keeper = Keeper(self.config, self.world, self.step, self._position(self.start), facts, line, elapsed)
@@ -106,6 +106,7 @@ class Trainer:
                     self._settle()
                     if self._asked(stop):
                         return self._leave(stop)
+                self.step.exchange.complete()  # for the sample at the end
                 self._finish(end)
             except Exception as error:
                 if not (run.eval_only or isinstance(error, DivergedError)):
@@ -130,26 +131,26 @@ class Trainer:
         always, saved = self.config.run.always_save_checkpoint, self.keeper.saved_step
         if self.start >= end:
             self.log.line(f"nothing to do: {self.start} iterations are done, --max_iters={end - 1}")
-        elif not self.keeper.healthy or not math.isfinite(self.keeper.evaluated[1] if self.keeper.evaluated else 0.0):
+        elif not self.keeper.healthy or self.world.main_says(not math.isfinite((self.keeper.evaluated or (0, 0.0))[1])):
             raise self._diverged("the run ended in losses that are not finite", f"iteration {end - 1}")
-        elif saved < end - 1 and (always or saved in (-1, self.start)):  # as nanoGPT, max_iters steps are enough
-            self.keeper.save(must=True)
+        else:  # as nanoGPT, max_iters steps are enough
+            self.keeper.offer(saved < end - 1 and (always or saved in (-1, self.start)), must=True)
 
     def _iterate(self, iteration: int, stop: StopSignals) -> None:
         """Step, and log what has come back."""
-        if stop.save_asked and self.world.is_main:
+        save = stop.save_asked
+        if save:
             stop.save_asked = False
+        if self._save_votes or (save and self.world.size == 1):
             self._settle()
-            if not self.keeper.healthy:
-                log.warning("iteration %d: not saved, the losses are not finite", iteration)
-            elif self.keeper.unsaved:
-                self.keeper.save()
+            self._save_votes = 0.0
+            self.keeper.offer(self.keeper.unsaved > 0, f"iteration {iteration}: not saved, the losses are not finite")
             self._restart_clock()
         self.optimizer.set_lr(learning_rate(iteration, self.config.optim))
         first = self.loader.samples_seen
         with span(ranges.DATA):
             batch = next(self.loader)
-        self.step(batch, iteration, stop())
+        self.step(batch, iteration, stop(), save)
         self.keeper.position = self._position(iteration + 1)
         samples = range(first, self.loader.samples_seen)
         self._launched.append(Launched(iteration, samples, self.window.open, self.step.read()))
@@ -169,6 +170,7 @@ class Trainer:
 
     def _take_in(self, launched: Launched, report: Report) -> None:
         self._votes += report.stop
+        self._save_votes += report.save if self.world.size > 1 else 0.0
         self.keeper.bad_losses = 0 if math.isfinite(report.loss) else self.keeper.bad_losses + 1
         self.meter.count(report, launched.traced)
         if report.refused:
@@ -217,7 +219,7 @@ class Trainer:
             where=f"{device}, batch_size = {data.batch_size}, block_size = {data.block_size}, "
             f"recompute = {plan.recompute!r}",
             found=next(iter(str(error).splitlines()), type(error).__name__),
-            hint=relief(plan, None if there is None else (1 - RESERVE) * there, self.world.size),
+            hint=relief(plan, None if there is None else (1 - RESERVE) * there),
         )
 
     # ---- evaluation ----
@@ -239,11 +241,8 @@ class Trainer:
         due = improved or run.always_save_checkpoint
         if iteration == keeper.saved_step:  # what was loaded stands; only a loss that it lacks is news
             due = improved and val is not None and self.saved_val_loss is None
-        if iteration > 0 and due and not run.eval_only and self.world.is_main:
-            if keeper.healthy:
-                keeper.save()
-            else:
-                log.warning("iteration %d: not saved, the losses are not finite (validation %s)", iteration, val)
+        refusal = f"iteration {iteration}: not saved, the losses are not finite (validation {val})"
+        keeper.offer(iteration > 0 and due and not run.eval_only, refusal)
         self._restart_clock()  # neither evaluating nor saving counts as training time
         self.meter.evaluated(time.perf_counter() - began)
 
@@ -254,32 +253,26 @@ class Trainer:
         run, data, world = self.config.run, self.config.data, self.world
         if "val" not in self.sources:
             return None
-        alone = self.generator is not None or run.eval_mode == "full"
-        if alone and not world.is_main:
-            return None
-        iters = run.eval_iters if alone else -(-run.eval_iters // world.size)
+        self.step.exchange.complete()
+        alone = self.generator is not None
+        sharing = World() if alone else world
         seed = (run.seed << 20) + iteration * world.size + world.rank
         losses: dict[str, float] | None = None
         with suppress(BrokenOff):
-            losses = estimate_loss(
-                self.model,
-                self.sources,
-                eval_iters=iters,
-                batch_size=data.batch_size,
-                block_size=data.block_size,
-                generator=self.generator or torch.Generator().manual_seed(seed % 2**63),
-                mode=run.eval_mode,
-                forward=self._forward,
-                stop=stop,
-            )
-        if not alone and world.size > 1:
-            names = sorted(self.sources)
-            values = [losses[name] for name in names] if losses else [0.0] * len(names)
-            shared = torch.tensor([*values, losses is None], dtype=torch.float64, device=world.device)
-            world.all_reduce_(shared)
-            *means, broken_off = (shared / world.size).tolist()
-            losses = None if broken_off else dict(zip(names, means))
-        if losses is None:
+            if world.is_main or not alone:
+                losses = estimate_loss(
+                    self.model,
+                    self.sources,
+                    eval_iters=-(-run.eval_iters // sharing.size),
+                    batch_size=data.batch_size,
+                    block_size=data.block_size,
+                    generator=self.generator or torch.Generator().manual_seed(seed % 2**63),
+                    mode=run.eval_mode,
+                    forward=self._forward,
+                    stop=stop,
+                    world=sharing,
+                )
+        if self.world.main_says(losses is None) if alone else losses is None:
             raise BrokenOff
         return losses
 

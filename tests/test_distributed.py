@@ -1,8 +1,7 @@
-"""Ranks: two gloo processes train what one does alone; the device and the environment are checked before anything."""
+"""Joining: the device and the environment are checked before anything. What ranks do together: test_exchange.py."""
 
 import os
 import platform
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,58 +15,6 @@ from nanogpt_fast.errors import ConfigError, DeviceError
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Three steps of two micro-batches over all ranks, dropout on; saves rank 0's parameters and each collective's answer.
-WORKER = """
-import sys, torch
-from nanogpt_fast.settings.config import GPTConfig, OptimConfig
-from nanogpt_fast.distributed import join
-from nanogpt_fast.model import GPT
-from nanogpt_fast.ops import REFERENCE
-from nanogpt_fast.optim import AdamW, FlatParameters
-from nanogpt_fast.step import TrainStep
-
-torch.set_num_threads(1)
-world = join("cpu", "nccl", 2)
-# No biases: a key's bias has gradient 0 but for rounding, and Adam would scale that noise up to a whole step.
-config = GPTConfig(block_size=8, vocab_size=29, n_layer=2, n_head=2, n_embd=16, dropout=0.2, bias=False)
-model = GPT(config).train()
-model.init_weights(torch.Generator().manual_seed(world.rank))  # ranks differ until the broadcast
-flat = FlatParameters(model, torch.float32, world.device)
-world.broadcast_(flat.master)
-optimizer = AdamW(flat, OptimConfig(), REFERENCE)
-optimizer.set_lr(1e-2)
-step = TrainStep(model, optimizer, world, seed=3)
-share, norms = 2 // world.size, []
-for iteration in range(3):
-    batch = torch.randint(29, (2, 3, 9), generator=torch.Generator().manual_seed(iteration))
-    norms.append(step(batch[world.rank * share :][:share], iteration, world.rank == 0).grad_norm.item())
-votes = [world.any(False), world.any(world.rank == world.size - 1)]
-report = step.read().get()._asdict()
-saved = {"master": flat.master, "norms": norms, "votes": votes, "rank": world.rank, "report": report}
-torch.save(saved, f"{sys.argv[1]}.{world.rank}")
-world.close()
-world.close()  # idempotent
-"""
-
-
-def run_ranks(size: int, out: Path) -> list[dict]:
-    """WORKER in `size` processes, as torchrun would start them; what each saved. size 0: without its environment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    base = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if size else {}
-    processes = []
-    for rank in range(max(1, size)):
-        ranked = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)} if size else {}
-        command = [sys.executable, "-c", WORKER, str(out)]
-        processes.append(subprocess.Popen(command, env=base | ranked, stderr=subprocess.PIPE, text=True))
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-        assert "destroy_process_group" not in errors, errors
-    return [torch.load(f"{out}.{rank}") for rank in range(max(1, size))]
-
 
 @pytest.mark.parametrize(("name", "index"), [("cuda", 0), ("cuda:0", 0), ("cuda:3", 3)])
 def test_a_gpu_is_made_the_current_one(name: str, index: int, monkeypatch: pytest.MonkeyPatch):
@@ -79,29 +26,14 @@ def test_a_gpu_is_made_the_current_one(name: str, index: int, monkeypatch: pytes
     assert chosen == [index]
 
 
-def test_two_ranks_train_what_one_does(tmp_path: Path):
-    """Same global batch, same masks: parameters to 1e-6, ranks among themselves bit for bit."""
-    (alone,) = run_ranks(0, tmp_path / "alone")
-    first, second = run_ranks(2, tmp_path / "two")
-    assert [r["rank"] for r in (first, second)] == [0, 1]
-    assert torch.equal(first["master"], second["master"]) and first["norms"] == second["norms"]
-    torch.testing.assert_close(first["master"], alone["master"], rtol=0, atol=1e-6)
-    assert first["norms"] == pytest.approx(alone["norms"], rel=1e-5)
-    assert first["votes"] == second["votes"] == alone["votes"] == [False, True]
-    assert first["report"] == second["report"] and first["report"]["stop"] == alone["report"]["stop"] == 1.0
-    assert first["report"]["loss"] == pytest.approx(alone["report"]["loss"], rel=1e-6)
-
-
-def test_one_rank_of_torchrun_is_alone_and_closes_its_group(tmp_path: Path):
-    (one,) = run_ranks(1, tmp_path / "one")
-    assert one["votes"] == [False, True]
-
-
 def test_collectives_of_one_process_are_the_identity():
     world, tensor = World(), torch.tensor([1.0, 2.0])
     world.all_reduce_(tensor)
+    world.reduce_scatter(tensor, tensor)()
+    world.all_gather(tensor, tensor)()
     world.broadcast_(tensor)
     assert tensor.tolist() == [1.0, 2.0] and world.any(True) and not world.any(False) and world.is_main
+    assert world.main_says(True) and not world.main_says(False)
     world.close()
 
 
@@ -109,10 +41,15 @@ def test_a_rank_that_is_lost_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("[pair.cc:537] Read error [127.0.0.1]:16537: Connection reset by peer.")
 
+    class Started:
+        wait = broken
+
     monkeypatch.setattr(torch.distributed, "all_reduce", broken)
     monkeypatch.setattr(torch.distributed, "broadcast", broken)
+    monkeypatch.setattr(torch.distributed, "all_gather_single", lambda *_, **__: Started(), raising=False)
     world = World(1, 2)
-    for collective in (world.all_reduce_, world.broadcast_, lambda _: world.any(True)):
+    gather = lambda t: world.all_gather(t, t)()
+    for collective in (world.all_reduce_, world.broadcast_, lambda _: world.any(True), gather):
         with pytest.raises(DeviceError, match="another rank does not answer") as error:
             collective(torch.zeros(1))
         assert "rank 1 of 2" in error.value.where and "Connection reset" in error.value.found

@@ -3,14 +3,16 @@
 import copy
 import dataclasses
 import math
+import re
 
 import pytest
 import torch
 from torch import nn
 
+from nanogpt_fast.memory import Unheard
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import LOSS_SCALE, LR, REFERENCE, STEP
-from nanogpt_fast.optim import ALIGNMENT, RANKS, AdamW, FlatParameters
+from nanogpt_fast.optim import ALIGNMENT, AdamW, FlatParameters
 from nanogpt_fast.settings.config import GPTConfig, OptimConfig
 
 CONFIG = GPTConfig(block_size=8, vocab_size=37, n_layer=2, n_head=2, n_embd=12, bias=True)
@@ -45,10 +47,12 @@ def test_layout(dtype: torch.dtype, bias: bool):
     model, flat = flat_model(dtype, config)
     assert list(flat.slices) == list(config.parameter_shapes())
     assert [start * 2 % 256 for start, _ in flat.slices.values()] == [0] * len(flat.slices)
-    spans = list(flat.slices.values())
+    matrices, vectors = ([n for n, s in flat.shapes.items() if (len(s) > 1) == wanted] for wanted in (True, False))
+    spans = [flat.slices[name] for name in [*matrices, *vectors]]
     assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:])), "overlap, or not in order"
     length = len(flat.master)
-    assert length % (RANKS * ALIGNMENT) == 0 and 0 <= length - spans[-1][1] < RANKS * ALIGNMENT
+    assert length % ALIGNMENT == 0 and 0 <= length - spans[-1][1] < ALIGNMENT
+    assert flat.vectors == slice(flat.slices[vectors[0]][0], length)
     assert len(flat.grad) == len(flat.params) == length
     assert flat.master.dtype == flat.grad.dtype == torch.float32 and flat.params.dtype == dtype
     assert (flat.params is flat.master) == (dtype == torch.float32)
@@ -86,6 +90,62 @@ def test_backward_lands_in_the_flat_gradient(dtype: torch.dtype):
     for parameter in model.parameters():
         main_grad = parameter.main_grad  # type: ignore[attr-defined]
         assert parameter.grad is None or parameter.grad.data_ptr() == main_grad.data_ptr()
+
+
+# ---- buckets and shares ----
+
+
+def test_buckets_are_whole_blocks_joined_from_the_last():
+    """Between them and the vectors, every element of the buffers is in one."""
+    config = dataclasses.replace(CONFIG, n_layer=5)
+    block = 4 * sum(math.prod(s) for n, s in config.parameter_shapes().items() if ".h.0." in n and len(s) > 1) / 1e6
+    for size, firsts in ((0.5, [-1, 0, 1, 2, 3, 4]), (1.5, [-1, 0, 1, 3]), (2.0, [-1, 0, 1, 3]), (99.0, [-1, 0])):
+        flat = FlatParameters(GPT(config), torch.float32, torch.device("cpu"), bucket_mb=size * block)
+        assert [bucket.first for bucket in flat.buckets] == firsts
+        bounds = [0, *(x for bucket in flat.buckets for x in (bucket.start, bucket.end)), flat.vectors.start]
+        assert bounds[::2] == bounds[1::2], "no gap"
+        for name, shape in flat.shapes.items():
+            (start, end), place = flat.slices[name], re.search(r"\.h\.(\d+)\.", name)
+            (bucket,) = [b for b in flat.buckets if b.start <= start and end <= b.end] or [None]
+            assert (bucket is None) == (len(shape) == 1), name
+            if bucket:
+                assert (bucket.first == -1) == (place is None) and (not place or bucket.first <= int(place[1])), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("ranks", [2, 3, 7])
+def test_shares_are_the_whole_once(ranks: int, dtype: torch.dtype):
+    """Every rank's master, and moments that are loaded into it, together are one process's; vectors are on each."""
+    _, whole = adamw(dtype=dtype)
+    flat, generator = whole.flat, torch.Generator().manual_seed(1)
+    saved, numbers = whole.state_dict()
+    saved = {name: torch.randn(t.shape, generator=generator) for name, t in saved.items()}
+    names, held = list(flat.slices), 0
+    found = {name: torch.zeros(math.prod(flat.shapes[name])) for name in names}
+    for rank in range(ranks):
+        model = GPT(CONFIG)
+        model.init_weights(torch.Generator().manual_seed(0))
+        world = Unheard(rank, ranks)
+        ours = FlatParameters(model, dtype, world.device, world, sharded=True, bucket_mb=1e-3)
+        optimizer = AdamW(ours, OptimConfig(), REFERENCE)
+        optimizer.load_state_dict(saved, numbers)
+        assert ours.params is not ours.master and len(optimizer.m) == len(optimizer.v) == len(ours.master)
+        held += len(ours.master) - (ours.vectors.stop - ours.vectors.start)
+        assert all((bucket.end - bucket.start) % (ranks * ALIGNMENT) == 0 for bucket in ours.buckets)
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter.float(), flat.view(flat.master, name).to(parameter.dtype).float()), name
+            (start, end), moment = ours.slices[name], saved[f"exp_avg.{name}"].flatten()
+            for piece in ours.pieces:
+                low, high = max(start, piece.flat.start), min(end, piece.flat.stop)
+                if low < high:
+                    at = slice(piece.held.start + low - piece.flat.start, piece.held.start + high - piece.flat.start)
+                    assert torch.equal(optimizer.m[at], moment[low - start : high - start]), name
+                    found[name][low - start : high - start] = ours.master[at]
+            if parameter.dim() == 1:
+                assert parameter.untyped_storage().data_ptr() == ours.master.untyped_storage().data_ptr()
+    assert held == ours.vectors.start
+    for name in names:
+        assert torch.equal(found[name].view(flat.shapes[name]), flat.view(flat.master, name)), name
 
 
 # ---- decay ----

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nanogpt_fast.distributed import World
 from nanogpt_fast.guards import LossGuard
+from nanogpt_fast.memory import Unheard
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import REFERENCE, TRITON, Ops
 from nanogpt_fast.optim import AdamW, FlatParameters
@@ -34,14 +35,19 @@ def build(
     dtype: torch.dtype = torch.bfloat16,
     config: Config | None = None,
     eot: int | None = None,
+    world: World | None = None,
+    sharded: bool = False,
+    reduce_dtype: torch.dtype = torch.float32,
     **model: Any,
 ) -> TrainStep:
     optim = config.optim if config else OptimConfig(skip_step_sigma=6.0)
     with META:
         network = GPT(shape, ops, **model).train()
-    optimizer = AdamW(FlatParameters(network, dtype, META), optim, ops, scale_loss=dtype == torch.float16)
+    world = world or World(device=META)
+    flat = FlatParameters(network, dtype, META, world, sharded=sharded, bucket_mb=0.01)
+    optimizer = AdamW(flat, optim, ops, scale_loss=dtype == torch.float16)
     guard = LossGuard(optim.skip_step_sigma, optim.skip_step_window, META)
-    return TrainStep(network, optimizer, World(device=META), 1337, eot=eot, graphs=Pieces(call), guard=guard)
+    return TrainStep(network, optimizer, world, 1337, None, eot, Pieces(call), guard, reduce_dtype)
 
 
 def two_steps(step: TrainStep, accumulation: int, batch_size: int = 2) -> None:
@@ -60,8 +66,11 @@ def ledgers(ops: Ops, accumulation: int, batch_size: int = 2, **kwargs: Any) -> 
     return found
 
 
-def assert_replayable(found: dict[str, list[Ledger]], accumulation: int) -> None:
-    assert {name: len(calls) for name, calls in found.items()} == {"the micro-step": 2 * accumulation, "the update": 2}
+def assert_replayable(found: dict[str, list[Ledger]], accumulation: int, apart: tuple[str, ...] = ()) -> None:
+    """apart: what the micro-steps that are pieces of their own are called."""
+    pieces = {"the micro-step": 2 * (accumulation - len(apart)), "the update": 2}
+    pieces |= {f"the {name} micro-step": 2 for name in apart}
+    assert {name: len(calls) for name, calls in found.items()} == {n: calls for n, calls in pieces.items() if calls}
     for name, (first, *others) in found.items():
         assert first.lines and not first.faults, f"{name}: {first.faults}"
         for other in others:
@@ -88,6 +97,43 @@ FEATURES = {
 def test_two_steps_are_one_list_of_calls(ops: Callable[[], Ops], features: dict[str, Any]):
     accumulation = 4 if "dtype" in features else 1
     assert_replayable(ledgers(ops(), accumulation, **features), accumulation)
+
+
+class Heard(Unheard):
+    """A collective leaves a call on its tensors, which shows in the ledger: as it starts, and as it is waited for."""
+
+    def _started(self, name: str, *tensors: Tensor) -> Callable[[], None]:
+        for tensor in tensors:
+            tensor.mul_(1.0)
+        return lambda: [tensors[0].neg_()].clear()
+
+
+RANKS = {
+    "ddp": ({}, ("last",)),
+    "summed in bfloat16": ({"reduce_dtype": torch.bfloat16}, ("last",)),
+    "zero1": ({"sharded": True}, ("first", "last")),
+    "zero1 float32": ({"sharded": True, "dtype": torch.float32}, ("first", "last")),
+    "zero1, blocks recomputed": ({"sharded": True, "recompute": "block"}, ("first", "last")),
+}
+
+
+@pytest.mark.parametrize(("features", "apart"), RANKS.values(), ids=RANKS)
+@pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
+def test_ranks_take_the_same_collectives_in_two_steps(
+    ops: Callable[[], Ops], features: dict[str, Any], apart: tuple[str, ...]
+):
+    """Collectives are part of the pieces: of the last micro-step, the update and, in zero1, the first micro-step."""
+    world = Heard(1, 4, META)
+    found = ledgers(ops(), 3, world=world, **features)
+    assert_replayable(found, 3, apart)
+    collectives = {
+        name: sum(line[0] == "aten.neg_.default" for line in calls[0].lines) for name, calls in found.items()
+    }
+    buckets = 2  # the embeddings', and the block's
+    expected = {"the micro-step": 0, "the last micro-step": buckets + 1, "the update": 1}
+    assert collectives == expected | ({"the first micro-step": buckets} if "first" in apart else {})
+    together = ledgers(ops(), 1, world=world, **features)
+    assert_replayable(together, 1, (", ".join(apart),))
 
 
 PRESETS = (

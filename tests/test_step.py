@@ -9,6 +9,7 @@ from separate_documents import separately
 from torch import Tensor
 
 from nanogpt_fast.distributed import World
+from nanogpt_fast.memory import Unheard
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import REFERENCE
 from nanogpt_fast.optim import STEP, AdamW, FlatParameters
@@ -69,7 +70,7 @@ def test_gradient_is_the_mean_losss_against_float64():
     loss.backward()
     got: dict[str, Tensor] = {}
 
-    def keep(refused: Tensor) -> Tensor:
+    def keep(*_: object) -> Tensor:
         got.update({n: t.clone() for n, t in flat.named(flat.grad).items()})
         return torch.zeros(())
 
@@ -133,12 +134,6 @@ def test_float16_finds_its_scale():
 # ---- dropout ----
 
 
-class Alone(World):
-    """A rank whose peers are not running."""
-
-    def all_reduce_(self, tensor: Tensor) -> None: ...
-
-
 def counters(
     world: World, accumulation: int, iteration: int, seed: int = 1337, batches: BatchSchedule | None = None
 ) -> list[int]:
@@ -162,7 +157,7 @@ def test_dropout_counters_do_not_depend_on_the_ranks(ranks: int):
         number
         for iteration in range(3)
         for rank in range(ranks)
-        for number in counters(Alone(rank, ranks), 4 // ranks, iteration)
+        for number in counters(Unheard(rank, ranks), 4 // ranks, iteration)
     ]
     assert seen == [(1337 << 32) + i for i in range(12)]
 
@@ -173,19 +168,19 @@ def test_dropout_counters_go_on_where_a_growing_batch_left_off(ranks: int):
     for iteration in range(7):
         mine = ramp.accumulation_at(iteration) // ranks
         for rank in range(ranks):
-            seen += counters(Alone(rank, ranks), mine, iteration, batches=ramp)
+            seen += counters(Unheard(rank, ranks), mine, iteration, batches=ramp)
     assert seen == [(1337 << 32) + i for i in range(2 + 2 + 4 + 4 + 6 + 8 + 8)]
 
 
 def test_a_schedule_that_never_changes_numbers_them_as_none_does():
     constant = BatchSchedule(4, 4, 0)
-    assert counters(Alone(1, 2), 2, 600_000, batches=constant) == counters(Alone(1, 2), 2, 600_000)
+    assert counters(Unheard(1, 2), 2, 600_000, batches=constant) == counters(Unheard(1, 2), 2, 600_000)
 
 
 def test_runs_of_different_seeds_share_no_counter():
     """The seed is the high half: a run's 2^32 micro-batches end before the next seed's begin."""
-    assert counters(Alone(), 1, 0, seed=1)[0] - counters(Alone(), 1, 0, seed=0)[0] == 2**32
-    assert 0 <= counters(Alone(), 1, 0, seed=2**63 - 1)[0] < 2**63
+    assert counters(Unheard(), 1, 0, seed=1)[0] - counters(Unheard(), 1, 0, seed=0)[0] == 2**32
+    assert 0 <= counters(Unheard(), 1, 0, seed=2**63 - 1)[0] < 2**63
 
 
 def test_masks_change_from_one_micro_batch_to_the_next():

@@ -277,11 +277,12 @@ def random_batches(
 
 
 def full_split(
-    source: TokenSource, *, batch_size: int, block_size: int, vocab_size: int
+    source: TokenSource, *, batch_size: int, block_size: int, vocab_size: int, rank: int = 0, ranks: int = 1
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Every target of the split once, in order: (tokens [B, T+1], valid targets of each row, int64 [B]).
 
-    All batches have B rows. Row b predicts tokens[b, 1 : 1 + valid[b]]; what is behind that is zeros to be ignored.
+    Of several ranks each takes every so many-th window, perhaps none. All batches have B rows. Row b predicts
+    tokens[b, 1 : 1 + valid[b]]; what is behind that is zeros to be ignored.
     """
     files, starts, valid = [], [], []
     for index, file in enumerate(source.files):
@@ -294,6 +295,7 @@ def full_split(
         raise DataError(
             "no token to predict", where=source.files[0].path, expected="2 tokens", hint="prepare more text"
         )
+    files, starts, valid = (part[rank::ranks] for part in (files, starts, valid))
     for at in range(0, len(files), batch_size):
         lengths = valid[at : at + batch_size]
         tokens = np.zeros((batch_size, block_size + 1), source.dtype)

@@ -38,7 +38,7 @@ PARTS = (PRODUCTS, ATTENTION, GELU, NORM, LOSS, EMBEDDING, OPTIMIZER, COPIES, EL
 # The first pattern that is found in the name, without case, of an operator or a kernel. Ours come first (`_norm_fwd`),
 # then libraries'. A kernel that torch.compile fused is named by all it does: the first kind that occurs counts.
 KINDS = [(part, re.compile(pattern, re.IGNORECASE)) for part, pattern in (
-    (COMMUNICATION, r"nccl|all_?reduce|broadcast_|c10d::"),
+    (COMMUNICATION, r"nccl|all_?reduce|reduce_?scatter|all_?gather|broadcast_|c10d::"),
     (ATTENTION, r"attention|flash_|fmha|sdpa|_document_spans|_merge_splits"),
     (PRODUCTS, r"_gemm_gelu"),
     (OPTIMIZER, r"_adamw|adam|vector_norm|_grad_norm|multi_tensor_apply"),

@@ -227,7 +227,11 @@ class SystemConfig:
     kernels: str = "auto"  # auto (ours on CUDA, where right) | triton | reference, and triton,attention=reference
     rows: Literal["tuned", "shipped"] = "tuned"  # launch rows that nanogpt_fast.tune kept for this GPU, where it has
     backend: str = "nccl"  # torch.distributed backend for CUDA ranks (CPU ranks use gloo)
+    parallel: Literal["ddp", "zero1"] = "ddp"  # zero1: a rank holds its share of masters and moments, not all of them
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # what ranks sum gradients in; bfloat16: half the bytes
+    bucket_mb: float = 25.0  # gradients of so many MB, and whole blocks, are reduced at once while backward goes on
     dry_run: bool = False  # print the resolved configuration, tokens, memory; train nothing
+    world: int = 0  # with --dry_run: up to how many ranks to foretell a rank's memory for
     on: str = ""  # with --dry_run: a GPU to foretell memory and time for, as h100, a100-40gb or its driver's name
     debug: bool = False  # tracebacks instead of short errors
     profile: str = ""  # START:STOP, iterations to trace as a Python slice: 10:15 is 10 to 14; to out_dir/profile
@@ -235,12 +239,21 @@ class SystemConfig:
 
     def __post_init__(self) -> None:
         _ = self.window
+        require_range(math.isfinite(self.bucket_mb) and self.bucket_mb > 0, "bucket_mb", "> 0", self.bucket_mb)
+        require_range(0 <= self.world <= 4096, "world", "0 <= world <= 4096", self.world)
         if self.on and not self.dry_run:
             raise ConfigError(
                 "--on names a GPU to foretell a run for, and trains nothing",
                 where=f"on = {self.on!r}, dry_run = False",
                 expected="--dry_run beside it",
                 hint="--device chooses what to train on",
+            )
+        if self.world and not self.dry_run:
+            raise ConfigError(
+                "--world is a number of ranks to foretell a run for, and starts none",
+                where=f"world = {self.world}, dry_run = False",
+                expected="--dry_run beside it",
+                hint=f"torchrun --nproc_per_node={self.world} -m nanogpt_fast.train, with the same flags, starts them",
             )
 
     @property

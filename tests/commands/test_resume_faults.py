@@ -190,7 +190,7 @@ def meter(world_size: int = 1, peak: float = 1e9, **changes: Any) -> Meter:
 
 
 SHAPE = dict(n_layer=2, n_head=2, n_embd=16, block_size=8, batch_size=4, gradient_accumulation_steps=2)
-REPORT = Report(loss=2.0, stop=0.0, grad_norm=1.0, refused=0.0, bad_steps=0.0, loss_scale=1.0)
+REPORT = Report(loss=2.0, stop=0.0, save=0.0, grad_norm=1.0, refused=0.0, bad_steps=0.0, loss_scale=1.0)
 
 
 def test_mfu_is_a_ranks_share_of_its_own_peak(monkeypatch: pytest.MonkeyPatch):

@@ -1,72 +1,144 @@
-"""Two gloo ranks train what one rank trains: same data, same masks, same losses; one of them writes."""
+"""Ranks train what one rank trains: same data, same masks, same losses; one of them writes. Whatever holds the
+optimizer's state, a checkpoint is one process's, and goes on at another number of ranks and in another mode."""
 
 import json
+import os
 import signal
-import socket
-import subprocess
-import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tiny_run import ENV, flags, metrics, train
+import torch
+from helpers.ranks import Ended, Ranks
+from tiny_run import flags, metrics, steps_of, train, write_dataset
 
 from nanogpt_fast.run import checkpoint
 
-
-def start_ranks(folder: Path, size: int, **changes: object) -> list[subprocess.Popen[str]]:
-    """`size` processes with torchrun's environment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, "-m", "nanogpt_fast.train", *flags(folder, **changes)]
-    shared = {**ENV, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size)}
-    return [
-        subprocess.Popen(
-            command,
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
+MODES = ["ddp", "zero1"]
 
 
-def test_two_ranks_train_as_one(folder: Path):
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    with Ranks() as forking:
+        yield forking
+
+
+def train_on(ranks: Ranks, folder: Path, size: int, **changes: Any) -> list[Ended]:
+    ranks.start(size, ["train", *flags(folder, **changes)])
+    ended = ranks.wait()
+    assert [rank.code for rank in ended] == [0] * size, ended
+    return ended
+
+
+def wait_for_steps(folder: Path, count: int) -> None:
+    """Until so many iterations are logged."""
+    rows = folder / "out/metrics.jsonl"
+    for _ in range(600):
+        lines = rows.read_text().splitlines() if rows.exists() else []
+        if sum(json.loads(line)["kind"] == "train" for line in lines) > count:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the run does not go on")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_ranks_train_as_one(ranks: Ranks, folder: Path, mode: str):
     """Two micro-batches an iteration, four from the 20th on."""
     settings = dict(gradient_accumulation_steps=4, batch_ramp="2:20", dropout=0.1)
     settings |= dict(max_iters=30, eval_interval=30, eval_iters=4)
     train(folder, **settings)
     alone, alone_eval = metrics(folder, "train", "loss"), metrics(folder, "eval", "val_loss")
     (folder / "out/metrics.jsonl").unlink()
-    ranks = start_ranks(folder, 2, **settings)
-    outputs = [rank.communicate(timeout=120) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    ended = train_on(ranks, folder, 2, parallel=mode, sample_at_end=20, **settings)
     together = metrics(folder, "train", "loss")
     assert max(abs(alone[i] - together[i]) for i in alone) < 1e-4
     assert metrics(folder, "eval", "val_loss")[30] == pytest.approx(alone_eval[30], abs=0.1)  # other random batches
-    assert "iter 30" in outputs[0][0] and "iter" not in outputs[1][0]  # rank 0 alone talks
-    assert list(checkpoint.list_steps(folder / "out")) == [30]
+    assert "iter 30" in ended[0].out and "iter" not in ended[1].out  # rank 0 alone talks
+    assert steps_of(folder) == [30]
 
 
-def test_a_signal_to_one_rank_stops_both_and_saves_once(folder: Path):
-    ranks = start_ranks(folder, 2, gradient_accumulation_steps=2, max_iters=100_000, eval_interval=100_000)
-    out = folder / "out/metrics.jsonl"
-    for _ in range(600):
-        if out.exists() and sum(json.loads(line)["kind"] == "train" for line in out.read_text().splitlines()) > 20:
+@pytest.mark.parametrize("tokens", [6_000, 70])  # of the shorter, some ranks get no validation window
+def test_a_full_evaluation_is_shared_and_the_same(ranks: Ranks, folder: Path, tokens: int):
+    """1,500 or 17 tokens to predict, in windows of 8, over three ranks: what one finds, to rounding."""
+    write_dataset(folder, tokens)
+    settings = dict(gradient_accumulation_steps=3, max_iters=4, eval_interval=4, eval_mode="full")
+    train(folder, **settings)
+    alone = metrics(folder, "eval", "val_loss")
+    (folder / "out/metrics.jsonl").unlink()
+    train_on(ranks, folder, 3, parallel="zero1", **settings)
+    assert metrics(folder, "eval", "val_loss") == pytest.approx(alone, abs=1e-5)
+
+
+# ---- resume ----
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return metrics(folder, "train", "loss")
+
+
+def newest(folder: Path) -> checkpoint.Checkpoint:
+    return checkpoint.newest(folder / "out")[0]
+
+
+SETTINGS = dict(gradient_accumulation_steps=12, dropout=0.2, eval_interval=5, eval_iters=1, learning_rate=1e-3)
+# Five steps each on so many ranks, in this mode.
+CHAINS = {
+    "ranks": [(4, "ddp"), (2, "ddp"), (1, "ddp"), (3, "ddp")],
+    "modes": [(2, "ddp"), (2, "zero1"), (2, "ddp"), (2, "zero1")],
+    "both": [(3, "zero1"), (1, "zero1"), (4, "ddp"), (2, "zero1")],
+}
+
+
+@pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS)
+def test_a_run_goes_on_at_another_number_of_ranks_and_in_another_mode(
+    ranks: Ranks, folder: Path, tmp_path_factory: pytest.TempPathFactory, chain: list[tuple[int, str]]
+):
+    """Mid-epoch, dropout on, 5 iterations each, against 20 by the first in one piece: equal bits where all are of as
+    many ranks, 1e-6 elsewhere."""
+    other = tmp_path_factory.mktemp("straight")
+    (other / "data").symlink_to(folder / "data")
+    size, mode = chain[0]
+    train_on(ranks, other, size, parallel=mode, max_iters=20, **SETTINGS)
+    for part, (size, mode) in enumerate(chain):
+        go_on = {"init_from": "resume"} if part else {}
+        train_on(ranks, folder, size, parallel=mode, max_iters=5 * (part + 1), **SETTINGS, **go_on)
+    exact, straight = len({size for size, _ in chain}) == 1, losses(other)
+    assert losses(folder) == (straight if exact else pytest.approx(straight, abs=1e-6))
+    ours, theirs = newest(folder), newest(other)
+    assert ours.step == theirs.step == 20 and ours.state["samples_seen"] == theirs.state["samples_seen"]
+    for found, expected in ((ours.model, theirs.model), (ours.optimizer, theirs.optimizer)):
+        for name in expected:
+            if exact:
+                assert torch.equal(found[name], expected[name]), name
+            else:
+                torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6, msg=name)
+
+
+# ---- signals ----
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_signal_to_one_rank_stops_both_and_saves_once(ranks: Ranks, folder: Path, mode: str):
+    settings = dict(gradient_accumulation_steps=2, max_iters=100_000, eval_interval=100_000, parallel=mode)
+    started = ranks.start(2, ["train", *flags(folder, **settings)])
+    wait_for_steps(folder, 20)
+    os.kill(started[1], signal.SIGUSR1)  # saves and goes on
+    for _ in range(100):
+        if steps_of(folder):
             break
-        try:
-            ranks[0].wait(0.1)
-        except subprocess.TimeoutExpired:
-            continue
-        break
-    ranks[1].send_signal(signal.SIGTERM)
-    outputs = [rank.communicate(timeout=60) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [143, 143], outputs
-    assert len(checkpoint.list_steps(folder / "out")) == 1 and "--init_from=resume" in outputs[0][0]
+        time.sleep(0.1)
+    (kept,) = steps_of(folder)
+    wait_for_steps(folder, kept + 10)
+    os.kill(started[1], signal.SIGTERM)
+    ended = ranks.wait()
+    assert [rank.code for rank in ended] == [143, 143], ended
+    assert len(steps_of(folder)) == 2 and "--init_from=resume" in ended[0].out
+    assert not any("lost" in rank.err for rank in ended)
 
 
-def test_accumulation_must_divide_among_the_ranks(folder: Path):
-    ranks = start_ranks(folder, 2, gradient_accumulation_steps=3)
-    outputs = [rank.communicate(timeout=60) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [2, 2] and "--gradient_accumulation_steps=4" in outputs[0][1]
+def test_accumulation_must_divide_among_the_ranks(ranks: Ranks, folder: Path):
+    ranks.start(2, ["train", *flags(folder, gradient_accumulation_steps=3)])
+    ended = ranks.wait()
+    assert [rank.code for rank in ended] == [2, 2] and "--gradient_accumulation_steps=4" in ended[0].err

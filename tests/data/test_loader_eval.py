@@ -1,5 +1,7 @@
 """Evaluation batches: nanoGPT's random ones, and the whole split in order."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -80,6 +82,17 @@ def test_full_split_gives_every_target_once_in_order(tmp_path_factory, lengths, 
         expected += range(first + 1, first + length)
         first += length
     assert seen == expected
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 40])
+def test_ranks_take_every_target_once_between_them(tmp_path: Path, ranks: int):
+    """21 windows: of 40 ranks some have none."""
+    source, seen = make_source(tmp_path, 130, 33), []
+    for rank in range(ranks):
+        for tokens, valid in full_split(source, batch_size=2, block_size=8, vocab_size=300, rank=rank, ranks=ranks):
+            for row, count in zip(tokens.tolist(), valid.tolist()):
+                seen += row[1 : count + 1]
+    assert sorted(seen) == [*range(1, 130), *range(131, 163)]
 
 
 def test_full_split_without_a_target(tmp_path):

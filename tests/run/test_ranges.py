@@ -67,7 +67,7 @@ def test_a_step_names_its_parts_its_layers_and_its_ops():
         step(batches(1)[0], 0)
     layer = ["qkv_attention", "linear", "add_norm", "mlp", "add_norm"]
     forward = ["forward", "embedding", "norm", *(f"h{i}.{op}" for i in (0, 1) for op in layer), "linear_cross_entropy"]
-    assert names == ["step", *[*forward, "backward"] * 2, "all-reduce", "gradient norm", "update"]
+    assert names == ["step", *[*forward, "backward"] * 2, "gradient norm", "update"]
 
 
 def test_losses_are_the_same_bits_with_ranges():
