@@ -3,6 +3,8 @@
     python profiling/roofline.py [--gpu h100 ...] [--model 124m] [--batch 64] [--ledger]
     python profiling/roofline.py [--gpu h100 ...] --config NAME|FILE [--flag=value ...] [--fused]
     python profiling/roofline.py --gpu h100 --config NAME|FILE --compiled [--measured FILE.jsonl]
+    python profiling/roofline.py [--gpu h100 ...] --config NAME|FILE --world [N ...] [--link ib] [--parallel zero1]
+    python profiling/roofline.py --published
 
 It needs the trainer's package: `pip install -e .`, or PYTHONPATH=.:kernels from the repository's root; no GPU, and
 nothing runs. floor = max(compute, memory) of each op, as if nothing else were in its way:
@@ -17,8 +19,10 @@ The forms are those of nanogpt_kernels: residual and LayerNorm in one pass, GELU
 place, packed qkv. --config shows instead what a step of that configuration launches, with the Triton ops and the GPU's
 launch rows (step_launches.py): the floor of each launch, and the bytes beside those planned (byte_plan.py). Several
 GPUs are set side by side. --compiled compiles the step's kernels and says what their machine code predicts of each
-(compiled_step.py). --ledger also counts, in Triton's interpreter, the bytes that the memory-bound kernels load and
-store, and compares them with the fewest (profiling/ledger.py).
+(compiled_step.py). --world plays the step on N GPUs: what of the communication hides, tokens/s, MFU, memory a rank,
+hours and kWh of a budget, where it bends and why (scaling.py); --published sets that model beside others' figures.
+--ledger also counts, in Triton's interpreter, the bytes that the memory-bound kernels load and store, and compares them
+with the fewest (profiling/ledger.py).
 """
 
 import argparse
@@ -200,6 +204,25 @@ def print_beside(header: list[str], rows: list[list[str]]) -> None:
         print("  ".join(cells).rstrip())
 
 
+def add_world_flags(parser: argparse.ArgumentParser) -> list[str]:
+    """Those of --world; returns their names but its own."""
+    group = parser.add_argument_group("of --config, on several GPUs")
+    group.add_argument("--world", nargs="*", metavar="N", help="numbers of GPUs; none named: 1, 2, 4, ... 1,024")
+    added = [
+        group.add_argument("--link", help="what joins nodes: ib (default), ethernet; nvlink: one node only"),
+        group.add_argument("--nic", type=float, metavar="GBITS", help="Gbit/s of network a GPU, not the usual card's"),
+        group.add_argument("--parallel", choices=("ddp", "zero1"), help="default ddp"),
+        group.add_argument("--reduce_dtype", choices=("float32", "bfloat16"), help="of gradients sent; float32"),
+        group.add_argument("--bucket_mb", type=float, metavar="MB", help="of float32 gradients; default 25"),
+        group.add_argument("--scaling", choices=("strong", "weak"), help="default both: one batch shared, or one each"),
+        group.add_argument("--budget", type=float, metavar="TOKENS", help="default: those of the configuration's run"),
+        group.add_argument("--mfu", help="of one GPU, as 0.5; floor; default measured: as an H100 was"),
+        group.add_argument("--overhead", type=float, metavar="X", help="energy over the GPUs'; 1.5, an assumption"),
+        group.add_argument("--plot", metavar="PNG", help="draw tokens/s and efficiency"),
+    ]
+    return [action.dest for action in added]
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", choices=CHOICES, nargs="+", default=["h100"], metavar="GPU", help=", ".join(CHOICES))
@@ -218,6 +241,8 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--measured", metavar="FILE", help="of --compiled: a results file of bench/, shown beside it")
     parser.add_argument("--ledger", action="store_true", help="count bytes in the interpreter as well")
+    parser.add_argument("--published", action="store_true", help="the model of --world beside published rows")
+    of_world = add_world_flags(parser)
     args, flags = parser.parse_known_args(argv)
     if args.config:
         of_model = [name for name in ("model", "batch", "tokens", "deterministic") if getattr(args, name)]
@@ -227,9 +252,24 @@ def main(argv: list[str]) -> int:
             )
         if args.measured and not args.compiled or args.compiled and len(args.gpu) > 1:
             parser.error("--compiled is of one GPU, --measured goes with it")
-        from config_roofline import show_config  # which needs Triton; the rest of this file does not
+        if args.world is not None:
+            if args.fused or args.compiled or args.measured:
+                parser.error("--world takes no --fused, --compiled, --measured")
+            from scaling_table import show_world  # which needs Triton, as config_roofline does
 
-        show_config(args, flags)
+            show_world(args, flags)
+        elif given := [name for name in of_world if getattr(args, name) is not None]:
+            parser.error(f"only with --world: --{given[0]}")
+        else:
+            from config_roofline import show_config  # which needs Triton; the rest of this file does not
+
+            show_config(args, flags)
+    elif given := [name for name in ("world", *of_world) if getattr(args, name) is not None]:
+        parser.error(f"only with --config: --{given[0]}")
+    elif args.published:
+        from scaling_published import show_published
+
+        show_published()
     elif flags or args.fused or args.compiled:
         parser.error(f"only with --config: {' '.join(flags) or ('--fused' if args.fused else '--compiled')}")
     else:
