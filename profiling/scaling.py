@@ -5,7 +5,7 @@ stream beside it, each begun when what it sends is ready and the one before has 
 
     ddp     float32 gradients are all-reduced in buckets of whole blocks, last to first, in the last micro-step alone,
             each once the lowest block in it has finished its backward. The embeddings' bucket and the vectors come
-            after the backward and hide behind nothing; then a few bytes (loss, vote, norm); then AdamW on everything.
+            after the backward and hide behind nothing; then a few bytes (loss, votes, norm); then AdamW on everything.
     zero1   the same buckets are reduce-scattered, the vectors all-reduced; AdamW on a share; the 16-bit parameters are
             gathered in forward order at the next iteration's start, beside its first forward pass.
 
@@ -24,11 +24,11 @@ from work import FULL, HALF, Work, adamw_bytes, grad_norm_bytes
 
 from nanogpt_fast.errors import ConfigError
 from nanogpt_fast.hardware import flops_per_token
-from nanogpt_fast.memory import OPTIMIZER, PARAMETERS, Plan, peak
+from nanogpt_fast.memory import Plan, peak
 from nanogpt_fast.settings.config import GPTConfig
 
 BUCKET_MB = 25.0  # of float32 gradients: blocks are joined until a bucket has as many (torch's DDP has the same)
-REPORT_BYTES = 24  # loss, vote to stop, squared norm: float64 each
+REPORT_BYTES = 32  # loss, votes to stop and to save, squared norm: float64 each
 PARALLEL = ("ddp", "zero1")
 # AdamW, norm and zeroing run at what a copy reaches of the data sheet's bandwidth: 2.95 of 3.35 TB/s (bounds.MEASURED).
 COPY_SHARE = 2.95 / 3.35
@@ -219,11 +219,8 @@ def play(
                 streams.send(QUEUE, reduce(reduce_bytes * block * len(group), ranks))
         streams.now += compute.embed_backward
     streams.wait(QUEUE, streams.free)
-    if zero1:
-        streams.send(LAST, reduce(reduce_bytes * embedding_elements(shape), ranks))
-        streams.send(LAST, fabric.all_reduce(reduce_bytes * vector_elements(shape), ranks))
-    else:
-        streams.send(LAST, reduce(reduce_bytes * (embedding_elements(shape) + vector_elements(shape)), ranks))
+    streams.send(LAST, reduce(reduce_bytes * embedding_elements(shape), ranks))
+    streams.send(LAST, fabric.all_reduce(FULL * vector_elements(shape), ranks))
     streams.wait(LAST, streams.free)
     streams.wait(REPORT, streams.send(REPORT, fabric.all_reduce(REPORT_BYTES, ranks)))
     return Step(
@@ -292,21 +289,11 @@ def weak_share(batch: int, accumulation: int, first: int) -> Share:
 
 
 @cache
-def whole_memory(plan: Plan) -> dict[str, int]:
-    return peak(plan)
+def whole_memory(plan: Plan) -> int:
+    return sum(peak(plan).values())
 
 
 def rank_memory(plan: Plan, share: Share, ranks: int, parallel: str) -> int:
     """Bytes that a rank holds at its step's peak, by memory.peak; NCCL's own buffers are not counted."""
-    parts = whole_memory(replace(plan, batch_size=share.batch, micro_batches=share.micro_steps))
-    return sum(parts.values()) - (zero1_saving(plan, parts, ranks) if parallel == "zero1" else 0)
-
-
-def zero1_saving(plan: Plan, parts: Mapping[str, int], ranks: int) -> int:
-    """Bytes that ZeRO-1 leaves to the other ranks: AdamW's moments and, where they are not the parameters themselves,
-    the float32 masters, of matrices only; vectors stay whole. Until memory.peak knows a plan's ranks."""
-    whole = parts[OPTIMIZER]
-    if plan.dtype.itemsize < FULL:
-        whole += parts[PARAMETERS] * FULL // (FULL + plan.dtype.itemsize)
-    matrices = matrix_elements(plan.shape) / plan.shape.num_params(non_embedding=False)
-    return int(whole * matrices * (1 - 1 / ranks))
+    batch = {"batch_size": share.batch, "micro_batches": share.micro_steps}
+    return whole_memory(replace(plan, ranks=ranks if parallel == "zero1" else 1, parallel=parallel, **batch))

@@ -9,7 +9,7 @@ import torch
 
 from nanogpt_fast import hardware
 from nanogpt_fast.hardware import free_memory
-from nanogpt_fast.memory import CUDA_BLOCK, Plan, batch_flags, largest_batch, peak, plan_of, relief
+from nanogpt_fast.memory import CUDA_BLOCK, Plan, Unheard, batch_flags, largest_batch, peak, plan_of, relief
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import REFERENCE
 from nanogpt_fast.optim import ALIGNMENT, FlatParameters
@@ -57,6 +57,20 @@ def test_state_is_what_the_buffers_hold(dtype: torch.dtype, a_parameter: int):
     names = len(FlatParameters(GPT(SHAPE), dtype, torch.device("cpu")).slices)
     for part, size in (("parameters", a_parameter), ("gradients", 4), ("optimizer", 8)):
         assert 0 <= parts[part] - n * size <= names * ALIGNMENT * size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_share_of_the_state_is_what_the_buffers_hold(dtype: torch.dtype):
+    """zero1 on 4 ranks; the vectors' and the matrices' masters that are held, and all the rest whole."""
+    plan = replace(PLAN, dtype=dtype, ranks=4, parallel="zero1", bucket_mb=0.1)
+    flat = FlatParameters(GPT(SHAPE), dtype, torch.device("cpu"), Unheard(0, 4), sharded=True, bucket_mb=0.1)
+    parts, whole = peak(plan), peak(replace(plan, parallel="ddp"))
+    assert parts["optimizer"] == 8 * len(flat.master) < 0.3 * whole["optimizer"]
+    assert parts["parameters"] == 4 * len(flat.master) + flat.params.nbytes and parts["gradients"] == flat.grad.nbytes
+    for part in ("activations", "logits and workspace", "gradients"):
+        assert parts[part] == whole[part], part
+    summed = peak(replace(plan, reduce_dtype=torch.bfloat16))
+    assert sum(summed.values()) >= sum(parts.values()), "what is sent is held beside the gradient"
 
 
 def test_another_device_than_this_one():
