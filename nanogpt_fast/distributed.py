@@ -83,6 +83,14 @@ class World:
         """Rank 0's flag, on every rank."""
         return self.any(flag and self.is_main)
 
+    def main_text(self, text: str) -> str:
+        """Rank 0's text, on every rank."""
+        said = [text]
+        if self.size > 1:
+            with self._with_all():
+                dist.broadcast_object_list(said, src=0, device=self.device)
+        return said[0]
+
     def any(self, flag: bool) -> bool:
         """True on every rank when it is True on one."""
         if self.size == 1:

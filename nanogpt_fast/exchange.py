@@ -103,18 +103,18 @@ class Exchange:
 
     # ---- state ----
 
-    def whole(self, held: Tensor) -> Tensor | None:
-        """A whole flat buffer of what the ranks hold, master or moments, on rank 0, a bucket at a time; None on the
-        others. Every rank has to ask. Where all is held, that."""
+    def whole(self, held: Tensor) -> Tensor:
+        """A whole flat buffer on the host of what the ranks hold, master or moments, on rank 0; nothing on the others.
+        Every rank has to ask. Where all is held, that."""
         if not self.sharded:
             return held
         flat, world = self.flat, self.world
-        full = torch.zeros(len(flat.grad), dtype=held.dtype) if world.is_main else None
+        full = torch.zeros(len(flat.grad) if world.is_main else 0, dtype=held.dtype)
         for bucket, piece in zip(flat.buckets, flat.pieces):
             run = torch.empty(bucket.end - bucket.start, dtype=held.dtype, device=held.device)
             world.all_gather(run, held[piece.held])()
-            if full is not None:
+            if world.is_main:
                 full[bucket.start : bucket.end] = run
-        if full is not None:
+        if world.is_main:
             full[flat.vectors] = held[flat.pieces[-1].held]
         return full

@@ -19,11 +19,13 @@ from nanogpt_fast.distributed import World
 from nanogpt_fast.errors import CheckpointError
 from nanogpt_fast.run import checkpoint, ranges
 from nanogpt_fast.run.ranges import span
+from nanogpt_fast.saver import Saver
 from nanogpt_fast.settings.config import Config
 from nanogpt_fast.step import TrainStep
 
 log = logging.getLogger(__name__)
 MAX_FAILED_SAVES = 3
+PATIENCE, LOST_PATIENCE = 600.0, 15.0  # seconds to wait for other ranks' shares; torchrun kills 30 s after its SIGTERM
 
 
 class Position(NamedTuple):
@@ -51,7 +53,9 @@ class Keeper:
         elapsed: Callable[[], float],
     ):
         self.config, self.world, self.step, self.position, self.facts = config, world, step, position, facts
-        self._say, self._elapsed = say, elapsed
+        self._say, self._elapsed, keep_last = say, elapsed, 0 if config.run.eval_only else config.run.keep_last
+        args = asdict(step.model.config)
+        self._saver = Saver(self._out_dir, world, step.exchange, step.optimizer, args, keep_last)
         there = config.run.init_from == "resume" and position.step in checkpoint.readable_steps(self._out_dir)
         self.saved_step = position.step if there else -1  # -1: nothing of this run
         self.bad_losses = 0  # steps in a row, up to the newest, whose loss was not finite
@@ -61,14 +65,19 @@ class Keeper:
 
     @property
     def healthy(self) -> bool:
-        """Whether what is held is worth keeping: whole (no update was broken off), finite, and so is the loss that it
-        comes to: of its own evaluation where there is one, else not of two steps in a row (one alone may be the fault
-        of its batch; its update was refused). Of shares, all."""
+        """Whether what all ranks hold is worth keeping; every one that holds a share has to ask."""
+        good = self._healthy
+        return not self.world.any(not good) if self.step.exchange.sharded else good
+
+    @property
+    def _healthy(self) -> bool:
+        """Whole (no update was broken off), finite, and so is the loss that it comes to: of its own evaluation where
+        there is one, else not of two steps in a row (one alone may be the fault of its batch; its update was refused).
+        """
         good = self.bad_losses < 2
         if self.evaluated and self.evaluated[0] == self.position.step:
             good = math.isfinite(self.evaluated[1])
-        good = good and self.step.whole and bool(torch.isfinite(self.step.optimizer.flat.master.sum()))
-        return not self.world.any(not good) if self.step.exchange.sharded else good
+        return good and self.step.whole and bool(torch.isfinite(self.step.optimizer.flat.master.sum()))
 
     @property
     def unsaved(self) -> int:
@@ -86,16 +95,12 @@ class Keeper:
         elif wanted and refusal:
             log.warning(refusal)
 
-    def _save(self, must: bool) -> None:
-        """Write the checkpoint of the steps done; a full disk is survived a few times, unless `must`."""
-        optimizer, (step, samples, draws) = self.step.optimizer, self.position
-        model, flat = self.step.model, optimizer.flat
-        master, m, v = (self.step.exchange.whole(held) for held in (flat.master, optimizer.m, optimizer.v))
-        if master is None:  # rank 0 has it
-            return
-        tensors, numbers = optimizer.state_dict(m, v)
+    def _save(self, must: bool, patience: float = PATIENCE) -> None:
+        """Save the steps done; a full disk is survived a few times, unless `must`."""
+        self.settle(wait=True)
+        step, samples, draws = self.position
         state = {
-            **numbers,
+            **self.step.optimizer.numbers(),
             **self.step.guard.state_dict(),
             "samples_seen": samples,
             "best_val_loss": None if math.isinf(self.best_val_loss) else self.best_val_loss,
@@ -106,18 +111,24 @@ class Keeper:
         }
         if draws is not None and self.world.size == 1:  # the other ranks have generators of their own
             state["draws"] = draws.to_json()
-        content = checkpoint.Checkpoint(step, asdict(model.config), flat.named(master), tensors, state)
+        at_once = must or not self.config.run.async_save
+        with span(ranges.CHECKPOINT):
+            self._saver.save(step, state, at_once, patience)
+        self.settle(at_once, must)
+
+    def settle(self, wait: bool = False, must: bool = False) -> None:
+        """Take in what became of a save that was under way; wait: until it has ended. must: raise where it failed."""
         try:
-            with span(ranges.CHECKPOINT):
-                path = checkpoint.save(self._out_dir, content, keep_last=self.config.run.keep_last)
+            ended = self._saver.settle(wait)
         except CheckpointError as error:
             self._failed += 1
             if must or self._failed >= MAX_FAILED_SAVES:
                 raise
             log.warning("%s\n  training goes on; the next evaluation tries again", error)
         else:
-            self._failed, self.saved_step = 0, step
-            self._say(f"saving checkpoint to {path}")
+            if ended:
+                self._failed, (self.saved_step, path) = 0, ended
+                self._say(f"saving checkpoint to {path}")
 
     def before_leaving(self, must: bool = False, then: Callable[[], None] = lambda: None) -> None:
         """The run ends here: save the steps since the last checkpoint if they are healthy, then(), say how to go on.
@@ -125,10 +136,13 @@ class Keeper:
         Raises where that fails and `must`; else something worse ends the run, and this only warns.
         """
         try:
+            self.settle(wait=True)
             if must or not self.step.exchange.sharded:
                 self.offer(self.unsaved > 0, must=True)
-            elif self.unsaved:  # what ended this rank may have ended others, who would not come
-                log.warning("the last %d steps are lost: --parallel=zero1 saves with all ranks only", self.unsaved)
+            elif self.unsaved and self._saver.together:  # what ended this rank may have ended others
+                log.warning("the last %d steps are lost: only all ranks together can save them", self.unsaved)
+            elif self.unsaved and self._healthy:
+                self._save(must=True, patience=LOST_PATIENCE)
         except Exception as error:  # the device is gone, or the disk
             if must:
                 raise

@@ -7,7 +7,7 @@ one tensor, and a collective moves a whole run of it.
 import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -103,12 +103,25 @@ class FlatParameters:
 
     def put(self, held: Tensor, name: str, value: Tensor) -> None:
         """Copy what this rank holds of a parameter's value, [shape], into a buffer laid out as master."""
-        (start, end), value = self.slices[name], value.reshape(-1)
+        value = value.reshape(-1)
+        for start, run in self._runs_of(held, name):
+            run.copy_(value[start : start + len(run)])
+
+    def runs(self, held: Tensor, vectors: bool = True) -> Iterator[tuple[str, int, Tensor]]:
+        """(parameter, its first element, the elements from there on that this rank holds) of a buffer laid out as
+        master; vectors: whether those too, which every rank holds."""
+        for name, (start, _) in self.slices.items():
+            if vectors or start < self.vectors.start:
+                for first, run in self._runs_of(held, name):
+                    yield name, first, run
+
+    def _runs_of(self, held: Tensor, name: str) -> Iterator[tuple[int, Tensor]]:
+        start, end = self.slices[name]
         for piece in self.pieces:
             low, high = max(start, piece.flat.start), min(end, piece.flat.stop)
             if low < high:
                 at = piece.held.start + low - piece.flat.start
-                held[at : at + high - low].copy_(value[low - start : high - start])
+                yield low - start, held[at : at + high - low]
 
     def decay_segments(self, weight_decay: float) -> list[tuple[int, int, float]]:
         """(start, end, decay) runs covering the buffers; matrices and embeddings decay, vectors do not."""
@@ -234,14 +247,18 @@ class AdamW:
     def state_dict(
         self, m: Tensor | None = None, v: Tensor | None = None
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """(tensors `exp_avg.NAME` and `exp_avg_sq.NAME` as views, JSON numbers). m, v: whole flat buffers, where only
-        shares are held."""
+        """(tensors `exp_avg.NAME` and `exp_avg_sq.NAME` as views, JSON numbers). m, v: whole flat buffers, in the place
+        of this optimizer's."""
         tensors = {f"exp_avg.{name}": t for name, t in self.flat.named(self.m if m is None else m).items()}
         tensors |= {f"exp_avg_sq.{name}": t for name, t in self.flat.named(self.v if v is None else v).items()}
-        numbers: dict[str, float] = {"optimizer_step": int(self.scalars[STEP])}
+        return tensors, self.numbers()
+
+    def numbers(self) -> dict[str, float]:
+        """The state beside the moments, as JSON."""
+        found: dict[str, float] = {"optimizer_step": int(self.scalars[STEP])}
         if self.scale_loss:
-            numbers |= {"good_steps": int(self.good_steps), "loss_scale": float(self.loss_scale)}
-        return tensors, numbers
+            found |= {"good_steps": int(self.good_steps), "loss_scale": float(self.loss_scale)}
+        return found
 
     def load_state_dict(self, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
         """The inverse of state_dict; a loss scale is taken only where this run scales its loss."""

@@ -128,6 +128,7 @@ class Trainer:
 
     def _finish(self, end: int) -> None:
         """The run's last checkpoint; DivergedError where what it came to is not worth one."""
+        self.keeper.settle(wait=True)
         always, saved = self.config.run.always_save_checkpoint, self.keeper.saved_step
         if self.start >= end:
             self.log.line(f"nothing to do: {self.start} iterations are done, --max_iters={end - 1}")
@@ -158,6 +159,7 @@ class Trainer:
             self.meter.leave_out(self.peak.refine())
         with span(ranges.LOG):
             self._settle(self._lag)
+            self.keeper.settle()
 
     def _position(self, step: int) -> Position:
         return Position(step, self.loader.samples_seen, self.loader.draws())

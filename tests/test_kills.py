@@ -187,6 +187,15 @@ def test_killed_runs_end_in_the_same_weights(forker: Forker, home: Path, changes
     assert trained(home / "killed") == trained(home / "straight") and litter(home / "killed") == []
 
 
+def test_kills_while_checkpoints_are_written_beside_the_training(forker: Forker, home: Path) -> None:
+    """30 of them; a save every third iteration, so that most find one under way."""
+    run = [*RUN, "--max_iters=60", "--dropout=0.1", "--eval_interval=3", "--eval_iters=1"]
+    straight = ok(forker.run(["train", *run, "--out_dir=straight"]))
+    words = ["train", *run, "--async_save=True", "--out_dir=killed"]
+    chain(forker, 30, "async", lambda: next_of(words, home / "killed"), straight.seconds)
+    assert trained(home / "killed") == trained(home / "straight") and litter(home / "killed") == []
+
+
 def test_killed_resumes_end_in_the_same_weights(forker: Forker, home: Path) -> None:
     shutil.copytree(home / "out", home / "straight")
     words = ["train", "--config", "out/config.toml", "--init_from=resume", "--max_iters=80"]

@@ -6,6 +6,8 @@
         state.json               step, model_args and whatever else the run needs to go on
         manifest.json            bytes and SHA-256 of the others, written last
 
+Where ranks hold shares of the state, files of theirs (shares.py) take the place of the first two.
+
 A directory is filled under a name nobody reads, fsynced, then renamed: a name like step_00000250 means finished.
 Nothing is used before its hashes are checked, because a flipped bit in a tensor loads without any complaint. Which
 checkpoint is the latest is computed from the step numbers, never from times or a stored pointer.
@@ -19,7 +21,7 @@ import os
 import platform
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,11 +34,12 @@ from torch import Tensor
 from nanogpt_fast import __version__
 from nanogpt_fast.errors import CheckpointError
 from nanogpt_fast.files import sync
+from nanogpt_fast.run import shares
+from nanogpt_fast.run.encoding import encode
 from nanogpt_fast.run.manifest import Chunks, read_json, read_manifest, verify, write_files
 from nanogpt_fast.run.rundir import aside, clean_stale, publish, replaced
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
-REQUIRED, OPTIONAL = (MODEL, STATE), (OPTIMIZER,)
 log = logging.getLogger(__name__)
 _STEP = re.compile(r"step_(\d{8}|[1-9]\d{8,})")
 
@@ -56,6 +59,16 @@ class Checkpoint:
     state: dict[str, Any] = field(default_factory=dict)  # JSON; `val_loss` decides which checkpoint is the best
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """Those that hold shares of a checkpoint, and how they find one another."""
+
+    rank: int
+    size: int
+    meeting: str  # ends the name of the directory that they fill, which clean_stale then knows as rank 0's
+    patience: float  # seconds that rank 0 waits for the others' files
+
+
 def list_steps(out_dir: Path) -> dict[int, Path]:
     """{step: directory} of all finished checkpoints, unverified, in ascending order."""
     folder = out_dir / "checkpoints"
@@ -69,28 +82,39 @@ def readable_steps(out_dir: Path) -> dict[int, Path]:
     return dict(sorted({**named, **list_steps(out_dir)}.items()))
 
 
-def save(out_dir: Path, checkpoint: Checkpoint, *, keep_last: int) -> Path:
+def save(out_dir: Path, checkpoint: Checkpoint, *, keep_last: int, ranks: Ranks | None = None) -> Path:
     """Publish the checkpoint atomically, then prune: the newest `keep_last` and the best one stay.
 
     Tensors may live on any device; they are copied to the host one at a time. Checkpoints of later steps (another
     run's, or the future before a rewind) are neither counted nor removed. Raises SaveFailed when the disk refuses.
+    ranks: each calls this with its share of the model (shares.py's runs), but for rank 0 done once that is written.
     """
     step, folder = checkpoint.step, out_dir / "checkpoints"
     final = folder / f"step_{step:08d}"
-    tmp = aside(final, "tmp")
+    tmp = aside(final, "tmp", ranks.meeting if ranks else None)
     state = {"step": step, "model_args": checkpoint.model_args, "state": checkpoint.state}
-    contents: dict[str, Chunks] = {STATE: [json.dumps(state, indent=1).encode()], MODEL: _encode(checkpoint.model)}
+    contents: dict[str, Chunks] = {STATE: [json.dumps(state, indent=1).encode()]}
+    if not ranks:
+        contents[MODEL] = encode(checkpoint.model)
     if checkpoint.optimizer:
-        contents[OPTIMIZER] = _encode(checkpoint.optimizer)
+        contents[OPTIMIZER] = encode(checkpoint.optimizer)
     facts = {
         "step": step,
         "created_by": f"nanogpt_fast {__version__}",
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+    others: dict[str, Any] = {}
     try:
-        tmp.mkdir(parents=True)
-        write_files(tmp, contents, facts)
+        if ranks:
+            shares.write_share(tmp, ranks.rank, checkpoint.model)
+            if ranks.rank > 0:
+                return final
+            others = shares.collect(tmp, ranks.size, ranks.patience)
+            facts["shares"] = ranks.size
+        else:
+            tmp.mkdir(parents=True)
+        write_files(tmp, contents, facts, others)
         publish(tmp, final)
         sync(out_dir)
         try:
@@ -108,7 +132,8 @@ def save(out_dir: Path, checkpoint: Checkpoint, *, keep_last: int) -> Path:
             hint=f"{'free some space' if full else 'check the disk and its mount'}: the next save tries again",
         ) from error
     finally:
-        clean_stale(folder)  # what a failed save had written, what a good one pruned or replaced
+        if not ranks or ranks.rank == 0:
+            clean_stale(folder)  # what a failed save had written, what a good one pruned or replaced
     return final
 
 
@@ -119,11 +144,14 @@ def load(path: Path) -> Checkpoint:
     names the file that is missing or damaged.
     """
     try:
-        manifest = read_manifest(path, REQUIRED, OPTIONAL)
+        manifest = read_manifest(path, _files_of)
         verify(path, manifest, manifest["files"])
         state = _read_state(path, manifest)
-        model = load_file(path / MODEL)
-        optimizer = load_file(path / OPTIMIZER) if OPTIMIZER in manifest["files"] else {}
+        if files := shares.files_of(manifest.get("shares")):
+            model, optimizer = shares.assemble([path / name for name in files], state["state"].pop("shapes", None))
+        else:
+            model = load_file(path / MODEL)
+            optimizer = load_file(path / OPTIMIZER) if OPTIMIZER in manifest["files"] else {}
     except OSError as error:
         raise CheckpointError(
             "a checkpoint cannot be read", where=str(error.filename or path), found=error.strerror or str(error)
@@ -131,6 +159,17 @@ def load(path: Path) -> Checkpoint:
     except SafetensorError as error:
         raise CheckpointError("a checkpoint holds no valid tensors", where=str(path), found=str(error)) from error
     return Checkpoint(state["step"], state["model_args"], model, optimizer, state["state"])
+
+
+def bytes_of(path: Path) -> int:
+    """Of the files that hold a checkpoint's tensors: no model in it is larger."""
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+
+def _files_of(manifest: Mapping[str, Any]) -> tuple[Collection[str], Collection[str]]:
+    """The files of a checkpoint with this manifest: those there must be, and may be. ValueError for no checkpoint's."""
+    files = shares.files_of(manifest.get("shares"))
+    return ((*files, STATE), ()) if files else ((MODEL, STATE), (OPTIMIZER,))
 
 
 def newest(out_dir: Path) -> tuple[Checkpoint, Path, list[str]]:
@@ -191,24 +230,6 @@ def bring_back(out_dir: Path) -> str:
     return f"an earlier run's are in {folders[-1]}; back with them: " + shlex.join(
         ["mv", *map(str, sorted(folders[-1].glob("step_*"))), str(out_dir / "checkpoints")]
     )
-
-
-def _encode(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The safetensors file of float32 tensors, one tensor at a time: save_file would need all on the host at once."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for name, tensor in tensors.items():
-        if tensor.dtype != torch.float32:
-            raise TypeError(f"{name} is {tensor.dtype}: checkpoints hold float32 masters")
-        end = start + 4 * tensor.numel()
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # data begins 8-byte aligned
-    yield len(text).to_bytes(8, "little")
-    yield text
-    for tensor in tensors.values():
-        yield tensor.detach().cpu().contiguous().numpy().astype("<f4", copy=False).reshape(-1).data
 
 
 def _is_number(value: Any) -> bool:
@@ -294,7 +315,7 @@ def _val_losses(steps: dict[int, Path]) -> dict[int, float]:
     losses = {}
     for step, path in steps.items():
         try:
-            manifest = read_manifest(path, REQUIRED, OPTIONAL)
+            manifest = read_manifest(path, _files_of)
             verify(path, manifest, [STATE])
             loss = _read_state(path, manifest)["state"].get("val_loss")
         except (CheckpointError, OSError):

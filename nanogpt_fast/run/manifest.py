@@ -9,7 +9,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,24 +18,35 @@ from nanogpt_fast.errors import CheckpointError
 from nanogpt_fast.files import read_small, sha256_of
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = SHARED_VERSION = 2  # 1: all in one file each; 2: in shares
+THREADS = 16  # that hash, or write, side by side
 
 Chunks = Iterable[bytes | memoryview]
+FilesOf = Callable[[Mapping[str, Any]], tuple[Collection[str], Collection[str]]]
 
 
-def write_files(folder: Path, contents: Mapping[str, Chunks], facts: Mapping[str, Any]) -> None:
+def write_files(
+    folder: Path,
+    contents: Mapping[str, Chunks],
+    facts: Mapping[str, Any],
+    others: Mapping[str, dict[str, Any]] | None = None,
+) -> None:
     """Write {name: chunks} into `folder` and then the manifest, everything fsynced. Raises OSError.
+
+    others: entries of files that others have written there, durably.
 
     Hashed while written, so nothing is read back; the files side by side: 124M parameters with their moments
     (1.5 GB) take about 1 s on two idle cores, disk permitting.
     """
-    with ThreadPoolExecutor(len(contents)) as pool:
-        entries = list(pool.map(lambda item: _write(folder / item[0], item[1]), contents.items()))
-    manifest = {"format_version": FORMAT_VERSION, **facts, "files": dict(zip(contents, entries))}
-    _write(folder / MANIFEST, [json.dumps(manifest, indent=1).encode()])
+    with ThreadPoolExecutor(min(THREADS, len(contents))) as pool:
+        entries = list(pool.map(lambda item: write_file(folder / item[0], item[1]), contents.items()))
+    version = SHARED_VERSION if others else 1
+    manifest = {"format_version": version, **facts, "files": {**dict(zip(contents, entries)), **(others or {})}}
+    write_file(folder / MANIFEST, [json.dumps(manifest, indent=1).encode()])
 
 
-def _write(path: Path, chunks: Chunks) -> dict[str, Any]:
+def write_file(path: Path, chunks: Chunks) -> dict[str, Any]:
+    """A new file of these chunks, fsynced; its manifest entry. Raises OSError."""
     digest = hashlib.sha256()
     with open(path, "xb") as file:
         for chunk in chunks:
@@ -46,9 +57,10 @@ def _write(path: Path, chunks: Chunks) -> dict[str, Any]:
         return {"bytes": file.tell(), "sha256": digest.hexdigest()}
 
 
-def read_manifest(folder: Path, required: Collection[str], optional: Collection[str]) -> dict[str, Any]:
+def read_manifest(folder: Path, files_of: FilesOf) -> dict[str, Any]:
     """The manifest, once its files are there in the sizes it says. Raises CheckpointError, naming the file.
 
+    files_of: of a manifest, the names that must and those that may be listed; ValueError where it contradicts itself.
     Extra files in the folder are nobody's business; extra names in the manifest are refused.
     """
     path = folder / MANIFEST
@@ -73,14 +85,18 @@ def read_manifest(folder: Path, required: Collection[str], optional: Collection[
             hint="update nanogpt_fast",
         )
     files = manifest.get("files")
-    if version != FORMAT_VERSION or not isinstance(files, dict) or not all(map(_is_entry, files.values())):
+    if version not in (1, SHARED_VERSION) or not isinstance(files, dict) or not all(map(_is_entry, files.values())):
         raise CheckpointError(f"{MANIFEST} is damaged", where=str(path), expected="format_version, step and files")
+    try:
+        required, optional = files_of(manifest)
+    except ValueError as error:
+        raise CheckpointError(f"{MANIFEST} is damaged", where=str(path), found=str(error)) from error
     allowed = {*required, *optional}
     if strange := [name for name in files if name not in allowed] or [n for n in required if n not in files]:
         raise CheckpointError(
             f"{MANIFEST} does not list a checkpoint's files",
             where=str(path),
-            expected=f"{', '.join(sorted(required))}, and {' or '.join(sorted(optional))} at most",
+            expected=", and at most ".join(" and ".join(sorted(names)) for names in (required, optional) if names),
             found=f"{strange[0]!r} {'listed' if strange[0] in files else 'not listed'}",
         )
     for name, entry in files.items():
@@ -101,7 +117,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def verify(folder: Path, manifest: Mapping[str, Any], names: Collection[str]) -> None:
     """Hash the named files side by side, in blocks (hashlib drops the GIL); CheckpointError for the first wrong one."""
-    with ThreadPoolExecutor(len(names)) as pool:
+    with ThreadPoolExecutor(min(THREADS, len(names))) as pool:
         for name, found in zip(names, pool.map(lambda name: sha256_of(folder / name), names)):
             expected = manifest["files"][name]["sha256"]
             if found != expected:

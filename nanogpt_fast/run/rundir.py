@@ -125,9 +125,14 @@ def _unwritable(folder: Path, error: OSError) -> CheckpointError:
     )
 
 
-def aside(path: Path, kind: Literal["tmp", "trash", "replaced"]) -> Path:
-    """A fresh name beside `path`, which readers ignore and `clean_stale` knows."""
-    return path.with_name(f".{kind}-{path.name}-{os.getpid()}@{socket.gethostname()}-{secrets.token_hex(4)}")
+def aside(path: Path, kind: Literal["tmp", "trash", "replaced"], meeting: str | None = None) -> Path:
+    """A fresh name beside `path`, which readers ignore and `clean_stale` knows; or that of several processes."""
+    return path.with_name(f".{kind}-{path.name}-{meeting or meeting_point()}")
+
+
+def meeting_point() -> str:
+    """What makes a name aside this process's, and fresh; others may be told it."""
+    return f"{os.getpid()}@{socket.gethostname()}-{secrets.token_hex(4)}"
 
 
 def publish(tmp: Path, final: Path) -> None:

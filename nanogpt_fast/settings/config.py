@@ -33,6 +33,7 @@ class RunConfig:
     always_save_checkpoint: bool = True  # save after each evaluation, not only when val loss improves
     resume_step: int = 0  # with --init_from=resume: this checkpoint, instead of the newest; later ones are set aside
     keep_last: int = 2  # checkpoints kept besides the best one (at least 2)
+    async_save: bool = False  # write checkpoints while training goes on, from a copy in host memory
     sample_at_end: int = 0  # characters/tokens of a sample printed when training ends, 0 for none
     seed: int = 1337  # weights, data order, dropout
 

@@ -154,7 +154,7 @@ def read_native(path: Path, optimizer: bool = True) -> tuple[Weights, Path]:
             log.warning(line)
     known = {f.name for f in fields(GPTConfig)}
     args = {key: value for key, value in found.model_args.items() if key in known}
-    config = model_config(str(path), file_bytes(path / checkpoint.MODEL), **args)
+    config = model_config(str(path), checkpoint.bytes_of(path), **args)
     found = check_model(found if optimizer else replace(found, optimizer={}), config)
     state, best = found.state, found.state.get("best_val_loss", math.inf)
     weights = Weights(

@@ -61,10 +61,10 @@ def test_the_window_is_not_kept_in_config_toml(folder: Path, capsys: pytest.Capt
 def test_ctrl_c_inside_the_window_saves_and_writes_what_was_traced(folder: Path, monkeypatch: pytest.MonkeyPatch):
     real = TrainStep.__call__
 
-    def step_and_interrupt(self: TrainStep, batch: torch.Tensor, iteration: int, stop: bool) -> StepResult:
+    def step_and_interrupt(self: TrainStep, batch: torch.Tensor, iteration: int, *votes: bool) -> StepResult:
         if iteration == 7:
             os.kill(os.getpid(), signal.SIGINT)
-        return real(self, batch, iteration, stop)
+        return real(self, batch, iteration, *votes)
 
     monkeypatch.setattr(TrainStep, "__call__", step_and_interrupt)
     assert train(folder, max_iters=100, eval_interval=100, profile="6:50") == 130

@@ -58,8 +58,8 @@ def test_a_run_is_cut_inside_its_batch_ramp(folder: Path, monkeypatch: pytest.Mo
     counted, no dropout mask twice."""
     step, counted = TrainStep.__call__, []
 
-    def counting(self: TrainStep, batch: torch.Tensor, iteration: int, stop: bool) -> StepResult:
-        result = step(self, batch, iteration, stop)
+    def counting(self: TrainStep, batch: torch.Tensor, iteration: int, *votes: bool) -> StepResult:
+        result = step(self, batch, iteration, *votes)
         counted.append(int(self.counter) - self.base)
         return result
 

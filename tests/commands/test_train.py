@@ -190,10 +190,10 @@ def test_a_stopped_step_does_not_pass_for_an_evaluated_one(folder: Path, monkeyp
     """Stopped right before an evaluation: the checkpoint must not carry the loss of the one before."""
     real = TrainStep.__call__
 
-    def step_and_signal(self: TrainStep, batch: torch.Tensor, iteration: int, stop: bool) -> StepResult:
+    def step_and_signal(self: TrainStep, batch: torch.Tensor, iteration: int, *votes: bool) -> StepResult:
         if iteration == 9:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, batch, iteration, stop)
+        return real(self, batch, iteration, *votes)
 
     monkeypatch.setattr(TrainStep, "__call__", step_and_signal)
     assert train(folder, max_iters=20, eval_interval=10) == 143

@@ -16,10 +16,10 @@ def spoil(monkeypatch: pytest.MonkeyPatch, iterations: set[int], value: float) -
     """The gradient of these iterations holds `value`, as if a micro-batch had overflowed."""
     real = TrainStep.__call__
 
-    def step(self: TrainStep, batch: torch.Tensor, iteration: int, stop: bool) -> StepResult:
+    def step(self: TrainStep, batch: torch.Tensor, iteration: int, *votes: bool) -> StepResult:
         if iteration in iterations:
             self.optimizer.flat.grad[3] = value
-        return real(self, batch, iteration, stop)
+        return real(self, batch, iteration, *votes)
 
     monkeypatch.setattr(TrainStep, "__call__", step)
 

@@ -66,13 +66,12 @@ def train(world: World, accumulation: int = 2, iterations: int = 3, **settings: 
     optimizer, flat = step.optimizer, step.optimizer.flat
     held = {"master": flat.master, "m": optimizer.m, "v": optimizer.v}
     step.exchange.complete()
+    whole = {kind: step.exchange.whole(buffer) for kind, buffer in held.items()}
     return {
         "losses": losses,
         "norms": norms,
         "params": {name: p.detach().float() for name, p in step.model.named_parameters()},
-        "whole": {
-            k: v if v is None else flat.named(v) for k, v in ((k, step.exchange.whole(t)) for k, t in held.items())
-        },
+        "whole": {kind: flat.named(buffer) if len(buffer) else {} for kind, buffer in whole.items()},
         "held": len(flat.master),
         "votes": [world.any(False), world.any(world.rank == world.size - 1), world.main_says(world.rank > 0)],
         "report": step.read().get()._asdict(),

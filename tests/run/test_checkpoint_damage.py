@@ -143,7 +143,7 @@ def test_extra_files_are_ignored(tmp_path):
 
 def test_a_newer_format_asks_for_an_update(tmp_path):
     _, path = save_steps(tmp_path, 10, 20)
-    edit_manifest(path, lambda m: m.update(format_version=2, created_by="nanogpt_fast 9.9", files="unknowable"))
+    edit_manifest(path, lambda m: m.update(format_version=3, created_by="nanogpt_fast 9.9", files="unknowable"))
     text = refusal(path)
     assert "written by a newer version" in text
     assert "nanogpt_fast 9.9" in text
