@@ -8,8 +8,9 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,9 @@ from torch import Tensor
 from nanogpt_fast.command import out_of_memory
 from nanogpt_fast.errors import ConfigError, DeviceError
 from nanogpt_fast.hardware import CPU_INSTRUCTIONS, cpu_multiplies
+from nanogpt_fast.pulse import Pulse, lost, place_of
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 # Measured on an AVX2 core, quickstart: 65 to 94 ms an iteration in float32, 828 to 943 in bfloat16, float16 as slow.
 SLOW_DTYPE = "this CPU has neither {missing} and emulates {name}, about ten times as slow as float32: --dtype=float32"
@@ -37,6 +40,7 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
+    pulse: Pulse | None = field(default=None, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -64,11 +68,11 @@ class World:
         if self.size == 1:
             return lambda: None
         collective = getattr(dist, name, None) or getattr(dist, NAMED_BEFORE[name])
-        with self._with_all():
+        with self._with_all(name):
             work: Any = collective(*tensors, async_op=True)
 
         def wait() -> None:
-            with self._with_all():
+            with self._with_all(name):
                 work.wait()
 
         return wait
@@ -76,18 +80,18 @@ class World:
     def broadcast_(self, tensor: Tensor) -> None:
         """Rank 0's values to all, in place."""
         if self.size > 1:
-            with self._with_all():
+            with self._with_all("broadcast"):
                 dist.broadcast(tensor, src=0)
 
     def main_says(self, flag: bool) -> bool:
         """Rank 0's flag, on every rank."""
         return self.any(flag and self.is_main)
 
-    def main_text(self, text: str) -> str:
-        """Rank 0's text, on every rank."""
-        said = [text]
+    def main_object(self, thing: T) -> T:
+        """Rank 0's, on every rank; it travels as a pickle, between processes that trust one another."""
+        said = [thing]
         if self.size > 1:
-            with self._with_all():
+            with self._with_all("broadcast"):
                 dist.broadcast_object_list(said, src=0, device=self.device)
         return said[0]
 
@@ -100,22 +104,23 @@ class World:
         return bool(votes.item())
 
     @contextmanager
-    def _with_all(self) -> Iterator[None]:
-        """A collective fails here when another rank has died, or does not answer."""
+    def _with_all(self, name: str = "") -> Iterator[None]:
+        """A collective fails here when another rank has died, or has not come within --timeout."""
         try:
             yield
         except RuntimeError as error:  # DistBackendError of NCCL is one, gloo's is a plain one
             if out_of_memory(error):
                 raise
-            raise DeviceError(
-                "another rank does not answer",
-                where=f"rank {self.rank} of {self.size}, in a collective",
-                expected=f"all {self.size} ranks",
-                found=str(error).splitlines()[0][:200] if str(error) else type(error).__name__,
-                hint="the rank that ended first says why; start again with --init_from=resume",
-            ) from error
+            said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            absent = self.pulse.absent() if self.pulse else said
+            place, _ = place_of(sys._getframe())
+            at = f", {self.pulse.at}" if self.pulse else ""
+            raise lost(self.rank, self.size, f"in {name or 'a collective'} of {place}{at}", absent) from error
 
-    def close(self) -> None:
+    def close(self, why: str = "") -> None:
+        """Leave the ranks; why: what ended this one, for the others to read."""
+        if self.pulse:
+            self.pulse.close(why)
         if dist.is_available() and dist.is_initialized():  # also for torchrun with one rank
             dist.destroy_process_group()
 
@@ -193,10 +198,18 @@ def _keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**30)
 
 
-def join(device: str, backend: str, gradient_accumulation_steps: int, ramp_start: int = 0, tf32: bool = True) -> World:
+def join(
+    device: str,
+    backend: str,
+    gradient_accumulation_steps: int,
+    ramp_start: int = 0,
+    tf32: bool = True,
+    timeout: float = 600.0,
+) -> World:
     """The World of this process: alone, or one of torchrun's (RANK, LOCAL_RANK, WORLD_SIZE are set).
 
-    Raises ConfigError unless all ranks get as many of the micro-batches, at --batch_ramp's start too (0: no ramp).
+    timeout: seconds after which a collective that not all have come to is an error. Raises ConfigError unless all ranks
+    get as many of the micro-batches, at --batch_ramp's start too (0: no ramp).
     """
     if "RANK" not in os.environ:
         return World(device=_use(resolve_device(device), tf32))
@@ -227,7 +240,9 @@ def join(device: str, backend: str, gradient_accumulation_steps: int, ramp_start
         )
     on = _use(resolve_device(f"cuda:{local_rank}") if on.type == "cuda" else on, tf32)
     try:
-        dist.init_process_group(backend if on.type == "cuda" else "gloo", rank=rank, world_size=size)
+        store = _meeting_place(rank, size, timeout)
+        kind, limit = (backend, timeout + 60.0) if on.type == "cuda" else ("gloo", timeout)  # NCCL's ends the process
+        dist.init_process_group(kind, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=limit))
     except (RuntimeError, ValueError) as error:  # an address that is missing, is no address, or does not answer
         place = ", ".join(f"{key}={os.environ.get(key, '')!r}" for key in ("MASTER_ADDR", "MASTER_PORT"))
         raise ConfigError(
@@ -237,7 +252,16 @@ def join(device: str, backend: str, gradient_accumulation_steps: int, ramp_start
             found=str(error).splitlines()[0][:200] if str(error) else type(error).__name__,
             hint="start with torchrun, or `unset RANK` to train alone",
         ) from error
-    return World(rank, size, on)
+    return World(rank, size, on, Pulse(store, rank, size, timeout) if size > 1 else None)
+
+
+def _meeting_place(rank: int, size: int, timeout: float) -> Any:
+    """The store of these ranks, as they are now. torchrun's stays from one start of the ranks to the next, so what the
+    ones before left there must not be read: starts are told apart by torchrun's count, and where that stays, because a
+    node came or went, by the ranks that have come."""
+    store, _, _ = next(iter(dist.rendezvous("env://", rank, size, timeout=timedelta(seconds=timeout))))
+    start = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{size}"
+    return dist.PrefixStore(f"{start}/{(store.add(f'{start}/came', 1) - 1) // size}", store)
 
 
 def require_shares(size: int, gradient_accumulation_steps: int, ramp_start: int = 0) -> None:

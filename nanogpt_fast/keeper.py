@@ -17,6 +17,7 @@ import torch
 from nanogpt_fast.data.loader import Draws
 from nanogpt_fast.distributed import World
 from nanogpt_fast.errors import CheckpointError
+from nanogpt_fast.pulse import RankLost
 from nanogpt_fast.run import checkpoint, ranges
 from nanogpt_fast.run.ranges import span
 from nanogpt_fast.saver import Saver
@@ -130,23 +131,23 @@ class Keeper:
                 self._failed, (self.saved_step, path) = 0, ended
                 self._say(f"saving checkpoint to {path}")
 
-    def before_leaving(self, must: bool = False, then: Callable[[], None] = lambda: None) -> None:
+    def before_leaving(self, error: Exception | None = None, then: Callable[[], None] = lambda: None) -> None:
         """The run ends here: save the steps since the last checkpoint if they are healthy, then(), say how to go on.
 
-        Raises where that fails and `must`; else something worse ends the run, and this only warns.
+        error: what ends it, on this rank at least; that a save fails too is then only warned of.
         """
         try:
             self.settle(wait=True)
-            if must or not self.step.exchange.sharded:
+            if error is None or not self.step.exchange.sharded:
                 self.offer(self.unsaved > 0, must=True)
-            elif self.unsaved and self._saver.together:  # what ended this rank may have ended others
-                log.warning("the last %d steps are lost: only all ranks together can save them", self.unsaved)
+            elif self.unsaved and (self._saver.together or (isinstance(error, RankLost) and error.silent)):
+                log.warning("the last %d steps are lost: a rank that ended held its share of them", self.unsaved)
             elif self.unsaved and self._healthy:
                 self._save(must=True, patience=LOST_PATIENCE)
-        except Exception as error:  # the device is gone, or the disk
-            if must:
+        except Exception as another:  # the device is gone, or the disk
+            if error is None:
                 raise
-            log.warning("the last %d steps could not be saved: %s", self.unsaved, str(error).partition("\n")[0])
+            log.warning("the last %d steps could not be saved: %s", self.unsaved, str(another).partition("\n")[0])
         then()
         if not self.world.is_main:
             return

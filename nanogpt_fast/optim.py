@@ -261,10 +261,18 @@ class AdamW:
         return found
 
     def load_state_dict(self, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
-        """The inverse of state_dict; a loss scale is taken only where this run scales its loss."""
+        """The inverse of state_dict."""
         for name in self.flat.slices:
-            self.flat.put(self.m, name, tensors[f"exp_avg.{name}"])
-            self.flat.put(self.v, name, tensors[f"exp_avg_sq.{name}"])
+            self.load_moments(name, tensors[f"exp_avg.{name}"], tensors[f"exp_avg_sq.{name}"])
+        self.load_numbers(numbers)
+
+    def load_moments(self, name: str, m: Tensor, v: Tensor) -> None:
+        """Take what this rank holds of a parameter's moments."""
+        self.flat.put(self.m, name, m)
+        self.flat.put(self.v, name, v)
+
+    def load_numbers(self, numbers: dict[str, float]) -> None:
+        """The inverse of numbers(); a loss scale is taken only where this run scales its loss."""
         self.scalars[STEP] = numbers["optimizer_step"]
         if self.scale_loss:
             self.scalars[LOSS_SCALE] = numbers.get("loss_scale", 65536.0)

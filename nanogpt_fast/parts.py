@@ -3,10 +3,13 @@
 import dataclasses
 import logging
 import math
+import os
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nanogpt_fast.data.dataset import read_meta
 from nanogpt_fast.data.loader import Draws
@@ -15,16 +18,19 @@ from nanogpt_fast.data.preparation import ensure
 from nanogpt_fast.data.splits import dataset_folder, open_split, warn_of_few_ids
 from nanogpt_fast.data.tokens import TokenSource, check_fingerprint
 from nanogpt_fast.distributed import World
-from nanogpt_fast.errors import CheckpointError, DeviceError
+from nanogpt_fast.errors import DataError, DeviceError
+from nanogpt_fast.files import read_small
 from nanogpt_fast.hardware import free_memory
 from nanogpt_fast.memory import RESERVE, largest_batch, peak, plan_of, readable, relief
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import Ops
 from nanogpt_fast.optim import AdamW, FlatParameters
 from nanogpt_fast.restore import Restored, restore
+from nanogpt_fast.run import checkpoint
 from nanogpt_fast.settings.config import Config, GPTConfig
 
 log = logging.getLogger(__name__)
+ELASTIC_RUN = ".elastic_run"  # of out_dir: torchrun's name of the run there, so that its restarts know it
 
 
 def open_data(config: Config, stack: ExitStack, say: Any) -> tuple[dict[str, TokenSource], int | None, dict[str, Any]]:
@@ -43,8 +49,43 @@ def open_data(config: Config, stack: ExitStack, say: Any) -> tuple[dict[str, Tok
     return sources, meta.vocab_size, meta.tokenizer
 
 
-def load_weights(config: Config, say: Any) -> Restored:
-    """The weights that --init_from names."""
+def to_go_on(config: Config, world: World, say: Any) -> Config:
+    """The configuration that resumes the run in out_dir, where --auto_resume asks for it or torchrun has started the
+    ranks again, and rank 0 sees a checkpoint to resume; else as it is."""
+    out_dir, again = Path(config.run.out_dir), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0) or 0)
+    ours = config.run.auto_resume or (again and elastic_run(out_dir) == os.environ.get("TORCHELASTIC_RUN_ID", ""))
+    if not world.main_says(bool(ours and checkpoint.readable_steps(out_dir))):
+        return config
+    if again:
+        say(f"started again by torchrun, time {again}")
+    return config.replace(init_from="resume", resume_step=0 if again else config.run.resume_step)
+
+
+def elastic_run(out_dir: Path) -> str:
+    """torchrun's name of the run that out_dir was last begun for; "" where there was none."""
+    try:
+        return read_small(out_dir / ELASTIC_RUN).decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def load_weights(config: Config, world: World, say: Any) -> Restored:
+    """The weights that --init_from names. Rank 0 reads them, so that one node's disk is enough; the others get all but
+    the tensors, which are sent once they have a place (build_optimizer), and here stand without data."""
+    if world.size == 1:
+        return _read_weights(config, say)
+    found = _read_weights(config, say) if world.is_main else None
+    shared = found and dataclasses.replace(found, model=_shells(found.model), optimizer=_shells(found.optimizer))
+    told = world.main_object(shared)
+    assert told is not None
+    return found or told
+
+
+def _shells(tensors: dict[str, Tensor] | None) -> Any:
+    return None if tensors is None else {name: torch.empty(t.shape, device="meta") for name, t in tensors.items()}
+
+
+def _read_weights(config: Config, say: Any) -> Restored:
     restored = restore(config.run.init_from, config.run.out_dir, config.data.data_dir, config.run.resume_step)
     if config.run.init_from != "resume":
         say(f"Initializing from {restored.source}")
@@ -101,7 +142,7 @@ def build_model(
     model = GPT(dataclasses.replace(loaded_shape, dropout=shape.dropout), ops, wide, config.system.recompute)
     if restored is None or config.data.data_order == "nanogpt":  # nanoGPT draws the weights even to overwrite them
         model.init_weights(generator)
-    if restored is not None:
+    if restored is not None and not any(tensor.is_meta for tensor in restored.model.values()):
         model.load_state_dict(restored.model)
     say(f"number of parameters: {model.num_params() / 1e6:.2f}M")
     if shape.block_size < model.config.block_size:
@@ -123,23 +164,33 @@ def build_optimizer(
     if config.run.init_from == "resume" and restored is not None and not restored.optimizer:
         log.warning("the checkpoint has no optimizer state; AdamW starts anew")
     elif config.run.init_from == "resume" and restored is not None and restored.optimizer:
-        rows = model.config.block_size
-        cropped = {k: t[:rows] if k.endswith("wpe.weight") else t for k, t in restored.optimizer.items()}
-        optimizer.load_state_dict(cropped, {"optimizer_step": restored.step, **restored.state})
+        rows, moments = model.config.block_size, restored.optimizer
+
+        def sent(name: str) -> Tensor:
+            moment = moments[name][:rows] if name.endswith("wpe.weight") else moments[name]
+            if world.size > 1:
+                moment = torch.empty_like(moment, device=world.device) if moment.is_meta else moment.to(world.device)
+                world.broadcast_(moment)
+            return moment
+
+        for name in flat.slices:
+            optimizer.load_moments(name, sent(f"exp_avg.{name}"), sent(f"exp_avg_sq.{name}"))
+        optimizer.load_numbers({"optimizer_step": restored.step, **restored.state})
     return optimizer
 
 
-def agree_on_start(world: World, start: int) -> None:
-    """Ranks read checkpoints by themselves; on a slow shared disk they could see different ones."""
-    first = torch.tensor([start], device=world.device)
-    world.broadcast_(first)
-    if world.any(int(first) != start):
-        raise CheckpointError(
-            "the ranks found different checkpoints",
-            where=f"rank {world.rank}",
-            expected=f"iteration {int(first)}, as rank 0",
-            found=f"iteration {start}",
-            hint="see that every node reads the same --out_dir, then start again",
+def agree_on_data(world: World, fingerprint: dict[str, Any]) -> None:
+    """DataError where this rank's training data are not rank 0's: every node has its own disk, or should see one."""
+    first = world.main_object(fingerprint)
+    others = world.any(first != fingerprint)
+    if first != fingerprint:
+        what, where = "the training data are not rank 0's", f"rank {world.rank} of {world.size}: "
+        check_fingerprint(first, fingerprint, what, where, "see that --data_dir has the same files on every node")
+    if others:
+        raise DataError(
+            "another rank found other training data, and says which",
+            where=f"rank {world.rank} of {world.size}",
+            expected="the same files on every node",
         )
 
 

@@ -109,7 +109,7 @@ def _already() -> None: ...
 
 def _meeting_of(out_dir: Path, world: World) -> str:
     """What names the directories that all ranks fill; "" where they do not all see out_dir."""
-    meeting = world.main_text(meeting_point())
+    meeting = world.main_object(meeting_point())
     sign = out_dir / f".ranks-{meeting}"
     if world.is_main:
         out_dir.mkdir(parents=True, exist_ok=True)

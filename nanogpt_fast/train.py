@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 import shlex
 import sys
 from contextlib import ExitStack
@@ -47,8 +48,10 @@ def main(argv: list[str]) -> int:
         return 0
     with ExitStack() as stack:
         data, batches, system = config.data, BatchSchedule.of(config.data), config.system
-        world = distributed.join(system.device, system.backend, batches.full, batches.start, system.tf32)
-        stack.callback(world.close)
+        world = distributed.join(
+            system.device, system.backend, batches.full, batches.start, system.tf32, system.timeout
+        )
+        stack.push(lambda _, error, __: world.close("" if error is None else in_a_line(error)))
         graphs = Graphs(world.device, system.cuda_graph)
         say = (lambda text: print(printable(text))) if world.is_main else lambda _: None
         logging.getLogger("nanogpt_fast").setLevel(logging.WARNING if world.is_main else logging.ERROR)
@@ -57,8 +60,9 @@ def main(argv: list[str]) -> int:
         if data.batch_ramp:
             say(f"from iteration {batches.ramp} on; the first one has {batches.tokens_before(1):,}")
         sources, vocab_size, tokenizer = parts.open_data(config, stack, say)
+        config = parts.to_go_on(config, world, say)
         claim_out_dir(config, world, stack)
-        restored = None if config.run.init_from == "scratch" else parts.load_weights(config, say)
+        restored = None if config.run.init_from == "scratch" else parts.load_weights(config, world, say)
         shape = shape_of(config, restored, vocab_size, say)
         eot = end_of_text(tokenizer, shape.vocab_size) if data.document_mask else None
         if restored and restored.tokenizer_json not in (None, tokenizer):
@@ -77,10 +81,10 @@ def main(argv: list[str]) -> int:
         resumed = restored if config.run.init_from == "resume" else None
         if restored:
             restored.model, restored.optimizer = {}, None  # mapped files: let go of their disk blocks
+        parts.agree_on_data(world, sources["train"].fingerprint())
         order, fingerprint = parts.order_data(config, sources["train"], resumed, generator)
         draws = parts.draws_of(resumed, order, data.batch_size, world)
         start = resumed.step if resumed else 0
-        parts.agree_on_start(world, start)
         samples = batches.micro_batches_before(start) * data.batch_size
         loader = stack.enter_context(
             Loader(
@@ -167,10 +171,19 @@ def begin_out_dir(config: Config, shape: GPTConfig, start: int) -> None:
     evaluates = continues % config.run.eval_interval == 0
     if kept := set_rows_aside(out_dir / "metrics.jsonl", continues, evaluates):
         print(f"figures that this run does not continue are now in {kept}")
+    if run_id := os.environ.get("TORCHELASTIC_RUN_ID"):
+        write_atomic(out_dir / parts.ELASTIC_RUN, run_id.encode())
     write_atomic(out_dir / "config.toml", to_toml(config.replace(dry_run=False, profile="", resume_step=0)).encode())
 
 
 # ---- what is said before and after ----
+
+
+def in_a_line(error: BaseException) -> str:
+    """What ended this rank, for the others."""
+    ours = isinstance(error, NanogptError)
+    said = [error.what, error.where, error.found] if ours else [type(error).__name__, *str(error).splitlines()[:1]]
+    return ", ".join(filter(None, said))[:400]
 
 
 def run_facts(config: Config, shape: GPTConfig, start: int, dtype: torch.dtype, peak: str) -> dict[str, Any]:

@@ -92,6 +92,8 @@ class Trainer:
                     return stop.exit_code
                 with self.window as window:
                     for iteration in range(self.start, end):
+                        if self.world.pulse:
+                            self.world.pulse.at = f"iteration {iteration}"
                         if iteration % run.eval_interval == 0 or iteration in window.bounds:
                             self._settle()  # neither an evaluation nor a window counts the step before as its own
                         if iteration > self.start and self._asked(stop):
@@ -110,7 +112,7 @@ class Trainer:
                 self._finish(end)
             except Exception as error:
                 if not (run.eval_only or isinstance(error, DivergedError)):
-                    self.keeper.before_leaving()
+                    self.keeper.before_leaving(error)
                 if out_of_memory(error):
                     raise self._out_of_memory(error) from error
                 raise
@@ -123,7 +125,7 @@ class Trainer:
     def _leave(self, stop: StopSignals) -> int:
         """Save, say how to go on; the exit code."""
         self._settle()
-        self.keeper.before_leaving(must=True, then=self.window.close)  # what to type next comes last
+        self.keeper.before_leaving(then=self.window.close)  # what to type next comes last
         return stop.exit_code or 143
 
     def _finish(self, end: int) -> None:

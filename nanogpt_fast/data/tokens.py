@@ -193,8 +193,14 @@ class TokenSource:
         self.files[index] = replace(file, identity=identity)
 
 
-def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """DataError where the data are not those that the checkpoint was trained on."""
+CHANGED = "the data changed since the checkpoint was written"
+ACCEPT = "restore the data, or accept the change with --ignore_fingerprint=True"
+
+
+def check_fingerprint(
+    saved: dict[str, Any], current: dict[str, Any], what: str = CHANGED, where: str = "", hint: str = ACCEPT
+) -> None:
+    """DataError where the data are not those that the checkpoint was trained on; or as `what` says."""
     if saved == current:
         return
     ours, theirs = ({row["name"]: row for row in side["files"]} for side in (saved, current))
@@ -208,11 +214,11 @@ def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
         return f"{side['tokens']:,} tokens in {len(side['files'])} file(s); {detail if changed else list(rows)}"
 
     raise DataError(
-        "the data changed since the checkpoint was written",
-        where=changed[0] if changed else "the order of the files",
+        what,
+        where=where + (changed[0] if changed else "the order of the files"),
         expected=show(saved, ours),
         found=show(current, theirs),
-        hint="restore the data, or accept the change with --ignore_fingerprint=True",
+        hint=hint,
     )
 
 

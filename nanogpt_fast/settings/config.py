@@ -33,6 +33,7 @@ class RunConfig:
     always_save_checkpoint: bool = True  # save after each evaluation, not only when val loss improves
     resume_step: int = 0  # with --init_from=resume: this checkpoint, instead of the newest; later ones are set aside
     keep_last: int = 2  # checkpoints kept besides the best one (at least 2)
+    auto_resume: bool = False  # go on with the run that out_dir holds, where it holds one; else begin as init_from says
     async_save: bool = False  # write checkpoints while training goes on, from a copy in host memory
     sample_at_end: int = 0  # characters/tokens of a sample printed when training ends, 0 for none
     seed: int = 1337  # weights, data order, dropout
@@ -228,6 +229,7 @@ class SystemConfig:
     kernels: str = "auto"  # auto (ours on CUDA, where right) | triton | reference, and triton,attention=reference
     rows: Literal["tuned", "shipped"] = "tuned"  # launch rows that nanogpt_fast.tune kept for this GPU, where it has
     backend: str = "nccl"  # torch.distributed backend for CUDA ranks (CPU ranks use gloo)
+    timeout: float = 600.0  # seconds after which a rank that does not come ends the run, and is named
     parallel: Literal["ddp", "zero1"] = "ddp"  # zero1: a rank holds its share of masters and moments, not all of them
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # what ranks sum gradients in; bfloat16: half the bytes
     bucket_mb: float = 25.0  # gradients of so many MB, and whole blocks, are reduced at once while backward goes on
@@ -240,7 +242,9 @@ class SystemConfig:
 
     def __post_init__(self) -> None:
         _ = self.window
-        require_range(math.isfinite(self.bucket_mb) and self.bucket_mb > 0, "bucket_mb", "> 0", self.bucket_mb)
+        for key in ("bucket_mb", "timeout"):
+            value = getattr(self, key)
+            require_range(math.isfinite(value) and value > 0, key, "a finite number > 0", value)
         require_range(0 <= self.world <= 4096, "world", "0 <= world <= 4096", self.world)
         if self.on and not self.dry_run:
             raise ConfigError(

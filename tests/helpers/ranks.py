@@ -63,10 +63,22 @@ class Ranks:
     def _ask(self, size: int, **what: Any) -> list[int]:
         assert self._server.stdin
         print(json.dumps({"size": size, **what}), file=self._server.stdin, flush=True)
-        return json.loads(self._lines.get(timeout=LONGEST))
+        started = json.loads(self._lines.get(timeout=LONGEST))
+        self._left = dict.fromkeys(range(len(started)), 0)
+        self._running = len(started)
+        return started
+
+    def next_end(self) -> tuple[int, int]:
+        """(rank, exit code) of the next that ends."""
+        rank, code = json.loads(self._lines.get(timeout=LONGEST))
+        self._left[rank] = code
+        self._running -= 1
+        return rank, code
 
     def _codes(self) -> list[int]:
-        return json.loads(self._lines.get(timeout=LONGEST))
+        while self._running:
+            self.next_end()
+        return list(self._left.values())
 
     def run(self, size: int, job: str, **settings: Any) -> list[Any]:
         """What rank_jobs.<job>(world, **settings) returned on each of `size` ranks; 0: without torchrun's variables."""
@@ -75,9 +87,9 @@ class Ranks:
         assert not any(codes), f"exit codes {codes}; standard error says why"
         return [torch.load(self._folder / str(rank)) for rank in range(max(1, size))]
 
-    def start(self, size: int, words: list[str]) -> list[int]:
-        """The command of these words on each of `size` ranks; their process ids."""
-        return self._ask(size, words=words)
+    def start(self, size: int, words: list[str], **env: str) -> list[int]:
+        """The command of these words on each of `size` ranks, with these variables too; their process ids."""
+        return self._ask(size, words=words, env=env)
 
     def wait(self) -> list[Ended]:
         """What became of the ranks that were started."""
@@ -95,7 +107,7 @@ def free_port() -> int:
 
 
 def serve(folder: Path) -> None:
-    """Fork the ranks of each line of stdin: their process ids on stdout, and when all have ended their exit codes."""
+    """Fork the ranks of each line of stdin: their process ids on stdout, and of each that ends its rank and code."""
     sys.path.insert(0, str(ROOT / "tests/helpers"))
     importlib.import_module("rank_jobs")
     importlib.import_module("nanogpt_fast.train")
@@ -112,12 +124,13 @@ def serve(folder: Path) -> None:
             if not (pid := os.fork()):
                 if asked["size"]:
                     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(asked["size"])}
-                    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), **asked.get("env", {})}
                 become(folder / str(rank), asked)
             children.append(pid)
         os.write(said, f"{json.dumps(children)}\n".encode())
-        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
-        os.write(said, f"{json.dumps(codes)}\n".encode())
+        for _ in children:
+            pid, status = os.wait()
+            os.write(said, f"{json.dumps([children.index(pid), os.waitstatus_to_exitcode(status)])}\n".encode())
 
 
 def become(result: Path, asked: dict[str, Any]) -> None:
@@ -149,6 +162,7 @@ def command(result: Path, name: str, *flags: str) -> int:
         signal.signal(getattr(signal, signal_name), signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv[1:] = flags
+    importlib.import_module("rank_faults").plant()
     sys.modules.pop(f"nanogpt_fast.{name}", None)
     try:
         runpy.run_module(f"nanogpt_fast.{name}", run_name="__main__", alter_sys=True)
