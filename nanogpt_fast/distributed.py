@@ -43,6 +43,11 @@ class World:
     pulse: Pulse | None = field(default=None, compare=False)
 
     @property
+    def alone(self) -> bool:
+        """Whether there is nobody to exchange anything with."""
+        return self.size == 1
+
+    @property
     def is_main(self) -> bool:
         """The rank that evaluates, logs and saves."""
         return self.rank == 0
@@ -65,7 +70,7 @@ class World:
         return self._started("all_gather_single", tensor, share)
 
     def _started(self, name: str, *tensors: Tensor) -> Callable[[], None]:
-        if self.size == 1:
+        if self.alone:
             return lambda: None
         collective = getattr(dist, name, None) or getattr(dist, NAMED_BEFORE[name])
         with self._with_all(name):
@@ -79,7 +84,7 @@ class World:
 
     def broadcast_(self, tensor: Tensor) -> None:
         """Rank 0's values to all, in place."""
-        if self.size > 1:
+        if not self.alone:
             with self._with_all("broadcast"):
                 dist.broadcast(tensor, src=0)
 
@@ -90,14 +95,14 @@ class World:
     def main_object(self, thing: T) -> T:
         """Rank 0's, on every rank; it travels as a pickle, between processes that trust one another."""
         said = [thing]
-        if self.size > 1:
+        if not self.alone:
             with self._with_all("broadcast"):
                 dist.broadcast_object_list(said, src=0, device=self.device)
         return said[0]
 
     def any(self, flag: bool) -> bool:
         """True on every rank when it is True on one."""
-        if self.size == 1:
+        if self.alone:
             return flag
         votes = torch.tensor([float(flag)], device=self.device)
         self.all_reduce_(votes)

@@ -67,7 +67,7 @@ class FlatParameters:
         bucket_mb: float = BUCKET,
     ):
         world, named = world or World(), dict(model.named_parameters())
-        self.sharded = sharded and world.size > 1
+        self.sharded = sharded and not world.alone
         self.shapes = {name: parameter.shape for name, parameter in named.items()}
         self.slices, self.buckets = _layout(self.shapes, ALIGNMENT * world.size, bucket_mb * 1e6 / 4)
         start = self.buckets[-1].end

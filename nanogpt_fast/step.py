@@ -119,7 +119,7 @@ class TrainStep:
         self._loss.zero_()
         for i, micro_batch in enumerate(batch):
             self._tokens.copy_(micro_batch, non_blocking=True)
-            self._micro_step(gathers=i == 0 and self.exchange.sharded, reduces=i == A - 1 and world.size > 1)()
+            self._micro_step(gathers=i == 0 and self.exchange.sharded, reduces=i == A - 1 and not world.alone)()
         report[LOSS] = (self._loss / (A * world.size)).to(report.device)
         report[STOP].fill_(float(stop))  # an assignment would wait
         report[SAVE].fill_(float(save))
@@ -173,7 +173,7 @@ class TrainStep:
     def _apply(self) -> None:
         """Guards, clipping and AdamW, on what the micro-steps have left."""
         report, optimizer, exchange, norm = self._report, self.optimizer, self.exchange, None
-        if self.world.size > 1:
+        if not self.world.alone:
             report[GRAD_NORM].copy_(exchange.squares(optimizer.ops))
             self.world.all_reduce_(report[SHARED])
             norm = partial(exchange.norm, report[GRAD_NORM], optimizer.ops)

@@ -1,9 +1,11 @@
 """The captured step on a GPU: bit for bit the eager one, and a host that does not wait for it."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from nanogpt_fast.distributed import World
 from nanogpt_fast.graphs import Graphs, Mode
@@ -28,13 +30,21 @@ def ops_named(name: str) -> Ops:
     return {"reference": REFERENCE, "triton": TRITON}[name]
 
 
-def build(mode: Mode, ops: Ops, dtype: torch.dtype, shape: GPTConfig = SHAPE) -> TrainStep:
+def build(
+    mode: Mode,
+    ops: Ops,
+    dtype: torch.dtype,
+    shape: GPTConfig = SHAPE,
+    world: World | None = None,
+    sharded: bool = False,
+) -> TrainStep:
     device = torch.device("cuda", 0)
-    model = GPT(shape, ops)
+    model, world = GPT(shape, ops), world or World(device=device)
     model.init_weights(torch.Generator().manual_seed(0))
-    optimizer = AdamW(FlatParameters(model.train(), dtype, device), OptimConfig(), ops, dtype == torch.float16)
+    flat = FlatParameters(model.train(), dtype, device, world, sharded=sharded, bucket_mb=1.0)
+    optimizer = AdamW(flat, OptimConfig(), ops, dtype == torch.float16)
     guard = LossGuard(6.0, 16, device)
-    return TrainStep(model, optimizer, World(device=device), 1337, graphs=Graphs(device, mode), guard=guard)
+    return TrainStep(model, optimizer, world, 1337, graphs=Graphs(device, mode), guard=guard)
 
 
 def batch(iteration: int, accumulation: int = 2, size: int = 4) -> torch.Tensor:
@@ -55,6 +65,39 @@ def test_graph_equals_eager_for_a_hundred_steps(dtype: torch.dtype):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)  # float16 may refuse a step
     assert torch.equal(eager.optimizer.flat.master, captured.optimizer.flat.master)
     assert captured.graphs.active
+
+
+class OneRank(World):
+    """A rank that is the only one, and does what several do."""
+
+    @property
+    def alone(self) -> bool:
+        return False
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """NCCL wants a GPU a rank: one GPU has one."""
+    store = dist.FileStore(str(tmp_path_factory.mktemp("nccl") / "store"), 1)
+    dist.init_process_group("nccl", store=store, rank=0, world_size=1)
+    yield OneRank(0, 1, torch.device("cuda", 0))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "zero1"])
+def test_nccls_collectives_are_captured(one_rank: World, sharded: bool):
+    """Buckets summed within the backward pass, parameters gathered within the forward: bit for bit the eager step."""
+    ops = ops_named("triton")
+    eager, captured = (build(mode, ops, torch.bfloat16, world=one_rank, sharded=sharded) for mode in ("off", "on"))
+    alone = build("on", ops, torch.bfloat16)
+    assert len(captured.optimizer.flat.buckets) > 2 and captured.exchange.sharded == sharded
+    for iteration in range(20):
+        for step in (eager, captured, alone):
+            step.optimizer.set_lr(1e-3)
+        ours, theirs, one = (step(batch(iteration, 3), iteration) for step in (captured, eager, alone))
+        assert torch.equal(ours.loss, theirs.loss) and torch.equal(ours.grad_norm, theirs.grad_norm)
+        torch.testing.assert_close(ours.loss, one.loss, rtol=1e-3, atol=0)  # its norm is summed in another order
+    assert captured.graphs.active and torch.equal(eager.optimizer.flat.master, captured.optimizer.flat.master)
 
 
 def test_the_reference_ops_can_be_captured():
