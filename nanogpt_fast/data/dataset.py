@@ -20,6 +20,7 @@ from nanogpt_fast.files import load_json, read_small, sha256_of
 
 FORMAT = 1
 PARTIAL = ".partial"  # where a preparation grows
+PARTS = "parts"  # what several machines prepare, until it is joined
 MAX_VOCAB = 2**31 - 1  # ids are read as int32
 MAX_PICKLE = 32 << 20  # bytes
 
@@ -122,12 +123,13 @@ def check_split(folder: Path, split: str, paths: Iterable[str], *, whole: bool) 
     Raises DataError for a folder that a preparation has not finished, too: what lies there is a part, or a mixture.
     """
     if not (folder / "meta.json").exists():
-        if (folder / PARTIAL).is_dir():
+        begun = [path for path in (folder / PARTIAL, *sorted(folder.glob(f"{PARTS}/*of*"))) if path.is_dir()]
+        if begun:
             raise DataError(
                 "the preparation of this dataset did not finish",
                 where=str(folder),
                 expected="meta.json, which it writes last",
-                found=f"{folder / PARTIAL}",
+                found=", ".join(map(str, begun[:4])),
                 hint=f"the same command goes on where it stopped, {prepare_command(folder)}",
             )
         return
@@ -163,6 +165,18 @@ def verify(folder: Path) -> Meta:
                 hint=f"put it back, or make the dataset again: {prepare_command(folder, meta.source)} --force",
             )
     return meta
+
+
+def made_otherwise(what: str, paths: list[Path], wanted: dict[str, Any], meta: Meta | None, hint: str) -> DataError:
+    """That what is there has other settings than those wanted; meta: None where nothing says which."""
+    changed = {key: value for key, value in wanted.items() if meta and meta.settings.get(key) != value}
+    return DataError(
+        what,
+        where=", ".join(str(path) for path in paths[:4]),
+        expected=", ".join(f"{key} {value}" for key, value in changed.items()),
+        found=", ".join(f"{key} {meta.settings.get(key)}" for key in changed) if meta else "",
+        hint=hint,
+    )
 
 
 def _unusable(path: Path, found: str, expected: str = "") -> DataError:

@@ -1,9 +1,12 @@
-"""Where text comes from: Python's own library, files, a checked download, a Hugging Face dataset streamed.
+"""Where text comes from: Python's own library, files, a checked download; data/hub.py has what is streamed.
 
 Everything is read as documents: `read(documents, state)` goes on after that many of them, so an interrupted
-preparation can resume. Empty documents are left out.
+preparation can resume. Empty documents are left out. `part(2, 8)` is the second of eight runs of a source's files, for
+one of eight machines.
 """
 
+import bisect
+import copy
 import glob
 import hashlib
 import http.client
@@ -14,12 +17,12 @@ import platform
 import sys
 import sysconfig
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from nanogpt_fast.data.text_files import BY_NAME, PACKED, SUFFIXES, field_of, has_rows, kind_of, read_chunks, read_rows
-from nanogpt_fast.errors import DataError, did_you_mean
+from nanogpt_fast.data.text_files import BY_NAME, PACKED, SUFFIXES, has_rows, kind_of, read_chunks, read_rows
+from nanogpt_fast.errors import ConfigError, DataError, did_you_mean
 from nanogpt_fast.files import write_atomic
 
 DOWNLOAD_TIMEOUT = 20.0  # seconds without a byte
@@ -45,8 +48,32 @@ class Documents(Protocol):
     def nbytes(self) -> int | None: ...  # about so many bytes in all, None when not known
     @property
     def fingerprint(self) -> str: ...  # changes with the content; resuming compares it
+    @property
+    def listing(self) -> str: ...  # the same on every machine that has this source; what parts must have in common
+    def part(self, number: int, of: int) -> "Documents": ...  # parts 1 to `of`, one behind the other, are the whole
     def read(self, documents: int = 0, state: Any = None) -> Iterator[Part]: ...
     def state(self) -> Any: ...  # JSON, where the stream stands; None when the number of documents is enough
+
+
+def share(sizes: Sequence[int], number: int, of: int) -> slice:
+    """Which of a source's pieces, of so many bytes, are in part `number`: runs in the order of the source, a piece goes
+    to whom its middle falls to. Raises ConfigError where there are fewer pieces than parts."""
+    if len(sizes) < of:
+        raise too_many_parts(len(sizes), number, of)
+    ends = list(itertools.accumulate(sizes))
+    total = max(1, ends[-1])
+    owners = [min(of, 1 + (2 * end - size) * of // (2 * total)) for size, end in zip(sizes, ends)]
+    return slice(bisect.bisect_left(owners, number), bisect.bisect_right(owners, number))
+
+
+def too_many_parts(pieces: int, number: int, of: int) -> ConfigError:
+    return ConfigError(
+        "there are more parts than files of text, and a part is whole files",
+        where=f"--node={number}/{of}",
+        expected=f"at most {pieces} parts",
+        found=f"{of}",
+        hint=f"take fewer nodes, or cut a large file: split -n l/{of} --additional-suffix=.jsonl BIG.jsonl FOLDER/",
+    )
 
 
 class TextDocuments:
@@ -67,6 +94,13 @@ class TextDocuments:
         for text in self.texts:
             digest.update(f"{len(text)}:".encode() + text.encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
+
+    @property
+    def listing(self) -> str:
+        return self.fingerprint
+
+    def part(self, number: int, of: int) -> "TextDocuments":
+        return TextDocuments(self.texts[share([len(text) for text in self.texts], number, of)], self.description)
 
     def read(self, documents: int = 0, state: Any = None) -> Iterator[Part]:
         return ((text, True) for text in itertools.islice(filter(None, self.texts), documents, None))
@@ -96,6 +130,17 @@ class FileDocuments:
         for text in read_chunks(self.paths[0]):
             digest.update(text.encode())
         return digest.hexdigest()
+
+    @property
+    def listing(self) -> str:
+        """Of names and sizes: copies on other machines have other times."""
+        rows = [(path.name, _stat(path).st_size) for path in self.paths]
+        return hashlib.sha256(repr(rows).encode("utf-8", "surrogateescape")).hexdigest()
+
+    def part(self, number: int, of: int) -> "FileDocuments":
+        part = copy.copy(self)  # with its `one`: a single file of a collection is no single text
+        part.paths = self.paths[share([_stat(path).st_size for path in self.paths], number, of)]
+        return part
 
     def read(self, documents: int = 0, state: Any = None) -> Iterator[Part]:
         for path in self.paths:
@@ -127,61 +172,6 @@ def _stat(path: Path) -> os.stat_result:
         found = error.strerror or str(error)
         hint = f"ls -l {path}"
         raise DataError("the source cannot be read", where=str(path), found=found, hint=hint) from error
-
-
-class HubDocuments:
-    """A dataset of the datasets library, streamed: one document in each row's `field`.
-
-    `open_stream` returns the datasets.IterableDataset; it is called when reading starts.
-    """
-
-    one = False
-    nbytes = None
-
-    def __init__(self, open_stream: Callable[[], Any], description: str, field: str = "text"):
-        self.open_stream, self.description, self.field = open_stream, description, field
-        self.fingerprint = description
-        self._stream: Any = None
-
-    def read(self, documents: int = 0, state: Any = None) -> Iterator[Part]:
-        # A stream raises what its HTTP, file system and Arrow layers raise: no common base but Exception.
-        try:
-            self._stream = self.open_stream()
-            if state is not None:
-                self._stream.load_state_dict(state)  # skips whole files, where counting would download them again
-            for row, example in enumerate(self._stream, documents):
-                if text := field_of(example, self.field, f"{self.description}, document {row}"):
-                    yield text, True
-        except DataError:
-            raise
-        except Exception as error:
-            raise DataError(
-                "the dataset could not be read from the Hugging Face hub",
-                where=self.description,
-                found=": ".join([type(error).__name__, *str(error).splitlines()[:1]]),
-                hint="check the network and run the same command again (it goes on where it stopped), or give a copy: "
-                "--source FOLDER_OF_PARQUET_OR_JSONL",
-            ) from error
-
-    def state(self) -> Any:
-        return self._stream.state_dict()
-
-
-def hub_documents(repository: str, subset: str, field: str = "text", revision: str = "") -> HubDocuments:
-    """The train split of a dataset on the Hugging Face hub, streamed (extra `data`)."""
-
-    def open_stream() -> Any:
-        try:
-            import datasets
-            from huggingface_hub import constants, get_session
-        except ImportError as error:
-            raise DataError("the datasets library is missing", hint="pip install 'nanogpt-fast[data]'") from error
-        if not constants.HF_HUB_OFFLINE:  # one try: the library's own take half a minute to say that nobody is there
-            get_session().head(constants.ENDPOINT, timeout=DOWNLOAD_TIMEOUT)
-        name, branch = subset or None, revision or None
-        return datasets.load_dataset(repository, name=name, revision=branch, split="train", streaming=True)
-
-    return HubDocuments(open_stream, f"hf:{repository} {subset}".strip(), field)
 
 
 def stdlib_documents() -> TextDocuments:

@@ -126,14 +126,14 @@ def cut(parts: Iterable[Part], boundary: re.Pattern[str], size: int | None = Non
 def batches_by_document(
     source: Documents,
     boundary: re.Pattern[str],
-    val: Callable[[int], bool],
+    split_of: Callable[[int], str],
     documents: int,
     state: Any,
 ) -> Iterator[Batch]:
-    """Whole documents, those of val by their number; begins after `documents` of them, at `state`."""
+    """Whole documents, their split by their number; begins after `documents` of them, at `state`."""
     batch = Batch()
     for text, ends in cut(source.read(documents, state), boundary):
-        batch.pieces.append(("val" if val(documents) else "train", text, ends))
+        batch.pieces.append((split_of(documents), text, ends))
         batch.chars += len(text)
         documents += ends
         if batch.chars >= BATCH_CHARS:

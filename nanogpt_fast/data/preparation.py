@@ -10,18 +10,16 @@ import functools
 import math
 import os
 import shutil
-import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tyro.conf import Positional, arg
 
 from nanogpt_fast import __version__
-from nanogpt_fast.data.dataset import PARTIAL, Meta, check_name, is_complete, read_meta
-from nanogpt_fast.data.documents import Documents, FileDocuments, fetch, find_files, hub_documents, stdlib_documents
+from nanogpt_fast.data.dataset import PARTIAL, Meta, check_name, is_complete, made_otherwise, read_meta
+from nanogpt_fast.data.documents import Documents, FileDocuments, fetch, find_files, stdlib_documents
 from nanogpt_fast.data.encode import (
     CHAR_SEPARATOR,
     Encoder,
@@ -32,6 +30,9 @@ from nanogpt_fast.data.encode import (
     is_val,
     val_of_few,
 )
+from nanogpt_fast.data.hub import hub_documents
+from nanogpt_fast.data.nodes import SPLIT, Node, claimed, give_up_others, join, made, ready, remove_all, unfinished
+from nanogpt_fast.data.progress import Meter
 from nanogpt_fast.data.recipes import RECIPES, Download, Recipe
 from nanogpt_fast.data.text_files import has_rows, read_chunks, write_text
 from nanogpt_fast.data.token_writer import Format, TokenWriter, disk_errors, locked, stale_files
@@ -40,7 +41,6 @@ from nanogpt_fast.errors import ConfigError, DataError, did_you_mean
 from nanogpt_fast.settings.config import require_range
 
 INLINE_BYTES = 32 << 20  # below this much text (2.5 s of GPT-2 encoding) worker processes cost more than they save
-TOLD_SECONDS = 10.0  # between lines of progress where there is no terminal
 COMMIT_TOKENS = 10_000_000  # an interrupted preparation loses at most so many
 
 
@@ -61,6 +61,8 @@ class PrepareConfig:
     subset: str = ""  # hub: another subset, like sample-100BT
     shard_tokens: int = 100_000_000  # tokens a shard (llmc)
     max_tokens: int = 0  # stop after about so many tokens; 0: all
+    node: str = ""  # K/N: make part K of N, the other parts are other machines'; env: as torchrun or srun says
+    join: bool = False  # put the parts of all N together, where no node found all of them in the folder
     verify: bool = False  # only check the files against the SHA-256 list in meta.json
     force: bool = False  # replace what is there
     debug: bool = False  # tracebacks instead of short errors
@@ -73,6 +75,8 @@ class PrepareConfig:
             ("max_tokens", self.max_tokens >= 0, ">= 0"),
         ):
             require_range(ok, key, rule, getattr(self, key))
+        if self.node and self.join:
+            raise ConfigError("--node makes a part, --join puts all together", hint="leave one of them out")
 
     @property
     def folder(self) -> Path:
@@ -99,42 +103,124 @@ def prepare(config: PrepareConfig, *, wait: float = 0.0) -> Meta:
 
     wait: seconds to wait for another process that is preparing the same folder. Raises DataError, ConfigError.
     """
-    folder, recipe = config.folder, config.recipe
-    with locked(folder, wait):
-        source = _open_source(config)
-        val_fraction = config.val_fraction or recipe.val_fraction
-        with _Meter("reading", source.nbytes):  # a text's content is its fingerprint
-            fingerprint = source.fingerprint
-        few = None if source.one or source.nbytes is None else val_of_few(source, config.seed, val_fraction)
-        settings: dict[str, Any] = {
-            "fingerprint": fingerprint,
-            "tokenizer": config.tokenizer_kind,
-            "format": config.format,
-            "split": "position" if source.one or few == frozenset() else "document",
-            "val_fraction": val_fraction,
-            "seed": config.seed,
-            "field": config.field,
-            "max_tokens": config.max_tokens,
-        } | ({"shard_tokens": config.shard_tokens} if config.format == "llmc" else {})
-        if not config.force and (found := _already_there(folder, settings)):
-            return found
+    with locked(config.folder, wait):
+        return _prepare(config)
+
+
+def prepare_part(config: PrepareConfig, node: Node) -> Meta | None:
+    """Write a node's part of the dataset; the dataset itself where the parts of all nodes are in the folder then.
+
+    None where some are missing, may be older than --force, or the file system has no locks. DataError, ConfigError.
+    """
+    _refuse_parts(config)
+    source = _open_source(config)
+    settings, _ = _settings(config, source)
+    with claimed(config.folder, node):
+        meta = None if config.force else _already_there(config.folder, settings)
+        if not meta:
+            give_up_others(config.folder, node.of, config.force)
+            _prepare_part(config, source, settings, node)
+    if not meta and (config.force or unfinished(config.folder, node.of)):
+        return None
+    with locked(config.folder, -1) as held:  # two nodes may end at once
+        if held:  # without locks both would join
+            meta = _prepare(replace(config, node="", join=True))
+    return meta
+
+
+def _prepare(config: PrepareConfig) -> Meta:
+    if config.join:
+        _refuse_parts(config)
+    folder = config.folder
+    source = _open_source(config)
+    settings, split_of = _settings(config, source)
+    if not config.force and (found := _already_there(folder, settings)):
+        if not any((folder / PARTIAL).glob("*.bin")):  # killed after meta.json was written
+            shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+        meta = found
+    elif config.join:
+        parts = ready(folder, settings, None if source.nbytes is None else source.listing)
         writer = TokenWriter(folder, config.format, config.shard_tokens, settings)
-        try:
-            if writer.ready:
-                return writer.finish()
-            tokenizer = _make_tokenizer(config, source)
-            _encode(config, source, tokenizer, writer, few)
-            with _Meter("hashing", None) as meter:
-                return writer.publish(
-                    tokenizer.vocab_size,
-                    tokenizer.to_json(),
-                    source.description,
-                    f"nanogpt_fast {__version__}",
-                    lambda done, total: meter.at(done, total, ""),
-                )
-        except BaseException:  # Ctrl-C too
-            writer.abandon()
-            raise
+        meta = _published(config, source, writer, lambda t: join(folder, parts, t, split_of, writer))
+    else:
+        writer = TokenWriter(folder, config.format, config.shard_tokens, settings)
+        meta = _published(config, source, writer, lambda t: _encode(config, source, t, writer, split_of))
+    if config.join:
+        remove_all(folder)
+    return meta
+
+
+def _prepare_part(config: PrepareConfig, source: Documents, settings: dict[str, Any], node: Node) -> None:
+    folder, own = node.folder(config.folder), source.part(*node)
+    settings = settings | {"node": str(node), "listing": source.listing}
+    if not config.force and (meta := made(folder)):
+        if meta.settings != settings:
+            hint = "--force makes it again; write elsewhere with --out FOLDER"
+            raise made_otherwise("this node's part was made otherwise", [folder], settings, meta, hint)
+        return
+    writer = TokenWriter(folder, "bin", 0, settings, [SPLIT])
+    _published(config, own, writer, lambda t: _encode(config, own, t, writer, lambda number: SPLIT))
+
+
+def _refuse_parts(config: PrepareConfig) -> None:
+    """ConfigError for what one machine has to prepare."""
+    why = ""
+    if config.tokenizer_kind == "char":
+        why = "a character vocabulary needs the whole text first"
+    elif config.recipe.download:
+        why = f"{config.name} is one text"
+    elif config.max_tokens:
+        why = "--max_tokens counts from the source's beginning"
+    if why:
+        hint = "leave out --node and --join" + ", or --max_tokens" * bool(config.max_tokens)
+        raise ConfigError("this cannot be prepared in parts", where=config.name, found=why, hint=hint)
+
+
+def _settings(config: PrepareConfig, source: Documents) -> tuple[dict[str, Any], Callable[[int], str]]:
+    """What the tokens depend on, and the split of a document by its number."""
+    val_fraction = config.val_fraction or config.recipe.val_fraction
+    with Meter("reading", source.nbytes):  # a text's content is its fingerprint
+        fingerprint = source.fingerprint
+    few = None if source.one or source.nbytes is None else val_of_few(source, config.seed, val_fraction)
+    by_position = source.one or few == frozenset()
+    if by_position and (config.node or config.join):
+        found = "one text, or so few documents that they are split by position"
+        hint = "leave out --node and --join"
+        raise ConfigError("this cannot be prepared in parts", where=source.description, found=found, hint=hint)
+    settings: dict[str, Any] = {
+        "fingerprint": fingerprint,
+        "tokenizer": config.tokenizer_kind,
+        "format": config.format,
+        "split": "position" if by_position else "document",
+        "val_fraction": val_fraction,
+        "seed": config.seed,
+        "field": config.field,
+        "max_tokens": config.max_tokens,
+    } | ({"shard_tokens": config.shard_tokens} if config.format == "llmc" else {})
+    val = few.__contains__ if few else functools.partial(is_val, seed=config.seed, val_fraction=val_fraction)
+    return settings, lambda number: "val" if val(number) else "train"
+
+
+def _published(
+    config: PrepareConfig, source: Documents, writer: TokenWriter, write: Callable[[Tokenizer], None]
+) -> Meta:
+    """What write(tokenizer) writes, made a folder's files."""
+    try:
+        if writer.ready:
+            return writer.finish()
+        tokenizer = _make_tokenizer(config, source)
+        write(tokenizer)
+        with Meter("hashing", None) as meter:
+            return writer.publish(
+                tokenizer.vocab_size,
+                tokenizer.to_json(),
+                source.description,
+                f"nanogpt_fast {__version__}",
+                lambda done, total: meter.at(done, total, ""),
+            )
+    except BaseException:  # Ctrl-C too
+        writer.abandon()
+        raise
 
 
 def ensure(name: str, data_dir: str | Path) -> Path:
@@ -152,19 +238,9 @@ def _already_there(folder: Path, settings: dict[str, Any]) -> Meta | None:
         return None  # the second: cut off while publishing
     meta = read_meta(folder)
     if meta is not None and meta.settings == settings and not _grown(folder, meta):
-        if not is_complete(folder):  # a token file is gone or cut short
-            return None
-        if not any((folder / PARTIAL).glob("*.bin")):  # killed after meta.json was written
-            shutil.rmtree(folder / PARTIAL, ignore_errors=True)
-        return meta
-    changed = {key: value for key, value in settings.items() if meta and meta.settings.get(key) != value}
-    raise DataError(
-        "the folder holds token files made otherwise",
-        where=", ".join(str(path) for path in stale[:4]),
-        expected=", ".join(f"{key} {value}" for key, value in changed.items()),
-        found=", ".join(f"{key} {meta.settings.get(key)}" for key in changed) if meta else "",
-        hint="write elsewhere with --out FOLDER; --force replaces them",
-    )
+        return meta if is_complete(folder) else None  # a token file is gone or cut short
+    hint = "write elsewhere with --out FOLDER; --force replaces them"
+    raise made_otherwise("the folder holds token files made otherwise", stale, settings, meta, hint)
 
 
 def _grown(folder: Path, meta: Meta) -> bool:
@@ -219,7 +295,7 @@ def _make_tokenizer(config: PrepareConfig, source: Documents) -> Tokenizer:
         hint = "--tokenizer=gpt2"
         raise ConfigError("a character vocabulary needs the whole text first; this one is streamed", hint=hint)
     chars = set() if source.one else set(CHAR_SEPARATOR)
-    with _Meter("characters", source.nbytes) as meter:
+    with Meter("characters", source.nbytes) as meter:
         for text, _ in source.read():
             chars.update(text)
             meter.advance(len(text), f"{len(chars):,} different characters")
@@ -227,13 +303,17 @@ def _make_tokenizer(config: PrepareConfig, source: Documents) -> Tokenizer:
 
 
 def _encode(
-    config: PrepareConfig, source: Documents, tokenizer: Tokenizer, writer: TokenWriter, few: frozenset[int] | None
+    config: PrepareConfig,
+    source: Documents,
+    tokenizer: Tokenizer,
+    writer: TokenWriter,
+    split_of: Callable[[int], str],
 ) -> None:
     """Read, encode and write everything, committing every COMMIT_TOKENS."""
     small = source.nbytes is not None and source.nbytes < INLINE_BYTES
     num_proc = config.num_proc or (1 if small else min(16, max(1, (os.cpu_count() or 2) // 2)))
     settings, by_position = writer.settings, writer.settings["split"] == "position"
-    seed, val_fraction = config.seed, settings["val_fraction"]
+    val_fraction = settings["val_fraction"]
     encoder = Encoder(tokenizer, () if source.one else document_end(tokenizer))
     if by_position:
         chars = sum(len(text) for text, _ in source.read())
@@ -245,10 +325,9 @@ def _encode(
             limits["train"] = max(1, config.max_tokens - limits["val"])
             batches = (b for b in batches if writer.splits[b.pieces[0][0]].tokens < limits[b.pieces[0][0]])
     else:
-        val = few.__contains__ if few else functools.partial(is_val, seed=seed, val_fraction=val_fraction)
-        batches = batches_by_document(source, tokenizer.boundary, val, writer.documents, writer.state)
+        batches = batches_by_document(source, tokenizer.boundary, split_of, writer.documents, writer.state)
     encoded_batches = encode_batches(batches, encoder, num_proc)
-    with contextlib.closing(encoded_batches) as encoded, _Meter("tokens", source.nbytes) as meter:
+    with contextlib.closing(encoded_batches) as encoded, Meter("tokens", source.nbytes) as meter:
         first = writer.tokens
         for batch, tokens in encoded:
             for split, ids in tokens.items():
@@ -262,44 +341,5 @@ def _encode(
             documents = "" if by_position else f"{batch.documents:,} documents, "
             rate = (writer.tokens - first) / meter.seconds
             meter.advance(batch.chars, f"{documents}{writer.tokens:,} tokens, {rate:,.0f} tokens/s")
-    if not writer.tokens:
+    if not writer.tokens and SPLIT not in writer.splits:
         raise DataError("the source is empty", where=source.description, found="no text", hint="give another --source")
-
-
-class _Meter:
-    """What a pass over the text has come to: a bar on a terminal, else a line every TOLD_SECONDS.
-
-    total: about so many bytes or characters, None when not known.
-    """
-
-    def __init__(self, name: str, total: int | None):
-        self.name = name
-        self.began = self.told = time.perf_counter()
-        self.console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
-        self.task = self.bar.add_task(name, total=total)
-
-    def __enter__(self) -> "_Meter":
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    @property
-    def seconds(self) -> float:
-        return max(time.perf_counter() - self.began, 1e-9)
-
-    def advance(self, count: int, text: str) -> None:
-        self.at(self.bar.tasks[self.task].completed + count, self.bar.tasks[self.task].total, text)
-
-    def at(self, done: float, total: float | None, text: str) -> None:
-        self.bar.update(
-            self.task, completed=done, total=total, description=f"{self.name}: {text}" if text else self.name
-        )
-        now = time.perf_counter()
-        if not self.console.is_terminal and now - self.told >= TOLD_SECONDS:
-            self.told = now
-            share = f" {min(done / total, 1):.0%}" if total else ""
-            print(f"{self.name}{share}: {text}" if text else f"{self.name}{share}", file=self.console.file, flush=True)

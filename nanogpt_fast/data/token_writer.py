@@ -12,7 +12,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,9 +48,14 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+class FolderBusy(DataError):
+    """Another process holds the folder's lock."""
+
+
 @contextlib.contextmanager
-def locked(folder: Path, wait: float) -> Iterator[None]:
-    """One process at a time prepares a folder; the kernel frees the lock of a killed one."""
+def locked(folder: Path, wait: float) -> Iterator[bool]:
+    """One process at a time prepares a folder; the kernel frees the lock of a killed one. Gives whether it is held:
+    some network file systems have no locks. wait: seconds, below 0 for as long as it takes."""
     lock = filelock.FileLock(str(folder / ".prepare.lock"))
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,12 +63,12 @@ def locked(folder: Path, wait: float) -> Iterator[None]:
             lock.acquire(timeout=wait)
         except filelock.Timeout:
             hint = "wait until it is done, or give another --out"
-            raise DataError("another process is preparing this folder", where=str(folder), hint=hint) from None
+            raise FolderBusy("another process is preparing this folder", where=str(folder), hint=hint) from None
         except (OSError, NotImplementedError) as error:  # a file system without locks: go on without
             if isinstance(error, OSError) and error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
                 raise
     try:
-        yield
+        yield lock.is_locked
     finally:
         lock.release()
         with contextlib.suppress(OSError):  # leave no empty folder behind a failure
@@ -150,20 +155,22 @@ class _SplitFiles:
 
 
 class TokenWriter:
-    """The train and val files of one dataset folder.
+    """The train and val files of one dataset folder, or the one file of a part (data/nodes.py), which may be empty.
 
     settings: what the tokens depend on; an interrupted preparation resumes only under the same ones.
     After construction `documents` and `state` say where to go on reading (0 and None at a fresh start); `ready` is the
     meta.json to be where an earlier publish was cut off: then only `finish` is left to do.
     """
 
-    def __init__(self, folder: Path, format: Format, shard_tokens: int, settings: dict[str, Any]):
+    def __init__(
+        self, folder: Path, format: Format, shard_tokens: int, settings: dict[str, Any], splits: Sequence[str] = SPLITS
+    ):
         self.folder, self.partial, self.settings = folder, folder / PARTIAL, settings
         self.documents, self.state = 0, None
         self.committed = 0  # tokens that a rerun would keep
         self.ready: Meta | None = None
         prefix = f"{folder.resolve().name}_" if format == "llmc" else ""
-        self.splits = {s: _SplitFiles(self.partial, prefix + s, format, shard_tokens) for s in SPLITS}
+        self.splits = {s: _SplitFiles(self.partial, prefix + s, format, shard_tokens) for s in splits}
         with disk_errors(folder):
             if not self._resume():
                 shutil.rmtree(self.partial, ignore_errors=True)
@@ -187,7 +194,7 @@ class TokenWriter:
                 held = [self._holds(file) for split in self.ready.splits.values() for file in split.files]
             else:
                 self.documents, self.state = journal["documents"], journal["state"]
-                held = [self.splits[split].rewind(journal["tokens"][split]) for split in SPLITS]
+                held = [files.rewind(journal["tokens"][split]) for split, files in self.splits.items()]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no journal, or one that cannot be used
             held = [False]
         if not all(held):
@@ -246,9 +253,9 @@ class TokenWriter:
         Raises DataError when a split is empty.
         """
         for name, split in self.splits.items():
-            if not split.tokens:
+            if not split.tokens and name in SPLITS:
                 hint = self._more_text()
-                self.committed, self._mark = 0, (0, None, dict.fromkeys(SPLITS, 0))  # nothing that is worth resuming
+                self.committed, self._mark = 0, (0, None, dict.fromkeys(self.splits, 0))  # not worth resuming
                 raise DataError(
                     f"the {name} split got no tokens",
                     where=source,

@@ -15,14 +15,8 @@ from typing import Any
 import pytest
 
 from nanogpt_fast.data import documents as sources
-from nanogpt_fast.data.documents import (
-    FileDocuments,
-    HubDocuments,
-    TextDocuments,
-    fetch,
-    find_files,
-    stdlib_documents,
-)
+from nanogpt_fast.data.documents import FileDocuments, TextDocuments, fetch, find_files, stdlib_documents
+from nanogpt_fast.data.hub import HubDocuments, hub_documents
 from nanogpt_fast.data.text_files import read_chunks
 from nanogpt_fast.errors import DataError
 
@@ -176,6 +170,28 @@ def test_a_failing_stream_becomes_an_error_that_says_how_to_go_on() -> None:
     with pytest.raises(DataError, match="ConnectionError: Couldn't reach the hub\n") as error:
         list(HubDocuments(open_stream, "hf:some/set").read())
     assert "hf:some/set" in str(error.value) and "--source" in str(error.value)
+
+
+def test_what_a_part_must_have_in_common_is_asked_of_the_hub_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    library, asked = pytest.importorskip("huggingface_hub"), []
+    pytest.importorskip("datasets")
+
+    class Api:
+        def dataset_info(self, *args: Any, **options: Any) -> Any:
+            asked.append((args, options))
+            return library.hf_api.DatasetInfo(id="some/set", sha="0123abc", tags=[])
+
+    monkeypatch.setattr(library, "HfApi", Api)
+    monkeypatch.setattr(library.constants, "HF_HUB_OFFLINE", False)
+    source = hub_documents("some/set", "sub", revision="refs/convert/parquet")
+    assert source.listing == "hf:some/set sub at 0123abc"
+    assert asked == [(("some/set",), {"revision": "refs/convert/parquet", "timeout": 20.0})]
+    monkeypatch.setattr(library.constants, "HF_HUB_OFFLINE", True)
+    assert "cache" in source.listing
+    monkeypatch.setattr(library.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(Api, "dataset_info", lambda *_, **__: 1 / 0)
+    with pytest.raises(DataError, match="could not be read from the Hugging Face hub"):
+        source.listing  # noqa: B018
 
 
 def test_the_library_is_plain_ascii_and_always_the_same() -> None:

@@ -77,7 +77,10 @@ def test_the_split_by_documents_is_fixed_and_has_the_share_asked_for() -> None:
 
 
 def by_document(source: TextDocuments, start: int = 0) -> Iterator[encode.Batch]:
-    return batches_by_document(source, CHARS.boundary, lambda number: is_val(number, 1, 0.2), start, None)
+    def split_of(number: int) -> str:
+        return "val" if is_val(number, 1, 0.2) else "train"
+
+    return batches_by_document(source, CHARS.boundary, split_of, start, None)
 
 
 def joined(batches, encoder: Encoder, num_proc: int) -> dict[str, list[int]]:

@@ -125,16 +125,16 @@ def test_stopped_at_any_stage_it_goes_on_from_there(corpus: Path, monkeypatch: p
     config = PrepareConfig(name="mine", source="corpus.jsonl", tokenizer="char", out="made/mine", num_proc=1)
     straight = prepare(replace(config, out="made/straight"))
     monkeypatch.setattr(encode, "BATCH_CHARS", 2000)
-    real, calls = preparation._Meter.at, 0
+    real, calls = preparation.Meter.at, 0
 
-    def at(self: preparation._Meter, *args: Any) -> None:
+    def at(self: preparation.Meter, *args: Any) -> None:
         nonlocal calls
         calls += self.name == where
         if self.name == where and calls == (1 if where == "hashing" else 20):
             raise KeyboardInterrupt
         real(self, *args)
 
-    monkeypatch.setattr(preparation._Meter, "at", at)
+    monkeypatch.setattr(preparation.Meter, "at", at)
     with pytest.raises(KeyboardInterrupt):
         prepare(config)
     folder = Path("made/mine")

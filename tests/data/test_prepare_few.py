@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nanogpt_fast.data import documents, encode
+from nanogpt_fast.data import documents, encode, hub
 from nanogpt_fast.data.dataset import verify
 from nanogpt_fast.data.preparation import PrepareConfig, prepare
 from nanogpt_fast.data.recipes import RECIPES, prepare_command
@@ -81,7 +81,7 @@ def test_a_share_is_proposed_that_the_draw_really_needs(monkeypatch: Any) -> Non
         def state_dict(self) -> None:
             return None
 
-    stream = documents.HubDocuments(lambda: Stream(rows), "hf:test")
+    stream = hub.HubDocuments(lambda: Stream(rows), "hf:test")
     monkeypatch.setattr("nanogpt_fast.data.preparation.hub_documents", lambda *_: stream)
     monkeypatch.setattr("nanogpt_fast.data.preparation.gpt2_tokenizer", lambda _: from_json(CHARS))
     with pytest.raises(DataError, match="the val split got no tokens") as error:
@@ -126,7 +126,7 @@ def test_a_text_of_two_characters_is_enough_for_nothing(capsys: Any) -> None:
 
 
 def test_one_text_has_no_documents_to_count(capfd: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr("nanogpt_fast.data.preparation.TOLD_SECONDS", 0)
+    monkeypatch.setattr("nanogpt_fast.data.progress.TOLD_SECONDS", 0)
     monkeypatch.setattr(encode, "BATCH_CHARS", 100)
     Path("one.txt").write_text("some words of text\n" * 100)
     main(["few", "--source", "one.txt", "--tokenizer=char"])
@@ -146,7 +146,7 @@ def test_commands_that_make_a_dataset_again() -> None:
 
 
 def test_openwebtext_is_read_as_parquet_and_an_absent_hub_is_asked_once(monkeypatch: Any) -> None:
-    datasets, hub = pytest.importorskip("datasets"), pytest.importorskip("huggingface_hub")
+    datasets, library = pytest.importorskip("datasets"), pytest.importorskip("huggingface_hub")
     asked: list[Any] = []
 
     class Session:
@@ -154,14 +154,14 @@ def test_openwebtext_is_read_as_parquet_and_an_absent_hub_is_asked_once(monkeypa
             asked.append(url)
             raise ConnectionError("nobody there")
 
-    monkeypatch.setattr(hub, "get_session", Session)
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(library, "get_session", Session)
+    monkeypatch.setattr(library.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: asked.append((args, options)))
     recipe = RECIPES["openwebtext"]
-    stream = documents.hub_documents(recipe.repository, recipe.subset, "text", recipe.revision)
+    stream = hub.hub_documents(recipe.repository, recipe.subset, "text", recipe.revision)
     with pytest.raises(DataError, match="ConnectionError: nobody there"):
         list(stream.read())
-    assert asked == [hub.constants.ENDPOINT]
+    assert asked == [library.constants.ENDPOINT]
     monkeypatch.setattr(Session, "head", lambda *_, **__: None)
     stream.open_stream()
     assert asked[-1][0] == ("Skylion007/openwebtext",) and asked[-1][1]["revision"] == "refs/convert/parquet"

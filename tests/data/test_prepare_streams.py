@@ -11,10 +11,11 @@ import pytest
 from nanogpt_fast.data import encode
 from nanogpt_fast.data import preparation as module
 from nanogpt_fast.data.dataset import Meta, read_meta
-from nanogpt_fast.data.documents import HubDocuments
+from nanogpt_fast.data.hub import HubDocuments
+from nanogpt_fast.data.nodes import Node
 from nanogpt_fast.data.preparation import PrepareConfig, prepare
 from nanogpt_fast.data.tokenizer import _cached_vocabularies, from_json
-from nanogpt_fast.errors import DataError
+from nanogpt_fast.errors import ConfigError, DataError
 
 datasets = pytest.importorskip("datasets")
 pytestmark = pytest.mark.skipif(
@@ -110,6 +111,51 @@ def test_shards_of_a_resumed_stream_equal_those_of_a_straight_one(stream, monkey
         run(monkeypatch, Recorded(stream, 450), out="data/y/set", **options)
     assert run(monkeypatch, Recorded(stream), out="data/y/set", **options).splits == straight.splits
     assert len(straight.splits["train"].files) > 5
+
+
+def part(monkeypatch: pytest.MonkeyPatch, source: HubDocuments, number: int, of: int) -> Meta | None:
+    monkeypatch.setattr(module, "hub_documents", lambda *_: source)
+    config = PrepareConfig(name="fineweb", val_fraction=0.1, out="data/many", node=f"{number}/{of}", num_proc=1)
+    return module.prepare_part(config, Node(number, of))
+
+
+def test_nodes_stream_files_of_their_own_and_go_on(stream, monkeypatch) -> None:
+    meta = run(monkeypatch, Recorded(stream), out="data/one", num_proc=1)
+    with pytest.raises(Cut):
+        part(monkeypatch, Recorded(stream, 300), 1, 2)  # 400 of the 600
+    began, read = [], Recorded.read
+    monkeypatch.setattr(Recorded, "read", lambda *args: (began.append(args[1:]), read(*args))[1])
+    assert part(monkeypatch, Recorded(stream), 1, 2) is None
+    assert began[0][0] > 200 and began[0][1]
+    assert part(monkeypatch, Recorded(stream), 2, 2) == meta
+    with pytest.raises(ConfigError, match="more parts than files of text"):
+        monkeypatch.chdir("data")
+        part(monkeypatch, Recorded(stream), 1, 4)
+
+
+def test_a_stream_goes_on_behind_what_a_join_wrote(stream, monkeypatch) -> None:
+    """A join's journal has the number of documents, and no state of a stream."""
+    meta = run(monkeypatch, Recorded(stream), out="data/one", num_proc=1)
+    with pytest.raises(Cut):
+        run(monkeypatch, Recorded(stream, 400), out="data/two")
+    journal = Path("data/two/.partial/journal.json")
+    noted = json.loads(journal.read_text())
+    journal.write_text(json.dumps(noted | {"state": None}))
+    last = Recorded(stream)
+    assert run(monkeypatch, last, out="data/two") == meta
+    assert last.began == noted["documents"] > 0 and last.state_given is None
+
+
+def test_parts_of_two_commits_are_not_joined(stream, monkeypatch) -> None:
+    """The dataset was changed on the hub while the nodes read it."""
+    for number in (1, 2):
+        source = Recorded(stream)
+        source.commit = f"commit {number}".strip
+        if number == 1:
+            assert part(monkeypatch, source, number, 2) is None
+    with pytest.raises(DataError, match=r"2of2\n  expected: listing hf:test at commit 1\n  found: .*commit 2"):
+        part(monkeypatch, source, 2, 2)
+    assert not Path("data/many/meta.json").exists()
 
 
 def test_a_missing_field_names_the_document(stream, monkeypatch) -> None:
