@@ -11,15 +11,15 @@ from nanogpt_fast.settings.config import SECTION_OF, Config, GPTConfig
 # A new flag is a promise to every script that will use it. Adding one means adding it here, on purpose.
 FLAGS = """
 out_dir init_from eval_interval log_interval eval_iters eval_only eval_mode always_save_checkpoint resume_step keep_last
-sample_at_end seed
+auto_resume async_save sample_at_end seed
 dataset data_dir gradient_accumulation_steps batch_ramp batch_size block_size data_order document_mask
 ignore_fingerprint
 n_layer n_head n_embd dropout bias activation vocab_size
 learning_rate max_iters weight_decay beta1 beta2 grad_clip skip_step_sigma skip_step_window max_bad_steps
 decay_lr schedule decay_ratio warmup_iters lr_decay_iters min_lr
 wandb_log wandb_project wandb_run_name tensorboard
-device dtype residual_dtype tf32 cuda_graph recompute micro_batch compile kernels rows backend dry_run on debug profile
-profiler
+device dtype residual_dtype tf32 cuda_graph recompute micro_batch compile kernels rows backend timeout parallel
+reduce_dtype bucket_mb dry_run world on debug profile profiler
 """
 
 # What nanoGPT's train.py starts from; device and dtype are read from the machine there, and are "auto" here.
@@ -58,7 +58,8 @@ def test_tokens_per_iter_is_nanogpts_half_million():
         ("batch_size", -5), ("batch_size", 0), ("block_size", 0), ("gradient_accumulation_steps", 0),
         ("n_layer", 0), ("n_head", 0), ("n_embd", -768), ("vocab_size", -1), ("max_iters", -1), ("warmup_iters", -1),
         ("lr_decay_iters", -1), ("eval_interval", 0), ("log_interval", 0), ("eval_iters", 0), ("keep_last", 1),
-        ("resume_step", -1),
+        ("resume_step", -1), ("timeout", 0.0), ("timeout", math.inf), ("bucket_mb", 0.0), ("bucket_mb", math.nan),
+        ("world", -1),
         ("decay_ratio", 0.0), ("decay_ratio", 1.1), ("decay_ratio", math.nan), ("sample_at_end", -1),
         ("seed", -1), ("seed", 2**63), ("skip_step_sigma", -1.0), ("skip_step_sigma", math.nan),
         ("skip_step_window", 1), ("max_bad_steps", 0),
