@@ -1,5 +1,6 @@
 """What this machine offers, and whether a model trains on it: `python -m nanogpt_fast.doctor [--json]`.
 
+`torchrun ... -m nanogpt_fast.doctor --ranks` measures the network between ranks instead (network/check.py).
 For bug reports: user name, host name and home folder are never printed. Exit code 0, or 5 when something is broken.
 """
 
@@ -23,11 +24,12 @@ from nanogpt_fast.command import run_command
 from nanogpt_fast.data.dataset import read_meta
 from nanogpt_fast.data.tokenizer import cached_vocab_bpe
 from nanogpt_fast.distributed import World, resolve_device, resolve_dtype
-from nanogpt_fast.errors import DeviceError, NanogptError, printable
+from nanogpt_fast.errors import ConfigError, DeviceError, NanogptError, printable
 from nanogpt_fast.files import cpu_name, cpuinfo
 from nanogpt_fast.graphs import Graphs
 from nanogpt_fast.hardware import resolve_peak
 from nanogpt_fast.model import GPT
+from nanogpt_fast.network.check import check
 from nanogpt_fast.ops import assembler_path, select_ops
 from nanogpt_fast.optim import AdamW, FlatParameters
 from nanogpt_fast.privacy import private, user_name
@@ -63,7 +65,18 @@ class DoctorConfig:
     data_dir: str = "data"  # where to look for datasets
     smoke: bool = True  # train a tiny model for a moment
     json: bool = False  # the report as JSON
+    ranks: bool = False  # under torchrun: measure the network between the ranks, and nothing else
+    seconds: float = 20.0  # of --ranks: how long to measure
+    slow: float = 3.0  # of --ranks: so many times as slow as usual is a problem
+    expect: float = 0.0  # of --ranks: GB/s that two nodes should exchange, all their ranks together; 0: any
+    timeout: float = 60.0  # of --ranks: seconds in which a rank must come, and get on
     debug: bool = False  # tracebacks instead of short errors
+
+    def __post_init__(self) -> None:
+        for name, least in (("seconds", 0.0), ("slow", 1.0), ("timeout", 0.0)):
+            if not getattr(self, name) > least:
+                found = f"{name} = {getattr(self, name):g}"
+                raise ConfigError(f"{name} is too small", where=found, expected=f"more than {least:g}")
 
 
 def main(argv: list[str]) -> int:
@@ -71,6 +84,9 @@ def main(argv: list[str]) -> int:
     description = "What this machine offers, and whether a model trains on it."
     epilog = "Fit for a bug report: it names no user, host or home folder. Exit code 0, or 5\nwhen something is broken."
     config = cli.parse(DoctorConfig, argv, prog="python -m nanogpt_fast.doctor", description=description, epilog=epilog)
+    if config.ranks:
+        limits = {"seconds": config.seconds, "slow": config.slow, "timeout": config.timeout, "expect": config.expect}
+        return check(config.device, **limits, as_json=config.json)
     report = private(examine(config))
     print(json.dumps(report, indent=1) if config.json else printable(as_text(report)))
     return DeviceError.exit_code if report["problems"] else 0

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TREE = ("nanogpt_fast", "kernels", "profiling", "tests", "configs", "pyproject.toml", "setup.py")  # what the tests need
+# What the tests need.
+TREE = ("nanogpt_fast", "kernels", "profiling", "tests", "configs", "docs", "pyproject.toml", "setup.py")
 TABLE = ROOT / "tests/helpers/planted_faults.toml"
 FAILED = 1  # pytest's exit code for tests that failed; 2 to 5 say that they did not run
 
