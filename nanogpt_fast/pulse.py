@@ -10,14 +10,16 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from nanogpt_fast.errors import DeviceError, printable
 
+T = TypeVar("T")
 BEAT = 1.0  # seconds
 SILENCE = "is silent"
 SILENT = 3.0  # seconds without a beat: dead, stopped or out of reach
@@ -46,28 +48,44 @@ class Pulse:
         if self._ended.is_set():
             return
         self._ended.set()
-        with suppress(Exception):  # the store is gone
-            if not self._gone:
-                self._asked.set(f"end/{self.rank}", why or "its work was done")
-            if why and self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-                until = time.monotonic() + SILENT + BEAT  # the store ends with this process
-                while time.monotonic() < until and not all(map(self._end, range(self.size))):
-                    time.sleep(0.1)
+        if not self._gone:
+            self._ask(lambda: self._leave(why), SILENT + 2 * BEAT)
 
     def absent(self) -> str:
         """Who does not take part, and where they are, in words; what is known of all where everybody answers."""
-        try:
-            before = {rank: self._read(rank) for rank in range(self.size)}
-            until = time.monotonic() + SILENT
-            while time.monotonic() < until:
-                ends = {rank: end for rank in range(self.size) if (end := self._end(rank)) and rank != self.rank}
-                if ends:
-                    return "; ".join(f"rank {rank} ended: {end}" for rank, end in ends.items())
+        found = self._ask(self._listen, SILENT + 2 * BEAT)
+        self._gone = found is None
+        return found or "the ranks' store, which rank 0 or torchrun keeps, does not answer"
+
+    def _ask(self, work: Callable[[], T], seconds: float) -> T | None:
+        """What work makes of the store; None where that fails, or takes longer: a cable that was pulled is no error."""
+        made: list[T] = []
+
+        def run() -> None:
+            with suppress(Exception):  # of torch's, a plain RuntimeError in some versions
+                made.append(work())
+
+        thread = threading.Thread(target=run, name="pulse asks", daemon=True)
+        thread.start()
+        thread.join(seconds)
+        return made[0] if made else None
+
+    def _leave(self, why: str) -> None:
+        self._asked.set(f"end/{self.rank}", why or "its work was done")
+        if why and self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            until = time.monotonic() + SILENT + BEAT  # the store ends with this process
+            while time.monotonic() < until and not all(map(self._end, range(self.size))):
                 time.sleep(0.1)
-            after = {rank: self._read(rank) for rank in range(self.size)}
-        except Exception as error:  # of torch's, a plain RuntimeError in some versions
-            first, self._gone = (str(error).splitlines() or [""])[0][:120], True
-            return f"the ranks' store, which rank 0 or torchrun keeps, does not answer ({first})"
+
+    def _listen(self) -> str:
+        before = {rank: self._read(rank) for rank in range(self.size)}
+        until = time.monotonic() + SILENT
+        while time.monotonic() < until:
+            ends = {rank: end for rank in range(self.size) if (end := self._end(rank)) and rank != self.rank}
+            if ends:
+                return "; ".join(f"rank {rank} ended: {end}" for rank, end in ends.items())
+            time.sleep(0.1)
+        after = {rank: self._read(rank) for rank in range(self.size)}
         found = {rank: _in_words(rank, before[rank], after[rank]) for rank in range(self.size) if rank != self.rank}
         missing = [words for words, waits in found.values() if not waits]
         return "; ".join(missing or [words for words, _ in found.values()])

@@ -5,20 +5,23 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import namespaces
 import pytest
 import slurm_cluster
 from namespaces import Nodes
 from slurm_cluster import Slurm, until
-from tiny_run import ENV, ROOT, flags, metrics, steps_of, train, write_dataset
+from tiny_run import ENV, ROOT, VOCAB, flags, metrics, steps_of, train, write_dataset
 from torch.distributed.run import get_args_parser
 
 from nanogpt_fast.doctor import DoctorConfig
 from nanogpt_fast.settings import cli
+from nanogpt_fast.settings.config import GPTConfig
 
 PAGE = (ROOT / "docs/cluster.md").read_text()
 FILES = ROOT / "docs/cluster"
@@ -190,6 +193,98 @@ def test_a_cable_that_is_pulled_is_said_on_both_sides(nodes_there: None, folder:
         said = sorted(errors.findall((folder / f"said-{node}").read_text())[0] for node in range(2))
     assert re.fullmatch(r"error: rank \d of 4 does not reach rank 0's store", said[0])  # where rank 0 is not
     assert said[1] == "error: ranks 2-3 (node 1) of 4 do not answer"
+
+
+# ---- training on nodes that fail ----
+
+LONG = {**SETTINGS, "max_iters": 3000, "eval_interval": 3000, "log_interval": 10, "learning_rate": 1e-3}
+
+
+def train_on(nodes: Nodes, folder: Path, torchrun: str = "--nnodes=2", **changes: Any) -> list[Path]:
+    """The page's c10d line on every node; where each one's words go."""
+    small = shlex.join(flags(folder, **{**LONG, **changes}))
+    line = on_nodes("c10d")[0].replace("--nnodes=$NODES", torchrun).replace("--config gpt2_124m", small)
+    said = [folder / f"said-{node}" for node in range(nodes.count)]
+    for node, file in enumerate(said):
+        with file.open("w") as out:
+            nodes.start(node, ["bash", "-c", line], env=env_of_nodes(), cwd=folder, stdout=out, stderr=out)
+    return said
+
+
+def newest_iteration(folder: Path) -> int:
+    rows = folder / "out/metrics.jsonl"
+    lines = rows.read_text().splitlines() if rows.exists() else []
+    return max((json.loads(line).get("iter", 0) for line in lines), default=0)
+
+
+@pytest.mark.slow
+def test_a_cable_pulled_while_they_train_is_said_and_the_run_goes_on(nodes_there: None, folder: Path):
+    """Both sides name the ranks of the other; started again with --auto_resume, the run comes to the losses of one that
+    was left alone."""
+    with Nodes(2) as nodes:
+        said = train_on(nodes, folder, timeout=4)
+        until(lambda: newest_iteration(folder) > 50, 120)
+        nodes.cut(1)
+        error = re.compile(r"another rank does not answer")
+        until(lambda: all(error.search(file.read_text()) for file in said), 60)
+        words = "".join(file.read_text() for file in said)
+        silent = set(re.findall(r"rank (\d) \(process \d+ on [^)]*\) is silent", words))
+        assert silent >= {"2", "3"} or silent >= {"0", "1"}, words
+        assert "which rank 0 or torchrun keeps, does not answer" in words or len(silent) == 4, words
+    (step,) = steps_of(folder)
+    end = step + 40
+    with Nodes(2) as nodes:
+        said = train_on(nodes, folder, auto_resume=True, max_iters=end)
+        until(lambda: any("next:\n" in file.read_text() for file in said), 120)
+    resumed = metrics(folder, "train", "loss")
+    train(folder, **{**LONG, "out_dir": folder / "alone", "max_iters": end})
+    shutil.copytree(folder / "alone", folder / "straight/out")
+    alone = metrics(folder / "straight", "train", "loss")
+    assert resumed.keys() == alone.keys() and max(abs(alone[i] - resumed[i]) for i in alone) < 1e-4
+
+
+@pytest.mark.slow
+def test_fewer_nodes_go_on_by_themselves(nodes_there: None, folder: Path):
+    """--nnodes=1:2: a node is lost, torchrun starts the other's ranks again, which resume."""
+    with Nodes(2) as nodes:
+        elastic = "--nnodes=1:2 --max-restarts=5 --rdzv_conf=last_call_timeout=3"
+        said = train_on(nodes, folder, torchrun=elastic, timeout=4, eval_interval=40)
+        until(lambda: newest_iteration(folder) > 50, 120)
+        nodes.end(1)  # node 0 has the rendezvous
+        at = newest_iteration(folder)
+        until(lambda: "started again by torchrun" in said[0].read_text(), 150)
+        until(lambda: newest_iteration(folder) > at + 100, 120)
+        words = said[0].read_text()
+    assert "is silent" in words and "Resuming training from" in words
+
+
+BYTES = {"n_layer": 4, "n_embd": 128, "n_head": 4, "gradient_accumulation_steps": 2, "eval_interval": 10_000}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [2, 8])
+def test_the_bytes_on_the_wire_are_those_that_must_move(nodes_there: None, folder: Path, accumulation: int):
+    """Two nodes of one rank, counted by their cards: a step sends 2 (N - 1) / N of the gradient, once, however many
+    micro-batches it has; the rest is TCP's and below 5%."""
+    sent = {}
+    steps = (20, 60)
+    for count in steps:
+        with Nodes(2) as nodes:
+            line = on_nodes("c10d")[0].replace("--nproc_per_node=$GPUS", "--nproc_per_node=1")
+            changes = {**BYTES, "gradient_accumulation_steps": accumulation, "max_iters": count, "log_interval": 1000}
+            words = f"{line.replace('--config gpt2_124m', '')} {shlex.join(flags(folder, **{**LONG, **changes}))}"
+            ended = run_on(nodes, [words] * 2, folder)
+            assert [code for code, _, _ in ended] == [0, 0], ended
+            sent[count] = [nodes.sent(node) for node in range(2)]
+    shape = GPTConfig(block_size=8, vocab_size=VOCAB, n_layer=4, n_head=4, n_embd=128, bias=False)
+    gradient = 4 * shape.num_params(non_embedding=False)
+    for node in range(2):
+        a_step = (sent[steps[1]][node] - sent[steps[0]][node]) / (steps[1] - steps[0])
+        print(f"node {node}: {a_step:,.0f} bytes a step, the gradient has {gradient:,}")
+        assert gradient <= a_step < 1.05 * gradient
+
+
+# ---- schedulers ----
 
 
 def at_once(slurm: Slurm, job: str) -> bool:

@@ -107,6 +107,14 @@ class Nodes:
         self._started.append(process)
         return process
 
+    def end(self, node: int) -> None:
+        """All that runs there is killed, as when its power fails."""
+        _end_all(self._names[node])
+
+    def sent(self, node: int) -> int:
+        """Bytes that have left its card."""
+        return int(self._in(node, "cat", "/sys/class/net/eth0/statistics/tx_bytes"))
+
     # ---- what happens to a node's cable ----
 
     def slow(self, node: int, rate: str) -> None:
@@ -126,8 +134,9 @@ class Nodes:
             capture_output=True,  # it may never have been slow
         )
 
-    def _in(self, node: int, *command: str) -> None:
-        subprocess.run(["ip", "netns", "exec", self._names[node], *command], check=True, capture_output=True, text=True)
+    def _in(self, node: int, *command: str) -> str:
+        words = ["ip", "netns", "exec", self._names[node], *command]
+        return subprocess.run(words, check=True, capture_output=True, text=True).stdout
 
 
 def _ip(*words: str) -> None:
