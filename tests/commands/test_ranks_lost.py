@@ -103,6 +103,17 @@ def test_a_rank_that_hangs_is_named_with_its_place(ranks: Ranks, folder: Path):
     assert "iteration 12" in ended[0].err and steps_of(folder) == [12]
 
 
+def test_clocks_need_not_agree(ranks: Ranks, folder: Path, tmp_path_factory: pytest.TempPathFactory):
+    """A rank an hour ahead: nothing of the run is told by the clock of another machine."""
+    other = tmp_path_factory.mktemp("other")
+    (other / "data").symlink_to(folder / "data")
+    for place, env in ((folder, {"CLOCK_AHEAD": "1:3600"}), (other, {})):
+        ranks.start(2, ["train", *flags(place, parallel="zero1", **{**SETTINGS, "timeout": 5})], **env)
+        ended = ranks.wait()
+        assert [rank.code for rank in ended] == [0, 0], ended
+    assert losses(folder) == losses(other) and steps_of(folder) == steps_of(other)
+
+
 def test_ranks_with_other_data_do_not_begin(ranks: Ranks, folder: Path):
     write_dataset(folder / "other", 7_000)
     words = [word for word in ["train", *flags(folder, gradient_accumulation_steps=2)] if "data_dir" not in word]

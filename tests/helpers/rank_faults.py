@@ -3,6 +3,7 @@
 DATA_DIRS=A,B            rank 0 takes --data_dir=A, rank 1 B
 OUT_OF_MEMORY_AT=1:12    on rank 1 memory runs out in iteration 12
 HANGS_AT=1:12            rank 1 hangs before iteration 12
+CLOCK_AHEAD=1:3600       rank 1's clock is an hour ahead
 """
 
 import os
@@ -17,6 +18,10 @@ def plant() -> None:
     rank = os.environ.get("RANK", "0")
     if folders := os.environ.get("DATA_DIRS"):
         sys.argv.append(f"--data_dir={folders.split(',')[int(rank)]}")
+    whose, _, seconds = os.environ.get("CLOCK_AHEAD", "").partition(":")
+    if whose == rank:
+        clock = time.time
+        time.time = lambda: clock() + float(seconds)
     real = TrainStep.__call__
 
     def at(name: str, iteration: int) -> bool:
