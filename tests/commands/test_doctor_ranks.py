@@ -1,62 +1,49 @@
 """doctor --ranks on gloo processes: its report, and what it says of ranks that differ, die or never come."""
 
 import json
+import os
 import signal
 import socket
-import subprocess
-import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import pytest
-from tiny_run import ENV
+from helpers.ranks import Ended, Ranks
 
 from nanogpt_fast import doctor
 from nanogpt_fast.errors import ConfigError
 from nanogpt_fast.network.identity import differences, spans, without_addresses
 from nanogpt_fast.network.tables import as_text
 
-# Of another rank: a machine that is elsewhere, an hour ahead.
-ELSEWHERE = "identity.host = lambda: 'elsewhere'; clock = time.time; time.time = lambda: clock() + 3600"
-STOPS = "links.Meter.work = lambda self: os.kill(os.getpid(), signal.{})"
-PATCHED = """
-import os, runpy, signal, time
-from nanogpt_fast.network import identity, links
-{}
-runpy.run_module("nanogpt_fast.doctor", run_name="__main__", alter_sys=True)
-"""
+# Of another rank: a machine that is elsewhere.
+ELSEWHERE = "from nanogpt_fast.network import identity; identity.host = lambda: 'elsewhere'"
+STOPS = (
+    "import os, signal; from nanogpt_fast.network import links; "
+    "links.Meter.work = lambda self: os.kill(os.getpid(), signal.{})"
+)
 
 
-class Ranks:
-    """doctor --ranks as so many processes; which of them are started, and what is other in one of them."""
-
-    def __init__(self, size: int, *flags: str, started: list[int] | None = None, other: dict[int, str] | None = None):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        shared = {**ENV, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size)}
-        self.processes: dict[int, subprocess.Popen[str]] = {}
-        for rank in range(size) if started is None else started:
-            code = PATCHED.format((other or {}).get(rank, ""))
-            self.processes[rank] = subprocess.Popen(
-                [sys.executable, "-c", code, "--ranks", "--device=cpu", *flags],
-                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-
-    def end(self, *ranks: int) -> list[tuple[int, str, str]]:
-        """(exit code, stdout, stderr) of these, or of all; the rest is killed."""
-        try:
-            told = {rank: self.processes[rank].communicate(timeout=100) for rank in ranks or self.processes}
-        finally:
-            for process in self.processes.values():
-                process.kill()
-        return [(self.processes[rank].returncode, *texts) for rank, texts in told.items()]
+@pytest.fixture(scope="module")
+def forking() -> Iterator[Ranks]:
+    with Ranks() as ranks:
+        yield ranks
 
 
-def test_two_ranks_measure_and_rank_0_alone_speaks():
-    (code, out, err), second = Ranks(2, "--json", "--seconds=2", "--slow=30", other={1: ELSEWHERE}).end()
+@pytest.fixture
+def checked(forking: Ranks) -> Callable[..., list[Ended]]:
+    """doctor --ranks on so many ranks, or only some; what became of them."""
+
+    def check(size: int, *flags: str, only: list[int] | None = None, **env: str) -> list[Ended]:
+        forking.start(size, ["doctor", "--ranks", "--device=cpu", *flags], only, **env)
+        return forking.wait()
+
+    return check
+
+
+def test_two_ranks_measure_and_rank_0_alone_speaks(checked: Callable[..., list[Ended]]):
+    env = {"RUN_FIRST": f"1:{ELSEWHERE}", "CLOCK_AHEAD": "1:3600"}
+    (code, out, err), second = checked(2, "--json", "--seconds=2", "--slow=30", **env)
     assert code == 0, err
     assert second == (0, "", second[2]) and "error" not in second[2]
     report = json.loads(out)
@@ -79,8 +66,8 @@ def test_two_ranks_measure_and_rank_0_alone_speaks():
         assert row in text
 
 
-def test_one_rank_of_torchrun_has_no_links(capsys: pytest.CaptureFixture[str]):
-    ((code, out, err),) = Ranks(1, "--seconds=1").end()
+def test_one_rank_of_torchrun_has_no_links(checked: Callable[..., list[Ended]]):
+    ((code, out, err),) = checked(1, "--seconds=1")
     assert code == 0, err
     assert out.splitlines()[0] == "ranks" and out.splitlines()[-1] == "no problems found"
 
@@ -98,34 +85,42 @@ def test_limits_that_are_none(flag: str):
         doctor.main(["--ranks", flag])
 
 
-def test_a_rank_with_other_code_is_named_and_nothing_is_measured():
-    other = ELSEWHERE + "; identity.fingerprint = lambda: '0123456789'"
-    (code, out, err), second = Ranks(2, other={1: other}).end()
+def test_a_rank_with_other_code_is_named_and_nothing_is_measured(checked: Callable[..., list[Ended]]):
+    (code, out, err), second = checked(2, RUN_FIRST=f"1:{ELSEWHERE}; identity.fingerprint = lambda: '0123456789'")
     assert (code, out) == (5, "") and second == (5, "", "")
     assert "do not run the same software" in err and "rank 1 (node 1): code 0123456789" in err
 
 
-def test_ranks_that_never_come_are_named_within_the_timeout():
+def test_ranks_that_never_come_are_named_within_the_timeout(checked: Callable[..., list[Ended]]):
     began = time.monotonic()
-    (code, _, err), other = Ranks(4, "--timeout=4", started=[0, 2]).end()
+    (code, _, err), other = checked(4, "--timeout=4", only=[0, 2])
     assert code == 5 and "ranks 1, 3 of 4 did not come" in err and "within 4 s" in err
     assert other == (5, "", "") and time.monotonic() - began < 40
 
 
+def one_of(forking: Ranks, rank: int, *flags: str, **env: str) -> Ended:
+    """Of two ranks what became of this one; then the other is killed, which does not end by itself."""
+    pids = forking.start(2, ["doctor", "--ranks", "--device=cpu", *flags], **env)
+    while forking.next_end()[0] != rank:
+        pass
+    with suppress(ProcessLookupError):
+        os.kill(pids[1 - rank], signal.SIGKILL)
+    return forking.wait()[rank]
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="POSIX")
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
-def test_a_rank_that_dies_or_hangs_is_named_with_the_place(how: str):
-    ranks = Ranks(2, "--timeout=3", other={1: STOPS.format(how)})
-    ((code, out, err),) = ranks.end(0)
+def test_a_rank_that_dies_or_hangs_is_named_with_the_place(forking: Ranks, how: str):
+    code, out, err = one_of(forking, 0, "--timeout=3", RUN_FIRST=f"1:{STOPS.format(how)}")
     assert (code, out) == (5, ""), err
     assert "rank 1 (node 0) of 2 does not answer" in err and "rank 0: computing alone" in err
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="POSIX")
-def test_rank_0_that_is_gone_is_said_by_the_others():
-    ranks = Ranks(2, "--timeout=4", other={0: STOPS.format("SIGSTOP")})  # its store neither answers nor closes
-    ((code, out, err),) = ranks.end(1)
+def test_rank_0_that_is_gone_is_said_by_the_others(forking: Ranks):
+    """Its store neither answers nor closes."""
+    code, out, err = one_of(forking, 1, "--timeout=4", RUN_FIRST=f"0:{STOPS.format('SIGSTOP')}")
     assert (code, out) == (5, "") and "rank 1 of 2 does not reach rank 0's store" in err
 
 

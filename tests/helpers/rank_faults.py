@@ -4,6 +4,7 @@ DATA_DIRS=A,B            rank 0 takes --data_dir=A, rank 1 B
 OUT_OF_MEMORY_AT=1:12    on rank 1 memory runs out in iteration 12
 HANGS_AT=1:12            rank 1 hangs before iteration 12
 CLOCK_AHEAD=1:3600       rank 1's clock is an hour ahead
+RUN_FIRST=1:CODE         rank 1 runs this code before the command
 """
 
 import os
@@ -18,6 +19,9 @@ def plant() -> None:
     rank = os.environ.get("RANK", "0")
     if folders := os.environ.get("DATA_DIRS"):
         sys.argv.append(f"--data_dir={folders.split(',')[int(rank)]}")
+    whose, _, code = os.environ.get("RUN_FIRST", "").partition(":")
+    if whose == rank:
+        exec(code, {})
     whose, _, seconds = os.environ.get("CLOCK_AHEAD", "").partition(":")
     if whose == rank:
         clock = time.time

@@ -63,10 +63,10 @@ class Ranks:
     def _ask(self, size: int, **what: Any) -> list[int]:
         assert self._server.stdin
         print(json.dumps({"size": size, **what}), file=self._server.stdin, flush=True)
-        started = json.loads(self._lines.get(timeout=LONGEST))
-        self._left = dict.fromkeys(range(len(started)), 0)
+        started: dict[str, int] = json.loads(self._lines.get(timeout=LONGEST))
+        self._left = {int(rank): 0 for rank in started}
         self._running = len(started)
-        return started
+        return list(started.values())
 
     def next_end(self) -> tuple[int, int]:
         """(rank, exit code) of the next that ends."""
@@ -75,29 +75,28 @@ class Ranks:
         self._running -= 1
         return rank, code
 
-    def _codes(self) -> list[int]:
+    def _codes(self) -> dict[int, int]:
         while self._running:
             self.next_end()
-        return list(self._left.values())
+        return self._left
 
     def run(self, size: int, job: str, **settings: Any) -> list[Any]:
         """What rank_jobs.<job>(world, **settings) returned on each of `size` ranks; 0: without torchrun's variables."""
         self._ask(size, job=job, settings=settings)
         codes = self._codes()
-        assert not any(codes), f"exit codes {codes}; standard error says why"
+        assert not any(codes.values()), f"exit codes {codes}; standard error says why"
         return [torch.load(self._folder / str(rank)) for rank in range(max(1, size))]
 
-    def start(self, size: int, words: list[str], **env: str) -> list[int]:
-        """The command of these words on each of `size` ranks, with these variables too; their process ids."""
-        return self._ask(size, words=words, env=env)
+    def start(self, size: int, words: list[str], only: list[int] | None = None, **env: str) -> list[int]:
+        """The command of these words on each of `size` ranks, or only some, with these variables too; their process
+        ids."""
+        return self._ask(size, words=words, only=only, env=env)
 
     def wait(self) -> list[Ended]:
         """What became of the ranks that were started."""
         codes = self._codes()
-        said = [
-            [(self._folder / f"{rank}.{name}").read_text() for name in ("out", "err")] for rank in range(len(codes))
-        ]
-        return [Ended(code, *texts) for code, texts in zip(codes, said)]
+        said = {rank: [(self._folder / f"{rank}.{name}").read_text() for name in ("out", "err")] for rank in codes}
+        return [Ended(code, *said[rank]) for rank, code in codes.items()]
 
 
 def free_port() -> int:
@@ -110,7 +109,8 @@ def serve(folder: Path) -> None:
     """Fork the ranks of each line of stdin: their process ids on stdout, and of each that ends its rank and code."""
     sys.path.insert(0, str(ROOT / "tests/helpers"))
     importlib.import_module("rank_jobs")
-    importlib.import_module("nanogpt_fast.train")
+    for name in ("train", "doctor", "network.check"):
+        importlib.import_module(f"nanogpt_fast.{name}")
     said = os.dup(1)
     os.dup2(2, 1)
     for line in iter(sys.stdin.readline, ""):
@@ -119,18 +119,19 @@ def serve(folder: Path) -> None:
             old.unlink()
         if asked.get("settings", {}).get("recompute") == "block":
             importlib.import_module("torch._dynamo")  # which torch.utils.checkpoint would import on every rank
-        port, children = str(free_port()), []
-        for rank in range(max(1, asked["size"])):
+        port, children = str(free_port()), {}
+        for rank in asked.get("only") or range(max(1, asked["size"])):
             if not (pid := os.fork()):
                 if asked["size"]:
                     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(asked["size"])}
                     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), **asked.get("env", {})}
                 become(folder / str(rank), asked)
-            children.append(pid)
+            children[rank] = pid
         os.write(said, f"{json.dumps(children)}\n".encode())
+        rank_of = {pid: rank for rank, pid in children.items()}
         for _ in children:
             pid, status = os.wait()
-            os.write(said, f"{json.dumps([children.index(pid), os.waitstatus_to_exitcode(status)])}\n".encode())
+            os.write(said, f"{json.dumps([rank_of[pid], os.waitstatus_to_exitcode(status)])}\n".encode())
 
 
 def become(result: Path, asked: dict[str, Any]) -> None:
