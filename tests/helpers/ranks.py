@@ -87,7 +87,7 @@ class Ranks:
         assert not any(codes.values()), f"exit codes {codes}; standard error says why"
         return [torch.load(self._folder / str(rank)) for rank in range(max(1, size))]
 
-    def start(self, size: int, words: list[str], only: list[int] | None = None, **env: str) -> list[int]:
+    def start(self, size: int, words: list[str], only: list[int] | None = None, /, **env: str) -> list[int]:
         """The command of these words on each of `size` ranks, or only some, with these variables too; their process
         ids."""
         return self._ask(size, words=words, only=only, env=env)
