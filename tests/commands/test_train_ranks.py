@@ -116,6 +116,28 @@ def test_a_run_goes_on_at_another_number_of_ranks_and_in_another_mode(
                 torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("async_save", [False, True])
+def test_disks_of_their_own_will_do(
+    ranks: Ranks, folder: Path, tmp_path_factory: pytest.TempPathFactory, async_save: bool
+):
+    """Rank 1's node does not see rank 0's out_dir: rank 0 is sent the shares, and at the resume sends all."""
+    shared, elsewhere = tmp_path_factory.mktemp("shared"), folder / "elsewhere"
+    (shared / "data").symlink_to(folder / "data")
+    settings: dict[str, Any] = {**SETTINGS, "parallel": "zero1", "async_save": async_save}
+    for end, go_on in ((10, {}), (20, {"init_from": "resume"})):
+        words = ["train", *flags(folder, max_iters=end, **settings, **go_on)]
+        ranks.start(2, words, RUN_FIRST=f"1:import sys; sys.argv.append('--out_dir={elsewhere}')")
+        ended = ranks.wait()
+        assert [rank.code for rank in ended] == [0, 0], ended
+    train_on(ranks, shared, 2, max_iters=20, **settings)
+    assert not list(elsewhere.glob("checkpoints/step_*")) and losses(folder) == losses(shared)
+    names = [{file.name for file in checkpoint.list_steps(at / "out")[20].iterdir()} for at in (folder, shared)]
+    assert checkpoint.MODEL in names[0] and "share_0001.safetensors" in names[1]
+    ours, theirs = newest(folder), newest(shared)
+    for found, expected in ((ours.model, theirs.model), (ours.optimizer, theirs.optimizer)):
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 # ---- signals ----
 
 
