@@ -36,25 +36,26 @@ def assert_ranks_agree(results: list[dict[str, Any]]) -> None:
 # ---- one run, however it is shared ----
 
 
-SIZES = [(3, 6), *(pytest.param(n, 24, marks=pytest.mark.slow) for n in (2, 3, 4, 8))]
+SIZES = [(3, 6, 20), *(pytest.param(n, 24, 50, marks=pytest.mark.slow) for n in (2, 3, 4, 8))]
 
 
 @functools.cache
-def alone_with(ranks: Ranks, accumulation: int) -> dict[str, Any]:
-    return ranks.run(0, "train", accumulation=accumulation, iterations=50)[0]
+def alone_with(ranks: Ranks, accumulation: int, iterations: int) -> dict[str, Any]:
+    return ranks.run(0, "train", accumulation=accumulation, iterations=iterations)[0]
 
 
-@pytest.mark.parametrize(("size", "accumulation"), SIZES)
-def test_ranks_train_what_one_does(ranks: Ranks, size: int, accumulation: int):
-    """50 steps, dropout on: losses within 1e-5; zero1's bits are ddp's."""
-    settings, alone = {"accumulation": accumulation, "iterations": 50}, alone_with(ranks, accumulation)
+@pytest.mark.parametrize(("size", "accumulation", "iterations"), SIZES)
+def test_ranks_train_what_one_does(ranks: Ranks, size: int, accumulation: int, iterations: int):
+    """20 steps, slowly 50, dropout on: losses within 1e-5; zero1's bits are ddp's."""
+    settings = {"accumulation": accumulation, "iterations": iterations}
+    alone = alone_with(ranks, accumulation, iterations)
     ddp, zero1 = (ranks.run(size, "train", sharded=sharded, **settings) for sharded in (False, True))
     for results in (ddp, zero1):
         assert_ranks_agree(results)
         assert results[0]["losses"] == pytest.approx(alone["losses"], abs=1e-5)
-        assert results[0]["norms"][0] == pytest.approx(alone["norms"][0], rel=1e-6)
+        assert results[0]["norms"][0] == pytest.approx(alone["norms"][0], rel=1e-5)
         assert results[0]["norms"] == pytest.approx(alone["norms"], rel=1e-3)
-        assert results[0]["steps"] == 50
+        assert results[0]["steps"] == iterations
     assert ddp[0]["losses"] == zero1[0]["losses"] and ddp[0]["norms"] == zero1[0]["norms"]
     for kind in ("master", "m", "v"):
         assert same(ddp[0]["whole"][kind], zero1[0]["whole"][kind]), kind
@@ -114,9 +115,8 @@ def on_the_wire(calls: list[tuple[str, int]], size: int) -> float:
     return sum(passes[kind] * count[kind] for kind in passes) * (size - 1) / size
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "zero1"])
-def test_no_byte_is_sent_that_need_not(ranks: Ranks, dtype: str, sharded: bool):
+@pytest.mark.parametrize(("sharded", "dtype"), [(False, "float32"), (True, "float32"), (True, "bfloat16")])
+def test_no_byte_is_sent_that_need_not(ranks: Ranks, sharded: bool, dtype: str):
     """ddp: 2 (N - 1) / N of the gradient; zero1: (N - 1) / N of it and of the parameters. Vectors are summed, and so
     is one report of 32 bytes. Accumulation adds nothing."""
     size = 3

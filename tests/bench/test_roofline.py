@@ -102,6 +102,7 @@ def test_the_table():
     assert float(re.findall(r"^total .* ([\d.]+)$", slower, re.MULTILINE)[0]) > 1.5 * total
 
 
+@pytest.mark.slow  # tests/ops/test_*_bytes.py hold the same of fewer rows
 @pytest.mark.timeout(900)
 def test_the_ledger_balances():
     """Every memory-bound kernel within its limit of the fewest bytes, at 4096 rows and 16 programs; about 30 s."""

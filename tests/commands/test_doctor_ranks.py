@@ -109,7 +109,7 @@ def one_of(forking: Ranks, rank: int, *flags: str, **env: str) -> Ended:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="POSIX")
-@pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
+@pytest.mark.parametrize("how", [pytest.param("SIGKILL", marks=pytest.mark.slow), "SIGSTOP"])
 def test_a_rank_that_dies_or_hangs_is_named_with_the_place(forking: Ranks, how: str):
     code, out, err = one_of(forking, 0, "--timeout=3", RUN_FIRST=f"1:{STOPS.format(how)}")
     assert (code, out) == (5, ""), err

@@ -91,7 +91,9 @@ CHAINS = {
 }
 
 
-@pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS)
+@pytest.mark.parametrize(
+    "chain", [pytest.param(CHAINS["ranks"], marks=pytest.mark.slow), CHAINS["modes"], CHAINS["both"]], ids=CHAINS
+)
 def test_a_run_goes_on_at_another_number_of_ranks_and_in_another_mode(
     ranks: Ranks, folder: Path, tmp_path_factory: pytest.TempPathFactory, chain: list[tuple[int, str]]
 ):
@@ -116,7 +118,7 @@ def test_a_run_goes_on_at_another_number_of_ranks_and_in_another_mode(
                 torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.parametrize("async_save", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_disks_of_their_own_will_do(
     ranks: Ranks, folder: Path, tmp_path_factory: pytest.TempPathFactory, async_save: bool
 ):

@@ -12,10 +12,12 @@ import sys
 import time
 from typing import Any
 
+from nanogpt_fast import pulse
 from nanogpt_fast.step import TrainStep
 
 
 def plant() -> None:
+    pulse.BEAT, pulse.SILENT = 0.3, 1.2  # a test's ranks are heard sooner
     rank = os.environ.get("RANK", "0")
     if folders := os.environ.get("DATA_DIRS"):
         sys.argv.append(f"--data_dir={folders.split(',')[int(rank)]}")
