@@ -10,6 +10,7 @@ from tiny_run import metrics, steps_of, train
 
 from nanogpt_fast import saver
 from nanogpt_fast.files import sha256_of
+from nanogpt_fast.keeper import Keeper
 from nanogpt_fast.run import checkpoint
 from nanogpt_fast.run.checkpoint import SaveFailed
 from nanogpt_fast.step import TrainStep
@@ -84,6 +85,23 @@ def test_what_the_next_steps_change_is_not_in_it(folder: Path, monkeypatch: pyte
     found, expected = (checkpoint.load(folder / f"{out}/checkpoints/step_00000005") for out in ("out", "waits"))
     for name, tensor in expected.model.items():
         assert torch.equal(found.model[name], tensor), name
+
+
+def test_the_copy_stays_until_it_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """The second save is still being written when the third begins: its memory is not taken."""
+    train(folder, out_dir=folder / "waits", **{**SETTINGS, "async_save": False})
+    held, real, calls = Held(monkeypatch), Keeper._save, []
+
+    def save(self: Keeper, *args: Any) -> None:
+        calls.append(self.position.step)
+        if len(calls) == 3:
+            threading.Timer(0.3, held.go.set).start()
+        real(self, *args)
+
+    monkeypatch.setattr(Keeper, "_save", save)
+    train(folder, **SETTINGS)
+    ours, theirs = (checkpoint.list_steps(folder / name)[10] for name in ("out", "waits"))
+    assert sha256_of(ours / checkpoint.MODEL) == sha256_of(theirs / checkpoint.MODEL)
 
 
 def test_one_that_fails_is_warned_of_and_the_run_goes_on(

@@ -4,6 +4,7 @@ late or damaged is named."""
 import json
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -90,6 +91,19 @@ def test_shares_are_kept_and_pruned_as_others_are(tmp_path: Path):
     assert checkpoint.newest(tmp_path)[0].step == 40 and checkpoint.best(tmp_path) is not None
 
 
+def test_nothing_is_published_before_every_share_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Rank 1 writes slowly; rank 0 has long been done."""
+    real = shares.write_file
+
+    def slow(path: Path, chunks: Any) -> dict[str, Any]:
+        if path.name == shares.file_of(1):
+            time.sleep(0.4)
+        return real(path, chunks)
+
+    monkeypatch.setattr(shares, "write_file", slow)
+    assert checkpoint.load(save_shares(tmp_path, 2)).step == 10
+
+
 def test_a_rank_that_does_not_write_is_named(tmp_path: Path):
     save_shares(tmp_path, 3)
     with pytest.raises(SaveFailed, match=r"rank 2 of 3 has not written its share within 0 s"):
@@ -161,6 +175,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a run is missing": (lambda path: edit(path, lambda t: t.pop(first_key(t))), "do not make up a parameter"),
     "a run is too long": (lambda path: edit(path, longer), "do not make up a parameter"),
+    "a run is there twice": (
+        lambda path: edit(path, lambda t: t.update({"model.transformer.wte.weight@0": torch.zeros(4)})),
+        "do not make up a parameter",
+    ),
     "a run is of nothing": (
         lambda path: edit(path, lambda t: t.update({"model.other@0": torch.zeros(4)})),
         "a parameter that the state has not",
