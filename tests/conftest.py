@@ -7,9 +7,12 @@ tests (tests/ops) run compiled on it and carry the marker `gpu`.
 import os
 import signal
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from helpers.ranks import Ranks
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,6 +21,15 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator["Ranks"]:
+    """The process that ranks are forked from."""
+    from helpers.ranks import Ranks
+
+    with Ranks() as forking:
+        yield forking
 
 
 @pytest.fixture

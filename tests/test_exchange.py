@@ -1,7 +1,6 @@
 """Ranks train what one alone does, with all of the optimizer's state on each or a share; what they send, and when."""
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,12 +12,6 @@ from nanogpt_fast.exchange import Exchange
 from nanogpt_fast.model import GPT
 from nanogpt_fast.optim import EMBEDDINGS, FlatParameters
 from nanogpt_fast.settings.config import GPTConfig
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with Ranks() as forking:
-        yield forking
 
 
 def same(a: dict[str, Any], b: dict[str, Any]) -> bool:

@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
@@ -24,19 +24,13 @@ STOPS = (
 )
 
 
-@pytest.fixture(scope="module")
-def forking() -> Iterator[Ranks]:
-    with Ranks() as ranks:
-        yield ranks
-
-
 @pytest.fixture
-def checked(forking: Ranks) -> Callable[..., list[Ended]]:
+def checked(ranks: Ranks) -> Callable[..., list[Ended]]:
     """doctor --ranks on so many ranks, or only some; what became of them."""
 
     def check(size: int, *flags: str, only: list[int] | None = None, **env: str) -> list[Ended]:
-        forking.start(size, ["doctor", "--ranks", "--device=cpu", *flags], only, **env)
-        return forking.wait()
+        ranks.start(size, ["doctor", "--ranks", "--device=cpu", *flags], only, **env)
+        return ranks.wait()
 
     return check
 
@@ -98,29 +92,29 @@ def test_ranks_that_never_come_are_named_within_the_timeout(checked: Callable[..
     assert other == (5, "", "") and time.monotonic() - began < 40
 
 
-def one_of(forking: Ranks, rank: int, *flags: str, **env: str) -> Ended:
+def one_of(ranks: Ranks, rank: int, *flags: str, **env: str) -> Ended:
     """Of two ranks what became of this one; then the other is killed, which does not end by itself."""
-    pids = forking.start(2, ["doctor", "--ranks", "--device=cpu", *flags], **env)
-    while forking.next_end()[0] != rank:
+    pids = ranks.start(2, ["doctor", "--ranks", "--device=cpu", *flags], **env)
+    while ranks.next_end()[0] != rank:
         pass
     with suppress(ProcessLookupError):
         os.kill(pids[1 - rank], signal.SIGKILL)
-    return forking.wait()[rank]
+    return ranks.wait()[rank]
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="POSIX")
 @pytest.mark.parametrize("how", [pytest.param("SIGKILL", marks=pytest.mark.slow), "SIGSTOP"])
-def test_a_rank_that_dies_or_hangs_is_named_with_the_place(forking: Ranks, how: str):
-    code, out, err = one_of(forking, 0, "--timeout=3", RUN_FIRST=f"1:{STOPS.format(how)}")
+def test_a_rank_that_dies_or_hangs_is_named_with_the_place(ranks: Ranks, how: str):
+    code, out, err = one_of(ranks, 0, "--timeout=3", RUN_FIRST=f"1:{STOPS.format(how)}")
     assert (code, out) == (5, ""), err
     assert "rank 1 (node 0) of 2 does not answer" in err and "rank 0: computing alone" in err
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="POSIX")
-def test_rank_0_that_is_gone_is_said_by_the_others(forking: Ranks):
+def test_rank_0_that_is_gone_is_said_by_the_others(ranks: Ranks):
     """Its store neither answers nor closes."""
-    code, out, err = one_of(forking, 1, "--timeout=4", RUN_FIRST=f"0:{STOPS.format('SIGSTOP')}")
+    code, out, err = one_of(ranks, 1, "--timeout=4", RUN_FIRST=f"0:{STOPS.format('SIGSTOP')}")
     assert (code, out) == (5, "") and "rank 1 of 2 does not reach rank 0's store" in err
 
 

@@ -5,7 +5,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,6 @@ from test_train_ranks import losses, wait_for_steps
 from tiny_run import flags, steps_of, write_dataset
 
 ENDLESS: dict[str, Any] = dict(gradient_accumulation_steps=6, max_iters=100_000, eval_interval=100_000, timeout=1)
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with Ranks() as forking:
-        yield forking
 
 
 def others_after(ranks: Ranks, pid: int, number: int, lost: int) -> tuple[list[Ended], float]:

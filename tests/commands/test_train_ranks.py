@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,6 @@ from tiny_run import flags, metrics, steps_of, train, write_dataset
 from nanogpt_fast.run import checkpoint
 
 MODES = ["ddp", "zero1"]
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with Ranks() as forking:
-        yield forking
 
 
 def train_on(ranks: Ranks, folder: Path, size: int, **changes: Any) -> list[Ended]:

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +46,7 @@ class Ranks:
     def __enter__(self) -> "Ranks":
         self._home = tempfile.TemporaryDirectory()
         self._folder, self._lines = Path(self._home.name), queue.Queue[str]()
+        self._left, self._running, self._pids = dict[int, int](), 0, list[int]()
         command = [sys.executable, __file__, self._home.name]
         self._server = subprocess.Popen(command, env=ENV, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         threading.Thread(target=self._read, daemon=True).start()
@@ -62,11 +64,15 @@ class Ranks:
 
     def _ask(self, size: int, **what: Any) -> list[int]:
         assert self._server.stdin
+        for pid in self._pids if self._running else []:  # of a test that failed
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._codes()
         print(json.dumps({"size": size, **what}), file=self._server.stdin, flush=True)
         started: dict[str, int] = json.loads(self._lines.get(timeout=LONGEST))
         self._left = {int(rank): 0 for rank in started}
-        self._running = len(started)
-        return list(started.values())
+        self._running, self._pids = len(started), list(started.values())
+        return self._pids
 
     def next_end(self) -> tuple[int, int]:
         """(rank, exit code) of the next that ends."""
