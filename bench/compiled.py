@@ -97,7 +97,8 @@ class Compilers:
                 i = waiting.pop(0)
                 running[self.pool.submit(compile_task, tasks[i])] = i
             done, _ = wait_for(running, timeout=left, return_when="FIRST_COMPLETED")
-            for future in done & running.keys():
+            # those that are good first: the first broken one ends the pool, and what else it had is given it again
+            for future in sorted(done, key=lambda f: isinstance(f.exception(), BrokenProcessPool)):
                 if not isinstance(future.exception(), BrokenProcessPool):
                     yield running.pop(future), future.result()
                     continue
@@ -108,5 +109,6 @@ class Compilers:
                 self.stop()
                 self.start()
                 running, at_once = {}, 1
+                break
         for future in running:
             future.cancel()
