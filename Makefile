@@ -2,7 +2,7 @@ PYTHON ?= python
 
 .PHONY: test test-all lint bench bench-compare kernels-hub quickstart
 test:            ## the default suite (lint, types, layout included), parallel
-	$(PYTHON) -m pytest -n auto -m "not slow"
+	$(PYTHON) -m pytest -n auto --dist worksteal -m "not slow"
 test-all:        ## everything, heavy cases too
 	$(PYTHON) -m pytest -n auto
 lint:            ## format and lint in place

@@ -3,7 +3,6 @@ are started again go on."""
 
 import os
 import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -87,10 +86,9 @@ def test_memory_that_ran_out_on_one_rank_is_named(ranks: Ranks, folder: Path):
 def test_a_rank_that_hangs_is_named_with_its_place(ranks: Ranks, folder: Path):
     """It lives, and says where it is: within its data. Its own end is the test's."""
     pids = ranks.start(2, ["train", *flags(folder, **ENDLESS)], HANGS_AT="1:12")
-    killer = threading.Timer(6, os.kill, (pids[1], signal.SIGKILL))
-    killer.start()
+    assert ranks.next_end()[0] == 0
+    os.kill(pids[1], signal.SIGKILL)
     ended = ranks.wait()
-    killer.join()
     assert [rank.code for rank in ended] == [5, -9], ended
     assert "rank 1 (process" in ended[0].err and "is in trainer.py:" in ended[0].err, ended[0].err
     assert "iteration 12" in ended[0].err and steps_of(folder) == [12]
