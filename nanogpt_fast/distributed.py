@@ -69,12 +69,12 @@ class World:
         """Start to fill tensor with every rank's share, which may lie in it, at its own place."""
         return self._started("all_gather_single", tensor, share)
 
-    def _started(self, name: str, *tensors: Tensor) -> Callable[[], None]:
+    def _started(self, name: str, *tensors: Tensor, **settings: int) -> Callable[[], None]:
         if self.alone:
             return lambda: None
         collective = getattr(dist, name, None) or getattr(dist, NAMED_BEFORE[name])
         with self._with_all(name):
-            work: Any = collective(*tensors, async_op=True)
+            work: Any = collective(*tensors, **settings, async_op=True)
 
         def wait() -> None:
             with self._with_all(name):
@@ -84,9 +84,7 @@ class World:
 
     def broadcast_(self, tensor: Tensor) -> None:
         """Rank 0's values to all, in place."""
-        if not self.alone:
-            with self._with_all("broadcast"):
-                dist.broadcast(tensor, src=0)
+        self._started("broadcast", tensor, src=0)()
 
     def main_says(self, flag: bool) -> bool:
         """Rank 0's flag, on every rank."""
@@ -109,7 +107,7 @@ class World:
         return bool(votes.item())
 
     @contextmanager
-    def _with_all(self, name: str = "") -> Iterator[None]:
+    def _with_all(self, name: str) -> Iterator[None]:
         """A collective fails here when another rank has died, or has not come within --timeout."""
         try:
             yield
@@ -120,7 +118,7 @@ class World:
             absent = self.pulse.absent() if self.pulse else said
             place, _ = place_of(sys._getframe())
             at = f", {self.pulse.at}" if self.pulse else ""
-            raise lost(self.rank, self.size, f"in {name or 'a collective'} of {place}{at}", absent) from error
+            raise lost(self.rank, self.size, f"in {name} of {place}{at}", absent) from error
 
     def close(self, why: str = "") -> None:
         """Leave the ranks; why: what ended this one, for the others to read."""

@@ -139,10 +139,8 @@ def _step(plan: Plan, held: "_LiveBytes") -> TrainStep:
 class Unheard(World):
     """A rank whose collectives nobody hears."""
 
-    def _started(self, name: str, *tensors: Tensor) -> Callable[[], None]:
+    def _started(self, name: str, *tensors: Tensor, **settings: int) -> Callable[[], None]:
         return lambda: None
-
-    def broadcast_(self, tensor: Tensor) -> None: ...
 
 
 class _LiveBytes(TorchDispatchMode):

@@ -7,7 +7,7 @@ one tensor, and a collective moves a whole run of it.
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -139,24 +139,29 @@ def _up(count: int, unit: int) -> int:
     return math.ceil(count / unit) * unit
 
 
+def joined_blocks(sizes: Sequence[int], least: float) -> list[range]:
+    """The blocks, of so many elements, that are reduced together, in the order of the backward pass: joined from the
+    last one down to `least` elements and more, but for what is left over at the first."""
+    found, high = [], len(sizes)
+    for low in reversed(range(len(sizes))):
+        if sum(sizes[low:high]) >= least or low == 0:
+            found.append(range(low, high))
+            high = low
+    return found
+
+
 def _layout(shapes: dict[str, torch.Size], unit: int, bucket: float) -> tuple[dict[str, tuple[int, int]], list[Bucket]]:
     """({name: (start, end)} in the order of shapes, the buckets in that of the buffers).
 
-    Blocks are joined from the last one down, as their gradients come, to `bucket` elements and more; a bucket's length
-    is a multiple of `unit`. Vectors are in none.
+    A bucket has `bucket` elements and more, and is a multiple of `unit` long. Vectors are in none.
     """
     places: dict[int, list[str]] = {EMBEDDINGS: []}
     for name, shape in shapes.items():
         if len(shape) > 1:
             block = re.search(r"\bh\.(\d+)\.", name)
             places.setdefault(int(block[1]) if block else EMBEDDINGS, []).append(name)
-    groups: list[list[int]] = []
-    size = 0.0
-    for place in sorted(places, reverse=True):
-        if not groups or size >= bucket or place == EMBEDDINGS:
-            groups, size = [[], *groups], 0.0
-        groups[0].insert(0, place)
-        size += sum(shapes[name].numel() for name in places[place])
+    sizes = [sum(shapes[name].numel() for name in places[block]) for block in range(len(places) - 1)]
+    groups = [[EMBEDDINGS], *reversed(joined_blocks(sizes, bucket))]
     slices: dict[str, tuple[int, int]] = {}
     buckets: list[Bucket] = []
     end = 0

@@ -144,7 +144,7 @@ class Trainer:
         save = stop.save_asked
         if save:
             stop.save_asked = False
-        if self._save_votes or (save and self.world.size == 1):
+        if self._save_votes > 0 if self.world.size > 1 else save:
             self._settle()
             self._save_votes = 0.0
             self.keeper.offer(self.keeper.unsaved > 0, f"iteration {iteration}: not saved, the losses are not finite")
@@ -174,7 +174,7 @@ class Trainer:
 
     def _take_in(self, launched: Launched, report: Report) -> None:
         self._votes += report.stop
-        self._save_votes += report.save if self.world.size > 1 else 0.0
+        self._save_votes += report.save
         self.keeper.bad_losses = 0 if math.isfinite(report.loss) else self.keeper.bad_losses + 1
         self.meter.count(report, launched.traced)
         if report.refused:

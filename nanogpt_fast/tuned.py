@@ -167,21 +167,8 @@ def _found(kernels: str, setup: Setup, device: torch.device, say: Callable[[str]
 
 def agree(world: World) -> None:
     """Rank 0's kept rows on every rank."""
-    rows = json.dumps([row_as_json(*pair) for pair in kept_rows().items()])
-    keep_rows(dict(map(row_from_json, json.loads(_agreed(world, rows)))))
-
-
-def _agreed(world: World, text: str) -> str:
-    """Rank 0's, on every rank."""
-    if world.size == 1:
-        return text
-    data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=world.device)
-    length = torch.tensor([data.numel()], device=world.device)
-    world.broadcast_(length)
-    if not world.is_main:
-        data = torch.empty(int(length), dtype=torch.uint8, device=world.device)
-    world.broadcast_(data)
-    return bytes(data.tolist()).decode()
+    rows = [row_as_json(*pair) for pair in kept_rows().items()]
+    keep_rows(dict(map(row_from_json, world.main_object(rows))))
 
 
 def digest() -> str:

@@ -262,7 +262,7 @@ def ops_of_run(
             refused = _refused(setup, world.device, say, check)
         except (NanogptError, ImportError, RuntimeError, OSError) as error:  # no Triton, no ptxas
             say(f"kernels: reference ({str(error).splitlines()[0]})")
-    refused = _agreed(world, refused)
+    refused = world.main_object(refused)
     if tuned_rows:  # which rank 0 may have found wrong
         tuned.agree(world)
     if world.any(not able) or len(refused) == len(OP_NAMES):
@@ -312,15 +312,6 @@ def ops_known(
     """Those of a model that is sampled from or scored: nothing is tried, what is known counts."""
     setup = Setup(shape, str(dtype).removeprefix("torch."), documents=bool(documents))
     return ops_of_run(spec, setup, World(device=device), partial(print, file=sys.stderr), check=False)
-
-
-def _agreed(world: World, refused: list[str]) -> list[str]:
-    """Rank 0's, on every rank."""
-    if world.size == 1:
-        return refused
-    mask = torch.tensor([float(name in refused) for name in OP_NAMES], device=world.device)
-    world.broadcast_(mask)
-    return [name for name, out in zip(OP_NAMES, mask.tolist()) if out]
 
 
 def _summary(verdict: Verdict) -> str:

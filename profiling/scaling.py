@@ -25,9 +25,9 @@ from work import FULL, HALF, Work, adamw_bytes, grad_norm_bytes
 from nanogpt_fast.errors import ConfigError
 from nanogpt_fast.hardware import flops_per_token
 from nanogpt_fast.memory import Plan, peak
+from nanogpt_fast.optim import BUCKET, joined_blocks
 from nanogpt_fast.settings.config import GPTConfig
 
-BUCKET_MB = 25.0  # of float32 gradients: blocks are joined until a bucket has as many (torch's DDP has the same)
 REPORT_BYTES = 32  # loss, votes to stop and to save, squared norm: float64 each
 PARALLEL = ("ddp", "zero1")
 # AdamW, norm and zeroing run at what a copy reaches of the data sheet's bandwidth: 2.95 of 3.35 TB/s (bounds.MEASURED).
@@ -138,14 +138,9 @@ def vector_elements(shape: GPTConfig) -> int:
     return shape.num_params(non_embedding=False) - matrix_elements(shape)
 
 
-def buckets(shape: GPTConfig, bucket_mb: float = BUCKET_MB) -> list[range]:
+def buckets(shape: GPTConfig, bucket_mb: float = BUCKET) -> list[range]:
     """Blocks that are reduced together, in the order of backward."""
-    block, found, high = FULL * 12 * shape.n_embd**2, [], shape.n_layer
-    for low in reversed(range(shape.n_layer)):
-        if (high - low) * block >= bucket_mb * 1e6 or low == 0:
-            found.append(range(low, high))
-            high = low
-    return found
+    return joined_blocks([12 * shape.n_embd**2] * shape.n_layer, bucket_mb * 1e6 / FULL)
 
 
 @dataclass(frozen=True)
@@ -197,7 +192,7 @@ def play(
     micro_steps: int,
     parallel: str = "ddp",
     reduce_bytes: int = FULL,
-    bucket_mb: float = BUCKET_MB,
+    bucket_mb: float = BUCKET,
 ) -> Step:
     """One iteration of many, from the first micro-step's start to the update's end."""
     streams, groups = _Streams(), buckets(shape, bucket_mb)

@@ -11,7 +11,6 @@ from interconnect import BOARDS, Fabric, fabric, in_words
 from measured_roof import Roof
 from roofline import print_beside, rates, supposed_roof
 from scaling import (
-    BUCKET_MB,
     GATHER,
     LAST,
     MEASURED,
@@ -36,6 +35,7 @@ from nanogpt_fast.gpus import CHOICES, GPUS
 from nanogpt_fast.hardware import flops_per_token
 from nanogpt_fast.memory import RESERVE, Plan, plan_of
 from nanogpt_fast.ops import expected, select_ops
+from nanogpt_fast.optim import BUCKET
 from nanogpt_fast.schedule import BatchSchedule
 from nanogpt_fast.settings.cli import load_config
 from nanogpt_fast.settings.config import GPTConfig
@@ -73,7 +73,7 @@ class Run:
     parallel: str = "ddp"
     reduce_bytes: int = FULL
     recompute: str = "none"
-    bucket_mb: float = BUCKET_MB
+    bucket_mb: float = BUCKET
     memory: Plan | None = None
 
     def step(self, ranks: int, share: Share) -> Step:
@@ -258,7 +258,7 @@ def show_world(args: argparse.Namespace, flags: list[str]) -> None:
     """Print everything of --world, on each of --gpu."""
     worlds, link, parallel = worlds_of(args.world), args.link or "ib", args.parallel or "ddp"
     reduce_dtype, overhead = args.reduce_dtype or "float32", args.overhead or OVERHEAD
-    bucket_mb = args.bucket_mb or BUCKET_MB
+    bucket_mb = args.bucket_mb or BUCKET
     config = load_config(["--config", args.config, *flags], prog="python profiling/roofline.py")
     shape, dtype = config.shape(vocab_size_of(config, without_data=GPTConfig.vocab_size)), dtype_of(config)
     for name in ("overhead", "budget", "nic", "bucket_mb"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanogpt_fast import distributed
+from nanogpt_fast import distributed, pulse
 from nanogpt_fast.distributed import World, join, resolve_device, resolve_dtype
 from nanogpt_fast.errors import ConfigError, DeviceError
 
@@ -53,6 +53,14 @@ def test_a_rank_that_is_lost_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch
         with pytest.raises(DeviceError, match="another rank does not answer") as error:
             collective(torch.zeros(1))
         assert "rank 1 of 2" in error.value.where and "Connection reset" in error.value.found
+
+
+def test_the_frames_in_which_a_rank_waits_are_there():
+    """pulse.py knows them by their names."""
+    for name in pulse.WAITS:
+        file, _, function = name.partition(":")
+        text = (ROOT / "nanogpt_fast" / file).read_text()
+        assert not function or f"def {function}(" in text, name
 
 
 # ---- joining ----

@@ -1,6 +1,5 @@
 """Slow: torchrun's ranks killed and stopped at random moments of one run, 20 times, end in what no fault would have."""
 
-import json
 import os
 import random
 import re
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.ranks import ENV, Ranks
-from tiny_run import flags, write_dataset
+from tiny_run import flags, losses, write_dataset
 
 from nanogpt_fast.run import checkpoint
 
@@ -27,13 +26,6 @@ pytestmark = [
 FAULTS, SIZE, TIMEOUT = 20, 3, 3.0
 RUN: dict[str, Any] = dict(gradient_accumulation_steps=6, dropout=0.1, eval_interval=40, eval_iters=1, keep_last=3)
 STOPPED = 75.0  # seconds: torchrun kills what does not heed its SIGTERM after 30, and three Pythons start
-
-
-def rows(out: Path) -> dict[int, float]:
-    """{iteration: loss} so far."""
-    file = out / "metrics.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    return {line["iter"]: line["loss"] for line in lines if line["kind"] == "train"}
 
 
 def workers(agent: int) -> list[int]:
@@ -57,9 +49,9 @@ def test_a_run_goes_on_as_if_nothing_had_been(tmp_path: Path, mode: str):
     command += [f"--max-restarts={FAULTS + 5}", "-m", "nanogpt_fast.train", *flags(tmp_path, **settings)]
     with log.open("w") as out, subprocess.Popen(command, env=ENV, stdout=out, stderr=out) as agent:
         for fault in range(FAULTS):
-            at = max(rows(tmp_path / "out"), default=0) + draw.randrange(5, gap // 2)
+            at = max(losses(tmp_path), default=0) + draw.randrange(5, gap // 2)
             until = time.monotonic() + 120
-            while max(rows(tmp_path / "out"), default=0) < at:
+            while max(losses(tmp_path), default=0) < at:
                 assert agent.poll() is None and time.monotonic() < until, log.read_text()[-3000:]
                 time.sleep(0.02)
             rank, number = draw.randrange(SIZE), draw.choice([signal.SIGKILL, signal.SIGSTOP])
@@ -80,7 +72,7 @@ def test_a_run_goes_on_as_if_nothing_had_been(tmp_path: Path, mode: str):
     with Ranks() as ranks:
         ranks.start(SIZE, ["train", *flags(straight, **{**settings, "timeout": 60})])
         assert [rank.code for rank in ranks.wait()] == [0] * SIZE
-    assert rows(tmp_path / "out") == rows(straight / "out")
+    assert losses(tmp_path) == losses(straight)
     ours, theirs = (checkpoint.newest(folder / "out")[0] for folder in (tmp_path, straight))
     for name in theirs.model:
         assert torch.equal(ours.model[name], theirs.model[name]), name

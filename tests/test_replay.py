@@ -102,7 +102,7 @@ def test_two_steps_are_one_list_of_calls(ops: Callable[[], Ops], features: dict[
 class Heard(Unheard):
     """A collective leaves a call on its tensors, which shows in the ledger: as it starts, and as it is waited for."""
 
-    def _started(self, name: str, *tensors: Tensor) -> Callable[[], None]:
+    def _started(self, name: str, *tensors: Tensor, **settings: int) -> Callable[[], None]:
         for tensor in tensors:
             tensor.mul_(1.0)
         return lambda: [tensors[0].neg_()].clear()

@@ -80,27 +80,25 @@ def _hub_errors(where: str) -> Iterator[None]:
 def hub_documents(repository: str, subset: str, field: str = "text", revision: str = "") -> HubDocuments:
     """The train split of a dataset on the Hugging Face hub, streamed (extra `data`)."""
 
-    def hub() -> Any:
+    def libraries() -> Any:
         try:
-            import datasets  # noqa: F401
+            import datasets
             import huggingface_hub
         except ImportError as error:
             raise DataError("the datasets library is missing", hint="pip install 'nanogpt-fast[data]'") from error
-        return huggingface_hub
+        return datasets, huggingface_hub
 
     def open_stream() -> Any:
-        constants = hub().constants
-        if not constants.HF_HUB_OFFLINE:  # one try: the library's own take half a minute to say that nobody is there
-            hub().get_session().head(constants.ENDPOINT, timeout=DOWNLOAD_TIMEOUT)
-        import datasets
-
+        datasets, hub = libraries()
+        if not hub.constants.HF_HUB_OFFLINE:  # one try: its own take half a minute to say that nobody is there
+            hub.get_session().head(hub.constants.ENDPOINT, timeout=DOWNLOAD_TIMEOUT)
         name, branch = subset or None, revision or None
         return datasets.load_dataset(repository, name=name, revision=branch, split="train", streaming=True)
 
     def commit() -> str:
-        if hub().constants.HF_HUB_OFFLINE:
+        _, hub = libraries()
+        if hub.constants.HF_HUB_OFFLINE:
             return "what the cache holds"
-        api = hub().HfApi()
-        return api.dataset_info(repository, revision=revision or None, timeout=DOWNLOAD_TIMEOUT).sha
+        return hub.HfApi().dataset_info(repository, revision=revision or None, timeout=DOWNLOAD_TIMEOUT).sha
 
     return HubDocuments(open_stream, f"hf:{repository} {subset}".strip(), field, commit)

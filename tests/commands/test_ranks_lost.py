@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 from helpers.ranks import Ended, Ranks
-from test_train_ranks import losses, wait_for_steps
-from tiny_run import flags, steps_of, write_dataset
+from tiny_run import flags, losses, steps_of, wait_for_iteration, write_dataset
 
 ENDLESS: dict[str, Any] = dict(gradient_accumulation_steps=6, max_iters=100_000, eval_interval=100_000, timeout=1)
 
@@ -37,7 +36,7 @@ SILENT += [pytest.param(mode, how, marks=pytest.mark.slow) for mode, how in (("d
 def test_a_rank_that_falls_silent_is_named(ranks: Ranks, folder: Path, mode: str, how: str):
     """The others end with exit 5; in ddp rank 0 has saved. Of shares, the lost rank's are lost."""
     pids = ranks.start(3, ["train", *flags(folder, parallel=mode, **ENDLESS)])
-    wait_for_steps(folder, 20)
+    wait_for_iteration(folder, 20)
     ended, seconds = others_after(ranks, pids[2], getattr(signal, how), lost=2)
     assert [rank.code for rank in ended] == [5, 5, -9], ended
     assert seconds < 12, "the time-out of 1 s, 1.2 of listening, and a loaded machine's"
@@ -53,7 +52,7 @@ def test_a_rank_that_falls_silent_is_named(ranks: Ranks, folder: Path, mode: str
 
 def test_the_rank_that_keeps_the_store_can_be_lost_too(ranks: Ranks, folder: Path):
     pids = ranks.start(3, ["train", *flags(folder, **ENDLESS)])
-    wait_for_steps(folder, 20)
+    wait_for_iteration(folder, 20)
     ended, _ = others_after(ranks, pids[0], signal.SIGKILL, lost=0)
     assert [rank.code for rank in ended] == [-9, 5, 5], ended
     for rank in ended[1:]:
@@ -67,7 +66,7 @@ def test_a_rank_that_errs_says_why_to_the_others(ranks: Ranks, folder: Path, mod
     write_dataset(folder / "other")
     words = ["train", *flags(folder, parallel=mode, **{**ENDLESS, "timeout": 20})]
     ranks.start(2, [word for word in words if "data_dir" not in word], DATA_DIRS=f"{folder}/data,{folder}/other/data")
-    wait_for_steps(folder, 20)
+    wait_for_iteration(folder, 20)
     os.truncate(folder / "other/data/toy/train.bin", 100)
     ended = ranks.wait()
     assert [rank.code for rank in ended] == [5, 3], ended

@@ -1,7 +1,6 @@
 """Ranks train what one rank trains: same data, same masks, same losses; one of them writes. Whatever holds the
 optimizer's state, a checkpoint is one process's, and goes on at another number of ranks and in another mode."""
 
-import json
 import os
 import signal
 import time
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.ranks import Ended, Ranks
-from tiny_run import flags, metrics, steps_of, train, write_dataset
+from tiny_run import flags, losses, metrics, steps_of, train, wait_for_iteration, write_dataset
 
 from nanogpt_fast.run import checkpoint
 
@@ -23,17 +22,6 @@ def train_on(ranks: Ranks, folder: Path, size: int, **changes: Any) -> list[Ende
     ended = ranks.wait()
     assert [rank.code for rank in ended] == [0] * size, ended
     return ended
-
-
-def wait_for_steps(folder: Path, count: int) -> None:
-    """Until so many iterations are logged."""
-    rows = folder / "out/metrics.jsonl"
-    for _ in range(600):
-        lines = rows.read_text().splitlines() if rows.exists() else []
-        if sum(json.loads(line)["kind"] == "train" for line in lines) > count:
-            return
-        time.sleep(0.1)
-    raise AssertionError("the run does not go on")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -65,10 +53,6 @@ def test_a_full_evaluation_is_shared_and_the_same(ranks: Ranks, folder: Path, to
 
 
 # ---- resume ----
-
-
-def losses(folder: Path) -> dict[int, float]:
-    return metrics(folder, "train", "loss")
 
 
 def newest(folder: Path) -> checkpoint.Checkpoint:
@@ -140,14 +124,14 @@ def test_disks_of_their_own_will_do(
 def test_a_signal_to_one_rank_stops_both_and_saves_once(ranks: Ranks, folder: Path, mode: str):
     settings = dict(gradient_accumulation_steps=2, max_iters=100_000, eval_interval=100_000, parallel=mode)
     started = ranks.start(2, ["train", *flags(folder, **settings)])
-    wait_for_steps(folder, 20)
+    wait_for_iteration(folder, 20)
     os.kill(started[1], signal.SIGUSR1)  # saves and goes on
     for _ in range(100):
         if steps_of(folder):
             break
         time.sleep(0.1)
     (kept,) = steps_of(folder)
-    wait_for_steps(folder, kept + 10)
+    wait_for_iteration(folder, kept + 10)
     os.kill(started[1], signal.SIGTERM)
     ended = ranks.wait()
     assert [rank.code for rank in ended] == [143, 143], ended

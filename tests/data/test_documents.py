@@ -191,7 +191,7 @@ def test_what_a_part_must_have_in_common_is_asked_of_the_hub_once(monkeypatch: p
     monkeypatch.setattr(library.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(Api, "dataset_info", lambda *_, **__: 1 / 0)
     with pytest.raises(DataError, match="could not be read from the Hugging Face hub"):
-        source.listing  # noqa: B018
+        _ = source.listing
 
 
 def test_the_library_is_plain_ascii_and_always_the_same() -> None:

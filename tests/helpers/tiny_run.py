@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,23 @@ def train_process(folder: Path, *args: str, **changes: Any) -> subprocess.Popen[
 
 
 def metrics(folder: Path, kind: str, key: str) -> dict[int, Any]:
-    """{iteration: value} from out/metrics.jsonl; the last line of an iteration wins."""
-    lines = [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text().splitlines()]
+    """{iteration: value} from out/metrics.jsonl so far; the last line of an iteration wins."""
+    rows = folder / "out/metrics.jsonl"
+    lines = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
     return {line["iter"]: line[key] for line in lines if line["kind"] == kind}
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """{iteration: loss} of the training steps so far."""
+    return metrics(folder, "train", "loss")
+
+
+def wait_for_iteration(folder: Path, iteration: int, seconds: float = 120.0) -> None:
+    """Until that one is logged."""
+    until = time.monotonic() + seconds
+    while max(losses(folder), default=-1) < iteration:
+        assert time.monotonic() < until, f"{folder}: the run does not come to iteration {iteration}"
+        time.sleep(0.05)
 
 
 def steps_of(folder: Path) -> list[int]:
