@@ -5,13 +5,14 @@ so that residual, bias, dropout and LayerNorm are one op. Modules and parameter 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nanogpt_fast.draw import Draw, Generators, seen_in
 from nanogpt_fast.graphs import Graphs
 from nanogpt_fast.ops import REFERENCE, Ops, exact_device
 from nanogpt_fast.settings.config import GPTConfig
@@ -47,14 +48,15 @@ class _Attention(nn.Module):
         doc_ids: Tensor | None,
         cache: Tensor | None,
         start: int | Tensor,
+        last_only: bool,
     ) -> Tensor:
-        """y [B, T, C] -> delta [B, T, C], without c_proj's bias, which the next add_norm adds."""
+        """y [B, T, C] -> delta [B, T or 1, C], without c_proj's bias, which the next add_norm adds."""
         projection = self.c_attn.weight, self.c_attn.bias, self.n_head
         if cache is None:
             o = ops.qkv_attention(y, *projection, p, seed, site, doc_ids)
         else:
             o = ops.cached_attention(y, *projection, cache, start)
-        return ops.linear(o, self.c_proj.weight)
+        return ops.linear(o[:, -1:] if last_only else o, self.c_proj.weight)
 
 
 class _MLP(nn.Module):
@@ -90,10 +92,14 @@ class _Block(nn.Module):
         recompute_mlp: bool = False,
         cache: Tensor | None = None,
         start: int | Tensor = 0,
+        last_only: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream r and its norm y, [B, T, C] each, here -> at the next block, whose ln_1 is ln."""
+        """The residual stream r and its norm y, [B, T, C] each, here -> at the next block, whose ln_1 is ln.
+
+        last_only: of the last position alone, [B, 1, C], for which the others matter as keys and values only."""
         sites = (self.site, self.site + 1, self.site + 2) if cache is None else (0, 0, 0)
-        delta = self.attn(ops, y, p, seed, sites[0], doc_ids, cache, start)
+        delta = self.attn(ops, y, p, seed, sites[0], doc_ids, cache, start, last_only)
+        r = r[:, -1:] if last_only else r
         r, y = ops.add_norm(r, delta, self.attn.c_proj.bias, self.ln_2.weight, self.ln_2.bias, EPS, p, seed, sites[1])
         delta = self.mlp(ops, y, recompute_mlp)
         return ops.add_norm(r, delta, self.mlp.c_proj.bias, ln.weight, ln.bias, EPS, p, seed, sites[2])
@@ -225,13 +231,15 @@ class GPT(nn.Module):
         """[B, T] -> logits [B, T, V] in the parameters' dtype."""
         return self.ops.linear(self.hidden(idx), self.transformer.wte.weight)
 
-    def _next_logits(self, idx: Tensor, cache: Tensor, start: int | Tensor) -> Tensor:
-        """Feed idx [B, t], at positions start..., through the cache; the last position's logits [B, V]."""
+    def _next_logits(self, idx: Tensor, cache: Tensor | None, start: int | Tensor) -> Tensor:
+        """Feed idx [B, t], at positions start..., through the cache, or at 0... without one; the last position's
+        logits [B, V]. The last block's projection and MLP are computed for that position alone."""
         ops, t = self.ops, self.transformer
         r = ops.embedding(idx, t.wte.weight, t.wpe.weight, 0.0, None, 0, start, self.residual_dtype)
         y = ops.norm(r, self.blocks[0].ln_1.weight, self.blocks[0].ln_1.bias, EPS, t.wte.weight.dtype)
         for i, block in enumerate(self.blocks):
-            r, y = block(ops, r, y, self._norm_after(i), cache=cache[i], start=start)
+            kept, last = None if cache is None else cache[i], i + 1 == len(self.blocks)
+            r, y = block(ops, r, y, self._norm_after(i), cache=kept, start=start, last_only=last)
         return ops.linear(y[:, -1], t.wte.weight)
 
     @torch.no_grad()
@@ -241,34 +249,63 @@ class GPT(nn.Module):
         max_new_tokens: int,
         temperature: float = 1.0,
         top_k: int | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         valid_vocab: int | None = None,
         graphs: Graphs | None = None,
+        *,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        lengths: Sequence[int] | None = None,
+        logprobs: list[Tensor] | None = None,
     ) -> Iterator[Tensor]:
         """Continue idx [B, t >= 1]: yields [B, 1] new ids, max_new_tokens times. temperature 0 takes the likeliest.
 
         Keys and values are cached up to block_size tokens. Past that every position moves, as learned positions
         must, so each token costs a forward over the last block_size tokens: nanoGPT's own rule. Ids from
-        valid_vocab on (a padded vocabulary's) are never drawn. The generator lives on exact_device of the model's.
-        graphs replay the step of one new token; the prompt, and all that moves, is fed as it stands.
+        valid_vocab on (a padded vocabulary's) are never drawn. The generator lives on exact_device of the model's;
+        with one a row, a row's ids are those it has alone. graphs replay the step of one new token; the prompt, and
+        all that moves, is fed as it stands. top_p, min_p, repetition_penalty: draw.Draw's.
+
+        lengths: tokens of each row of idx, at most block_size, the rest of it being padding. All rows stand at one
+        position at any time, which learned positions, the cache and graphs want: the shortest prompt's end first,
+        and then a row takes its prompt's next token while it has one. So max(lengths) - min(lengths) more steps
+        are yielded, a generator a row is needed, and no row has a mask or a position that it has not alone.
+        logprobs, when given, receives the log-probability of each yield's ids, by the model's logits as they are.
         """
         c, w = self.config, self.transformer.wte.weight
         shape = (c.n_layer, 2, idx.size(0), c.n_head, c.block_size, c.n_embd // c.n_head)
-        cache = torch.empty(shape, dtype=w.dtype, device=w.device)
+        cache: Tensor | None = torch.empty(shape, dtype=w.dtype, device=w.device)
         decode = _decoding_step(self, cache.zero_(), graphs) if graphs and graphs.active else None
-        idx, cached = idx[:, -c.block_size :], 0
-        for _ in range(max_new_tokens):
+        draw, home = Draw(temperature, top_k, top_p, min_p, repetition_penalty), exact_device(w.device)
+        own, prompts, seen = list(lengths or [idx.size(1)] * idx.size(0)), idx, None
+        if repetition_penalty != 1.0:
+            rows = [row[:length] for row, length in zip(idx, own)]
+            seen = seen_in(rows, min(valid_vocab or w.size(0), w.size(0)), home)
+        idx, cached = idx[:, : min(own)][:, -c.block_size :], 0
+        for at in range(min(own), max(own) + max_new_tokens):
             if decode and cached:
                 logits = decode(idx[:, cached:], cached).float()
             else:
                 logits = self._next_logits(idx[:, cached:], cache, cached).float()
-            logits = logits[:, :valid_vocab].to(exact_device(w.device))
-            drawn = _draw(logits, temperature, top_k, generator).to(idx.device)
+            logits = logits[:, :valid_vocab].to(home)
+            ready = generator
+            if isinstance(generator, Sequence):
+                ready = [g if length <= at else None for g, length in zip(generator, own)]
+            drawn = draw.ids(logits, ready, seen)
+            if at < max(own):
+                waiting = torch.tensor([[length > at] for length in own], device=home)
+                drawn = torch.where(waiting, prompts[:, at : at + 1].to(home), drawn)
+            if seen is not None:
+                seen.scatter_(1, drawn, True)
+            if logprobs is not None:
+                logprobs.append(logits.log_softmax(-1).gather(1, drawn))
+            drawn = drawn.to(idx.device)
             yield drawn
             cached = idx.size(1)
             idx = torch.cat((idx, drawn), dim=1)
             if idx.size(1) > c.block_size:
-                idx, cached = idx[:, 1:], 0
+                idx, cached, cache = idx[:, 1:], 0, None
 
     def generate(self, idx: Tensor, max_new_tokens: int, *args: Any, **kwargs: Any) -> Tensor:
         """idx [B, t] with the tokens of `stream`, whose arguments these are, appended: [B, t + max_new_tokens]."""
@@ -295,17 +332,6 @@ def _decoding_step(model: GPT, cache: Tensor, graphs: Graphs) -> Callable[[Tenso
         return logits
 
     return decode
-
-
-def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    """One id a row [B, 1] from logits [B, V]."""
-    if temperature == 0.0:
-        return logits.argmax(-1, keepdim=True)
-    logits = logits / temperature
-    if top_k is not None:
-        kth = torch.topk(logits, min(top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 
 
 def document_ids(idx: Tensor, eot: int) -> Tensor:

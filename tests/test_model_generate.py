@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import nanogpt_fast.model
+from nanogpt_fast.draw import Draw
 from nanogpt_fast.model import GPT
 from nanogpt_fast.settings.config import GPTConfig
 
@@ -53,11 +53,11 @@ def test_every_token_sees_a_whole_block(model: GPT, monkeypatch: pytest.MonkeyPa
     """The logits, since the likeliest token may well be the same without the block's first one."""
     seen: list[Tensor] = []
 
-    def likeliest(logits: Tensor, *_: object) -> Tensor:
+    def likeliest(logits: Tensor) -> Tensor:
         seen.append(logits)
         return logits.argmax(-1, keepdim=True)
 
-    monkeypatch.setattr(nanogpt_fast.model, "_draw", likeliest)
+    monkeypatch.setattr(Draw, "ids", lambda draw, logits, *_: likeliest(logits))
     idx = torch.tensor([[1, 2, 3]])
     model.generate(idx, 12)
     recomputed(model, idx, 12, likeliest)
