@@ -49,7 +49,7 @@ class Stopped(BaseException):
 def run_command(main: Callable[[list[str]], int | None], *, again: str = "nothing was left half done") -> NoReturn:
     """Run main(argv) and exit: its return value, or the code of what it ended in. again: said when interrupted."""
     _give_descriptors()
-    atexit.register(gc.freeze)  # Python's last collections look through all that torch made: 0.19 s of `import torch`'s 1.11
+    atexit.register(gc.freeze)  # else the last collections look through all of torch: 0.19 s of 1.11 for importing it
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError):  # a stream of somebody's own
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

@@ -92,6 +92,23 @@ def test_logits_within_the_bound(name: str, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("name", ["triton", "reference"])
+def test_prompts_of_unequal_length_in_one_graph(name: str):
+    """In float32: each row's text is the one it has alone, eagerly; greedily, and drawn by a generator of its own."""
+    model = build(ops_named(name), torch.float32)
+    graphs = Graphs(torch.device("cuda", torch.cuda.current_device()), "on")
+    idx, lengths = prompt(3, 40), [7, 40, 23]
+    for temperature in (0.0, 0.8):
+        own = [torch.Generator("cuda").manual_seed(seed) for seed in range(3)]
+        tokens = torch.cat([*model.stream(idx, 30, temperature, generator=own, graphs=graphs, lengths=lengths)], 1)
+        for row, length in enumerate(lengths):
+            generator = torch.Generator("cuda").manual_seed(row)
+            alone = model.generate(idx[row : row + 1, :length], 30, temperature, generator=generator)[0, length:]
+            start = length - min(lengths)
+            assert torch.equal(tokens[row, start : start + 30], alone), (row, temperature)
+    assert graphs.active
+
+
+@pytest.mark.parametrize("name", ["triton", "reference"])
 def test_greedy_tokens_are_the_eager_ones(name: str):
     """In float32, to the end of the block and past it; several texts from one Graphs."""
     model = build(ops_named(name), torch.float32)

@@ -72,7 +72,7 @@ def test_a_position_on_the_host_is_found(ops: Callable[[], Ops]):
     model, positions = meta_model(ops()), iter(range(5, 9))
     step = model._next_logits
 
-    def planted(idx: Tensor, cache: Tensor, start: int | Tensor) -> Tensor:
+    def planted(idx: Tensor, cache: Tensor | None, start: int | Tensor) -> Tensor:
         return step(idx, cache, next(positions) if isinstance(start, Tensor) else start)
 
     model._next_logits = planted
@@ -113,6 +113,17 @@ def test_the_tokens_are_the_eager_ones(model: GPT, length: int, count: int, batc
         model.generate(idx, count, 0.8, generator=torch.Generator().manual_seed(7), graphs=g) for g in (graphs, None)
     )
     assert torch.equal(*drawn)
+
+
+def test_prompts_of_unequal_length_are_one_replayed_step(model: GPT):
+    """The tokens are the eager ones, and every step after the shortest prompt is the piece."""
+    idx, lengths, pieces = prompt(3, 9), [4, 9, 6], []
+    graphs = Pieces(lambda name, work: (pieces.append(name), work())[1])
+    texts = []
+    for given in (graphs, None):
+        own = [torch.Generator().manual_seed(seed) for seed in range(3)]
+        texts.append(torch.cat([*model.stream(idx, 20, 0.8, generator=own, graphs=given, lengths=lengths)], 1))
+    assert torch.equal(*texts) and texts[0].shape == (3, 25) and len(pieces) == SMALL.block_size - 4
 
 
 @torch.no_grad()

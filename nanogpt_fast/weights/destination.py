@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 
 from nanogpt_fast.errors import CheckpointError
@@ -153,6 +151,9 @@ def _shown(path: Path, total: int) -> Iterator[None]:
 def _show(path: Path, total: int, done: threading.Event) -> None:
     if done.wait(SHOW_AFTER_S):
         return
+    from rich.console import Console  # only here: who reads weights writes none, and rich is 18 ms
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
     console, told = Console(stderr=True), -TELL_EVERY_S
     columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

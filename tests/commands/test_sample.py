@@ -18,6 +18,7 @@ from nanogpt_fast.data.tokenizer import CharTokenizer, Tokenizer, cached_vocab_b
 from nanogpt_fast.errors import ConfigError, DataError, DeviceError
 from nanogpt_fast.generate import decode_pieces, prompt_ids, sample_text
 from nanogpt_fast.model import GPT
+from nanogpt_fast.prompts import read_prompt
 from nanogpt_fast.restore import build_model, restore
 from nanogpt_fast.sample import main
 from nanogpt_fast.weights import formats
@@ -125,13 +126,13 @@ def test_prompts():
 
 def test_prompt_files(tmp_path: Path):
     (tmp_path / "prompt.txt").write_text("once é\n", encoding="utf-8")
-    assert sample.read_prompt(f"FILE:{tmp_path / 'prompt.txt'}") == "once é\n"
-    assert sample.read_prompt("file:prompt.txt") == "file:prompt.txt"
+    assert read_prompt(f"FILE:{tmp_path / 'prompt.txt'}") == "once é\n"
+    assert read_prompt("file:prompt.txt") == "file:prompt.txt"
     with pytest.raises(ConfigError, match=r"did you mean 'prompt\.txt'"):
-        sample.read_prompt(f"FILE:{tmp_path / 'promt.txt'}")
+        read_prompt(f"FILE:{tmp_path / 'promt.txt'}")
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     with pytest.raises(DataError, match="UTF-8"):
-        sample.read_prompt(f"FILE:{tmp_path / 'latin'}")
+        read_prompt(f"FILE:{tmp_path / 'latin'}")
 
 
 # ---- drawing ----

@@ -15,7 +15,7 @@ from nanogpt_fast.data import text_files
 from nanogpt_fast.data.documents import FileDocuments, find_files
 from nanogpt_fast.data.text_files import read_chunks, write_text
 from nanogpt_fast.errors import ConfigError, DataError
-from nanogpt_fast.sample import PROMPT_BYTES, read_prompt
+from nanogpt_fast.prompts import PROMPT_BYTES, read_prompt
 
 ROWS = ["one", "two é\n", 'three \U0001f600, with "quotes"', ""]
 LINES = "".join(json.dumps({"text": text, "n": 1}) + "\n" for text in ROWS)
