@@ -70,7 +70,7 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="gpt2_124m")
     parser.add_argument("--arms", nargs="+", default=list(sample_arms.ARMS), help="; ".join(sample_arms.ARMS))
-    parser.add_argument("--prompt", type=int, default=16, help="tokens to continue")
+    parser.add_argument("--prompt", type=int, help="tokens to continue, 16; a whole block: all new ones are past it")
     parser.add_argument("--new_tokens", type=int, help="tokens of a continuation; default fills the block")
     parser.add_argument("--block_size", type=int, help="instead of the preset's")
     parser.add_argument("--vocab_size", type=int, help="of a preset on characters: 65 for Tiny Shakespeare")
@@ -98,15 +98,16 @@ def setup_of(args: argparse.Namespace) -> Setup:
 def main(argv: list[str]) -> int:
     args = parsed(argv)
     setup = setup_of(args)
-    args.prompt = min(args.prompt, setup.shape.block_size // 2)
-    room = setup.shape.block_size - args.prompt
+    block_size = setup.shape.block_size
+    args.prompt = min(args.prompt, block_size) if args.prompt else min(16, block_size // 2)
+    room = block_size - args.prompt or block_size
     args.new_tokens = args.new_tokens or (min(room, TINY) if args.tiny else room)
     args.rounds, args.new_tokens = (5, min(64, args.new_tokens)) if args.quick else (args.rounds, args.new_tokens)
     if args.serve:
         serve(args.serve, setup, args)
         return 0
     facts = machine.machine_facts(setup.world.device.type) | {"config": args.config, "batch_size": 1}
-    facts |= {"prompt": args.prompt, "new_tokens": args.new_tokens, "block_size": setup.shape.block_size}
+    facts |= {"prompt": args.prompt, "new_tokens": args.new_tokens, "block_size": block_size}
     lines = machine.Lines(args.out and args.out / "sample.jsonl", bench="sample", **facts)
     arms: dict[str, Any] = {}
     try:

@@ -231,15 +231,16 @@ class GPT(nn.Module):
         """[B, T] -> logits [B, T, V] in the parameters' dtype."""
         return self.ops.linear(self.hidden(idx), self.transformer.wte.weight)
 
-    def _next_logits(self, idx: Tensor, cache: Tensor | None, start: int | Tensor) -> Tensor:
-        """Feed idx [B, t], at positions start..., through the cache, or at 0... without one; the last position's
-        logits [B, V]. The last block's projection and MLP are computed for that position alone."""
+    def _next_logits(self, idx: Tensor, cache: Tensor, start: int | Tensor) -> Tensor:
+        """Feed idx [B, t], at positions start..., through the cache; the last position's logits [B, V].
+
+        The last block's projection and MLP are computed for that position alone."""
         ops, t = self.ops, self.transformer
         r = ops.embedding(idx, t.wte.weight, t.wpe.weight, 0.0, None, 0, start, self.residual_dtype)
         y = ops.norm(r, self.blocks[0].ln_1.weight, self.blocks[0].ln_1.bias, EPS, t.wte.weight.dtype)
         for i, block in enumerate(self.blocks):
-            kept, last = None if cache is None else cache[i], i + 1 == len(self.blocks)
-            r, y = block(ops, r, y, self._norm_after(i), cache=kept, start=start, last_only=last)
+            last = i + 1 == len(self.blocks)
+            r, y = block(ops, r, y, self._norm_after(i), cache=cache[i], start=start, last_only=last)
         return ops.linear(y[:, -1], t.wte.weight)
 
     @torch.no_grad()
@@ -275,7 +276,7 @@ class GPT(nn.Module):
         """
         c, w = self.config, self.transformer.wte.weight
         shape = (c.n_layer, 2, idx.size(0), c.n_head, c.block_size, c.n_embd // c.n_head)
-        cache: Tensor | None = torch.empty(shape, dtype=w.dtype, device=w.device)
+        cache = torch.empty(shape, dtype=w.dtype, device=w.device)
         decode = _decoding_step(self, cache.zero_(), graphs) if graphs and graphs.active else None
         draw, home = Draw(temperature, top_k, top_p, min_p, repetition_penalty), exact_device(w.device)
         own, prompts, seen = list(lengths or [idx.size(1)] * idx.size(0)), idx, None
@@ -305,7 +306,7 @@ class GPT(nn.Module):
             cached = idx.size(1)
             idx = torch.cat((idx, drawn), dim=1)
             if idx.size(1) > c.block_size:
-                idx, cached, cache = idx[:, 1:], 0, None
+                idx, cached = idx[:, 1:], 0
 
     def generate(self, idx: Tensor, max_new_tokens: int, *args: Any, **kwargs: Any) -> Tensor:
         """idx [B, t] with the tokens of `stream`, whose arguments these are, appended: [B, t + max_new_tokens]."""

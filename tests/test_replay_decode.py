@@ -72,7 +72,7 @@ def test_a_position_on_the_host_is_found(ops: Callable[[], Ops]):
     model, positions = meta_model(ops()), iter(range(5, 9))
     step = model._next_logits
 
-    def planted(idx: Tensor, cache: Tensor | None, start: int | Tensor) -> Tensor:
+    def planted(idx: Tensor, cache: Tensor, start: int | Tensor) -> Tensor:
         return step(idx, cache, next(positions) if isinstance(start, Tensor) else start)
 
     model._next_logits = planted
