@@ -1,6 +1,6 @@
 """Sample from a model: `python -m nanogpt_fast.sample --out_dir=out --start="..."`. Flags are nanoGPT's, and more."""
 
-from nanogpt_fast.command import run_command
+from nanogpt_fast.command import importing, run_command
 from nanogpt_fast.settings import cli
 from nanogpt_fast.settings.sampling import SampleConfig
 
@@ -22,7 +22,8 @@ def main(argv: list[str]) -> None:
     """Print num_samples samples, each with its prompt and nanoGPT's separator after it."""
     description = "Print text that a model continues from --start."
     config = cli.parse(SampleConfig, argv, prog="python -m nanogpt_fast.sample", description=description, epilog=EPILOG)
-    from nanogpt_fast.samples import write_samples  # imports torch, a second that --help and a wrong flag do without
+    with importing():  # torch, a second that --help and a wrong flag do without
+        from nanogpt_fast.samples import write_samples
 
     write_samples(config)
 
