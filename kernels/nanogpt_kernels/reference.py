@@ -248,13 +248,10 @@ def cached_attention(
         cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = kv
         keys, values = cache[0, :, :, : start + T], cache[1, :, :, : start + T]
         allowed = None if T == 1 else torch.ones(T, start + T, dtype=torch.bool, device=y.device).tril(start)
-    if y.device.type == "mps":
-        o = _written_out(q, keys, values, allowed)
-    elif isinstance(start, int) and start == 0:  # what it masks it skips: 0.6 of a mask's time at T = 1024, two cores
-        o = F.scaled_dot_product_attention(q, keys, values, is_causal=True)
-    else:
-        o = F.scaled_dot_product_attention(q, keys, values, allowed)
-    return o.transpose(1, 2).reshape(B, T, C)
+        if start == 0 and y.device.type != "mps":  # no mask is read, masked keys are skipped: 0.6 of the time at T = 1024
+            return F.scaled_dot_product_attention(q, keys, values, is_causal=True).transpose(1, 2).reshape(B, T, C)
+    attend = _written_out if y.device.type == "mps" else F.scaled_dot_product_attention
+    return attend(q, keys, values, allowed).transpose(1, 2).reshape(B, T, C)
 
 
 def mlp(

@@ -19,7 +19,7 @@ from nanogpt_fast.errors import ConfigError, did_you_mean
 
 BOOLS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
-PATHS = {"out_dir", "data_dir", "dataset", "init_from", "source", "file", "out", "vocab_bpe", "src", "runs"}
+PATHS = {"out_dir", "data_dir", "dataset", "init_from", "source", "file", "out", "vocab_bpe", "src", "runs", "prompts"}
 _HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair: no file and no console takes it
 _NAMES = {
     bool: "True or False",
