@@ -5,16 +5,16 @@ from nanogpt_fast.settings import cli
 from nanogpt_fast.settings.sampling import SampleConfig
 
 EPILOG = """\
-A token is drawn by these, in this order, which is that of Hugging Face's generate:
-repetition_penalty, temperature, top_k, top_p, min_p, then one draw of the softmax.
+These draw a token, in this order, which is that of Hugging Face's generate:
+repetition_penalty, temperature, top_k, top_p, min_p, then the softmax once.
 
 A line of --format=jsonl: prompt_index, sample_index, prompt, text (without what
---stop names), tokens, finish_reason (length, stop or eot), logprob (of the text's
-tokens, by the model itself: natural log, before all of the above), seed.
+--stop names), tokens, finish_reason (length, stop or eot), logprob (natural, of
+all tokens together, by the model itself, before all of the above), seed.
 
 examples:
-  python -m nanogpt_fast.sample --out_dir=out --start="FILE:prompt.txt" --num_samples=3
-  python -m nanogpt_fast.sample --prompts=prompts.txt --num_samples=8 --batch_size=8 \\
+  python -m nanogpt_fast.sample --start="FILE:prompt.txt" --num_samples=3
+  python -m nanogpt_fast.sample --prompts=prompts.txt --batch_size=16 \\
       --top_k=0 --top_p=0.9 --stop='\\n\\n' --format=jsonl > samples.jsonl"""
 
 
