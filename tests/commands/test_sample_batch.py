@@ -1,5 +1,7 @@
 """sample's prompts from a file, batches, seeds, JSON lines and stop strings; what they refuse; how it starts."""
 
+import contextlib
+import gc
 import json
 import os
 import signal
@@ -16,7 +18,7 @@ from random_weights import random_weights
 from tiny_run import ENV
 from torch import Tensor
 
-from nanogpt_fast.command import run_command
+from nanogpt_fast.command import importing, run_command
 from nanogpt_fast.errors import ConfigError, DataError
 from nanogpt_fast.generate import Text
 from nanogpt_fast.model import GPT
@@ -143,6 +145,7 @@ def test_without_new_flags_one_generator_goes_through_all(run: list[str], capsys
     assert all(row["finish_reason"] == "length" and row["tokens"] == 25 and row["logprob"] < 0 for row in rows)
 
 
+@pytest.mark.usefixtures("signals_heeded")
 def test_an_interrupted_run_leaves_whole_lines(
     run: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
@@ -157,15 +160,31 @@ def test_an_interrupted_run_leaves_whole_lines(
 
     monkeypatch.setattr(GPT, "stream", struck)
     monkeypatch.setattr(sys, "argv", ["sample", *run, "--batch_size=2", "--num_samples=6"])
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(SystemExit) as stop:
-            run_command(main)
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    with pytest.raises(SystemExit) as stop:
+        run_command(main)
     out = capsys.readouterr().out
     assert stop.value.code == 130 and out.endswith("}\n")
     assert [json.loads(line)["sample_index"] for line in out.splitlines()] == [0, 1]
+
+
+@pytest.mark.usefixtures("signals_heeded")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_an_import_swallows_is_heeded_after_it(
+    number: int, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def main(argv: list[str]) -> None:
+        with importing(), contextlib.suppress(BaseException):
+            os.kill(os.getpid(), number)
+        print("went on")
+
+    monkeypatch.setattr(sys, "argv", ["sample"])
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stop:
+        run_command(main)
+    signal.signal(number, before)
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (code, "") and err.startswith(f"interrupted ({signal.Signals(number).name})")
+    assert gc.isenabled()
 
 
 # ---- files of prompts ----
