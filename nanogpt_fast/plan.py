@@ -173,7 +173,7 @@ def report(plan: RunPlan, told: str, flags: PlanFlags, budget: float) -> list[st
          f"{plan.flops / (6 * params * plan.tokens) - 1:.0%} more than 6 N D"),
         ("best size", f"by 6 N D, {spread_of_sizes(plan.flops)}"),
         ("batch", f"{plan.batch:,} tokens x {plan.iterations:,} iterations; {why_batch(plan, flags)}"),
-        ("rate", f"{plan.learning_rate:g}, down to a tenth by a cosine; {why_rate(plan, flags)}"),
+        ("rate", f"{plan.learning_rate:g}, {why_rate(plan, flags)}"),
         ("time", f"{span(plan.hours * 3600)} on {plan.at.gpus} {plan.at.gpu} at an MFU of {plan.at.mfu:.0%}"),
         ("", f"MFU: {plan.at.mfu_source}{several(plan.at)}"),
         ("memory", plan.memory),
@@ -225,7 +225,9 @@ def why_batch(plan: RunPlan, flags: PlanFlags) -> str:
 
 
 def why_rate(plan: RunPlan, flags: PlanFlags) -> str:
-    return f"{flags.model}'s" if flags.model else f"GPT-3's of {count(gpt3_row(params_of(plan.shape))[0])}"
+    if flags.model:
+        return f"{flags.model}'s"
+    return f"GPT-3's of {count(gpt3_row(params_of(plan.shape))[0])}, down to a tenth by a cosine"
 
 
 def passes_of(plan: RunPlan, told: str) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nanogpt_fast.scaling_laws import Law
 
+Numbers = Sequence[float] | np.ndarray
 DELTA = 1e-3  # of log L: residuals beyond it count by their size, not its square
 # The grid of starts of Hoffmann et al., appendix D.3: 4,500 of log A, log B, log E, alpha, beta.
 STARTS = ((0, 5, 10, 15, 20, 25), (0, 5, 10, 15, 20, 25), (-1, -0.5, 0, 0.5, 1), (0, 0.5, 1, 1.5, 2),
@@ -42,7 +43,7 @@ class Fit:
 class _Problem:
     """The objective in centred variables: log A - alpha mean(log N), log B - beta mean(log D), log E, alpha, beta."""
 
-    def __init__(self, params: Sequence[float], tokens: Sequence[float], losses: Sequence[float], delta: float):
+    def __init__(self, params: Numbers, tokens: Numbers, losses: Numbers, delta: float):
         n, d, l = (torch.as_tensor(np.asarray(values, dtype=float)).log() for values in (params, tokens, losses))
         if not n.shape == d.shape == l.shape or n.dim() != 1:
             raise ValueError(f"params, tokens and losses are as many: {n.shape}, {d.shape}, {l.shape}")
@@ -92,9 +93,9 @@ class _Problem:
 
 
 def fit(
-    params: Sequence[float],
-    tokens: Sequence[float],
-    losses: Sequence[float],
+    params: Numbers,
+    tokens: Numbers,
+    losses: Numbers,
     *,
     delta: float = DELTA,
     tries: int = 8,
@@ -112,9 +113,9 @@ def fit(
 
 
 def bootstrap(
-    params: Sequence[float],
-    tokens: Sequence[float],
-    losses: Sequence[float],
+    params: Numbers,
+    tokens: Numbers,
+    losses: Numbers,
     found: Fit,
     *,
     samples: int = 400,
@@ -130,6 +131,19 @@ def bootstrap(
         theta, *_ = problem.minimum(start, torch.as_tensor(counts, dtype=torch.float64))
         laws.append(problem.law(theta, f"{found.law.name}, resampled"))
     return laws
+
+
+def parabola(params: Numbers, losses: Numbers) -> tuple[float, float]:
+    """(N, loss) at the lowest point of a parabola in log N through final losses of one budget: Hoffmann's approach 2.
+    It is off where the sizes reach far, or to one side, for a law is no parabola. ValueError where there is none."""
+    n = np.log(np.asarray(params, dtype=float))
+    if len(n) < 3 or len(np.unique(n)) < 3:
+        raise ValueError(f"a parabola takes three sizes, of {len(np.unique(n))}")
+    middle = n.mean()
+    second, first, at_middle = np.polyfit(n - middle, np.asarray(losses, dtype=float), 2)
+    if second <= 0:
+        raise ValueError("these losses have no lowest point between them")
+    return float(np.exp(middle - first / (2 * second))), float(at_middle - first**2 / (4 * second))
 
 
 def interval(laws: Sequence[Law], of: Callable[[Law], float], level: float = 0.95) -> tuple[float, float]:
