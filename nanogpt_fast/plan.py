@@ -1,12 +1,13 @@
 """From a budget to a run: `python -m nanogpt_fast.plan --flops=1e19 | --hours=24 --gpu=h100 --gpus=8 | --tokens=1e10`
 
 Size, tokens, batch, rates, iterations, hours, memory and the loss to expect, and the command that trains it. --params
-or --model fix it, with or without a budget. --published sets what is expected beside runs that others published.
+or --config fix it, with or without a budget. --published sets what is expected beside runs that others published.
 Nothing runs. docs/scaling_laws.md says where it comes from, and how far to trust it.
 """
 
 import json
 import math
+import re
 import shlex
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -41,7 +42,7 @@ examples:
   {PROG} --hours=24 --gpu=h100 --gpus=8
   {PROG} --flops=1e19 --dataset=fineweb
   {PROG} --tokens=9e9 --epochs=1
-  {PROG} --model=gpt2_124m --hours=10 --gpu=a100
+  {PROG} --config gpt2_124m --hours=10 --gpu=a100
   {PROG} --published"""
 
 
@@ -53,7 +54,7 @@ class PlanFlags:
     hours: float = 0.0  # of all GPUs together at work
     tokens: float = 0.0  # to train on; without a model, its best size is taken
     params: float = 0.0  # of the model, all of them: the nearest of GPT-2's shapes is taken
-    model: str = ""  # or a preset or file of train's: its model, batch and rates
+    model: str = ""  # or a preset or file of train's: its model, batch and rates (--config says the same)
     gpu: str = "h100"  # a name as --dry_run's --on takes: h100, a100-40gb, rtx4090, or the driver's
     gpus: int = 1  # of them
     mfu: float = 0.0  # share of the data sheet's peak; 0 takes what was measured on one H100
@@ -86,6 +87,7 @@ class PlanFlags:
 
 def main(argv: list[str]) -> int:
     """Plan, and print."""
+    argv = [re.sub(r"^--config(?==|$)", "--model", word) for word in argv]  # here it is the run's, not this command's
     flags = parse(PlanFlags, argv, prog=PROG, description="From a budget to a run, before it starts.", epilog=EXAMPLES)
     if flags.published:
         print(

@@ -5,7 +5,7 @@ from pathlib import Path
 import page_blocks
 import pytest
 import scaling_laws_page as page
-from helpers.tiny_checkpoint import CONFIG, save_steps
+from tiny_checkpoint import CONFIG, save_steps
 
 from nanogpt_fast.hardware import flops_per_token
 

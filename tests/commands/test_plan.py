@@ -99,7 +99,7 @@ def test_the_mfu_is_the_measured_one():
         ["--hours=24", "--gpu=h100", "--gpus=8"],
         ["--tokens=3e9", "--gpu=rtx4090"],
         ["--params=1.5e9", "--flops=1e20", "--gpus=6"],
-        ["--model=gpt2_350m", "--hours=5", "--gpus=16", "--data_dir=elsewhere"],
+        ["--config=gpt2_350m", "--hours=5", "--gpus=16", "--data_dir=elsewhere"],
     ],
 )
 def test_train_takes_the_command(words: list[str], quick: None, capsys: pytest.CaptureFixture[str]):
@@ -112,7 +112,7 @@ def test_train_takes_the_command(words: list[str], quick: None, capsys: pytest.C
     assert config.tokens_per_iter == found["tokens_per_iter"] and config.optim.max_iters == found["iterations"]
     assert found["tokens"] == found["tokens_per_iter"] * found["iterations"]
     assert config.optim.learning_rate == found["learning_rate"]
-    assert "--model" in words[0] or config.optim.min_lr == pytest.approx(config.optim.learning_rate / 10)
+    assert "--config" in words[0] or config.optim.min_lr == pytest.approx(config.optim.learning_rate / 10)
     assert config.optim.warmup_iters < config.optim.lr_decay_iters == config.optim.max_iters
     ranks = found["gpus"]
     assert config.data.gradient_accumulation_steps % ranks == 0 and config.data.batch_size <= 64
@@ -222,5 +222,6 @@ def test_what_it_refuses(words: list[str], said: str):
 
 def test_examples_of_its_help_parse():
     for line in command.EXAMPLES.splitlines()[1:]:
-        assert parse(command.PlanFlags, shlex.split(line)[3:], prog=command.PROG)
+        words = shlex.split(line.replace("--config", "--model"))[3:]
+        assert parse(command.PlanFlags, words, prog=command.PROG)
     assert closest(124e6) == shape_of(12) == GPTConfig(bias=False)
