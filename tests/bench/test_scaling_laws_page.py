@@ -43,6 +43,7 @@ def test_a_checkpoint_holds_twelve_bytes_a_parameter(tmp_path: Path):
     assert held == 12 * CONFIG.num_params(non_embedding=False)
 
 
+@pytest.mark.slow  # it imports matplotlib
 def test_the_picture_is_drawn():
     pytest.importorskip("matplotlib")
     from scaling_laws_plot import draw
