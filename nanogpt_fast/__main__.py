@@ -10,6 +10,7 @@ from nanogpt_fast.errors import ConfigError, did_you_mean
 
 COMMANDS = {
     "prepare": "turn text into token files",
+    "plan": "from a budget to a model, its tokens, hours and loss",
     "train": "train, finetune or evaluate a GPT",
     "sample": "print text that a model continues",
     "evaluate": "loss, perplexity and bits per byte of a model on a text",

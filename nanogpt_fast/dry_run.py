@@ -62,7 +62,7 @@ def describe(config: Config) -> str:
         rows.append(f"tokens          {ramp}{config.tokens_per_iter:,} an iteration, {tokens:,} in all")
         rows.append(f"compute         {flops / 1e9:.3f} GFLOP a token, {flops * tokens / 1e15:,.3f} PFLOP in all")
         if flops_there:
-            rows.append(f"time            {_span(flops * tokens / flops_there)} at least on one such device (MFU 100%)")
+            rows.append(f"time            {span(flops * tokens / flops_there)} at least on one such device (MFU 100%)")
         if config.system.world:
             rows += _over_ranks(config, plan)
     return to_toml(config.replace(dry_run=False, on="", world=0)) + "\n" + "\n".join(f"# {row}" for row in rows)
@@ -81,7 +81,7 @@ def _what_is_there(config: Config) -> str:
     return f"{data.dataset}, {count:,} tokens to train on{epochs}"
 
 
-def _span(seconds: float) -> str:
+def span(seconds: float) -> str:
     """A time as people say it: 42 s, 3.5 hours, 12 days, 151 years."""
     for size, unit in ((365.25 * 86400, "years"), (86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
@@ -116,13 +116,13 @@ def _what_fits(plan: Plan, capacity: int | None, which: str) -> str:
     return f"{fits} sequences at most fit into {room}, {readable(held)}: {batch_flags(plan, fits)}"
 
 
-def gpu_named(name: str) -> str:
-    """A key of gpus.GPUS, by itself or by its short name."""
+def gpu_named(name: str, flag: str = "on") -> str:
+    """A key of gpus.GPUS, by itself or by its short name, as a flag has it."""
     known = {**{gpu: gpu for gpu in GPUS}, **CHOICES}
     if name not in known:
         raise ConfigError(
             f"unknown GPU {name!r}{did_you_mean(name, known)}",
-            where=f"--on={name}",
+            where=f"--{flag}={name}",
             expected=f"one of {', '.join(CHOICES)}, or a name in gpus.py as the driver gives it",
         )
     return known[name]

@@ -244,7 +244,7 @@ def test_wide_heads_are_refused_before_the_data_are_looked_for(monkeypatch: pyte
      (3.2e15, "101,401,881 years")],
 )  # fmt: skip
 def test_a_long_time_is_said_in_its_unit(seconds: float, words: str):
-    assert dry_run._span(seconds) == words
+    assert dry_run.span(seconds) == words
 
 
 def test_a_dry_run_looks_for_the_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
