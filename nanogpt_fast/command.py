@@ -75,14 +75,14 @@ def importing() -> Iterator[None]:
     """Around a command's import of torch: nothing is collected within. An import makes no garbage to speak of, and to
     look for it again and again among all that was made takes 0.13 of torch's 0.78 s (measured). A signal whose
     exception an import swallowed, as torch's may, is raised behind it."""
-    on = gc.isenabled()
+    on, before = gc.isenabled(), len(_came)
     gc.disable()
     try:
         yield
     finally:
         if on:
             gc.enable()
-    if _came:
+    if len(_came) > before:
         raise KeyboardInterrupt if _came[-1] == signal.SIGINT else Stopped(_came[-1])
 
 

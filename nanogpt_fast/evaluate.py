@@ -1,31 +1,31 @@
 """Evaluate a model: `python -m nanogpt_fast.evaluate --out_dir=out [--split=val | --file=TEXT]`.
 
 Loss in nats a token, perplexity, and bits per byte of the text behind the tokens, which compares models whatever
-their tokenizers. Over a whole split in order, or over nanoGPT's random batches (--eval_mode=random).
+their tokenizers. Over a whole split in order, or over nanoGPT's random batches (--eval_mode=random). With --tasks the
+table of GPT-2's paper, and lm-eval's tasks (zeroshot/, docs/evaluate.md).
 """
 
-import json
 import shlex
 import sys
 import tempfile
+import textwrap
 import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from nanogpt_fast.command import run_command
 from nanogpt_fast.data.bpe import extends_gpt2
 from nanogpt_fast.data.dataset import check_name, read_meta
 from nanogpt_fast.data.encode import cut
+from nanogpt_fast.data.progress import Meter
 from nanogpt_fast.data.splits import dataset_folder, open_split
 from nanogpt_fast.data.text_files import read_chunks
 from nanogpt_fast.data.tokenizer import end_of_text, from_json
@@ -35,11 +35,11 @@ from nanogpt_fast.errors import ConfigError, DataError, printable
 from nanogpt_fast.graphs import Graphs
 from nanogpt_fast.model import GPT
 from nanogpt_fast.restore import Restored, build_model, restore
+from nanogpt_fast.score_table import PUBLISHED, Row, json_lines, table
 from nanogpt_fast.scoring import (
     Batch,
     Forward,
     Mode,
-    Score,
     all_targets,
     random_targets,
     score,
@@ -49,17 +49,9 @@ from nanogpt_fast.scoring import (
 from nanogpt_fast.settings import cli
 from nanogpt_fast.settings.config import DataConfig, require_range
 from nanogpt_fast.verdict import ops_known
+from nanogpt_fast.zeroshot.tasks import OURS, Tasks
 
 PROG = "python -m nanogpt_fast.evaluate"
-EVERY_S = 10.0  # between lines that say how far it is
-
-# Losses on OpenWebText that nanoGPT's README publishes for OpenAI's weights, by nanoGPT's random batches.
-PUBLISHED = {
-    "gpt2": {"train": 3.11, "val": 3.12},
-    "gpt2-medium": {"train": 2.85, "val": 2.84},
-    "gpt2-large": {"train": 2.66, "val": 2.67},
-    "gpt2-xl": {"train": 2.56, "val": 2.54},
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,32 +76,51 @@ class EvaluateConfig:
     activation: Literal["", "gelu", "gelu_tanh"] = ""  # instead of the file's; nanoGPT's before June 2023: gelu_tanh
     kernels: str = "auto"  # auto | triton | reference, and single ops: triton,attention=reference
     cuda_graph: Literal["auto", "on", "off"] = "auto"  # replay the forward as a CUDA graph
-    json: bool = False  # one JSON object a split instead of the table
+    tasks: str = ""  # zero-shot tasks instead, with commas: wikitext2,ptb,lambada,... (below), and lm-eval's
+    source: str = ""  # of tasks: folders with their files, and NAME=FILE, with commas; else the Hugging Face hub
+    limit: int = 0  # of tasks: only the first lines or examples (thousand characters of enwik8, text8)
+    num_fewshot: int = -1  # examples before a question, of lm-eval's tasks; -1: as each says
+    report: str = ""  # of tasks: a .md, .csv or .jsonl file for the table, written after each task
+    json: bool = False  # one JSON object a split, or a figure, instead of the table
     debug: bool = False  # tracebacks instead of short errors
 
     def __post_init__(self) -> None:
-        for key, least in (("eval_iters", 1), ("batch_size", 1), ("block_size", 0), ("stride", 0), ("seed", 0)):
-            require_range(getattr(self, key) >= least, key, f"a whole number >= {least}", getattr(self, key))
-
-
-class Row(NamedTuple):
-    """One line of the report."""
-
-    split: str
-    score: Score
-    seconds: float
+        least = {"eval_iters": 1, "batch_size": 1, "num_fewshot": -1}
+        for key in ("eval_iters", "batch_size", "block_size", "stride", "seed", "limit", "num_fewshot"):
+            rule = f"a whole number >= {least.get(key, 0)}"
+            require_range(getattr(self, key) >= least.get(key, 0), key, rule, getattr(self, key))
+        of_tasks = {key: getattr(self, key) for key in ("source", "limit", "report") if getattr(self, key)}
+        if of_tasks and not self.tasks:
+            key, value = next(iter(of_tasks.items()))
+            raise ConfigError(
+                f"--{key} is for --tasks", where=f"{key} = {value!r}", expected="--tasks=NAME,... beside it"
+            )
+        if self.tasks and (self.file or self.split or self.eval_mode == "random"):
+            where = (
+                f"tasks = {self.tasks!r}, file = {self.file!r}, split = {self.split!r}, eval_mode = {self.eval_mode!r}"
+            )
+            expected = "--tasks alone, each has its own text"
+            raise ConfigError("--tasks and a split or a file are two evaluations", where=where, expected=expected)
 
 
 def main(argv: list[str]) -> None:
     """Evaluate and print a table, or JSON lines."""
     config = parse_config(argv)
+    tasks = (
+        Tasks(config.tasks, config.source, config.limit, config.num_fewshot, config.report) if config.tasks else None
+    )
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device, comparable=True)
     restored = restore(config.init_from, config.out_dir, config.data_dir, optimizer=False, activation=config.activation)
-    config = resolve(config, restored)
-    model = build_model(
-        restored, device, dtype, ops_known(config.kernels, restored.config, device, dtype, config.document_mask)
-    )
+    config = resolve_windows(config, restored) if tasks else resolve(config, restored)
+    masked = bool(config.document_mask)
+    model = build_model(restored, device, dtype, ops_known(config.kernels, restored.config, device, dtype, masked))
+    if tasks:
+        facts = {"model": restored.source, "windows": f"{config.block_size} tokens, {config.stride} apart",
+                 "device": str(device), "dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
+        report = tasks.run(model, restored.tokenizer(), block_size=config.block_size, stride=config.stride, facts=facts)
+        print(printable(report.in_form(".jsonl").rstrip() if config.json else "\n".join(report.lines())))
+        return
     generator = torch.Generator().manual_seed(config.seed)
     with ExitStack() as stack:
         sources, tokenizer_json = open_sources(config, restored, stack)
@@ -156,13 +167,15 @@ def parse_config(argv: list[str]) -> EvaluateConfig:
             shared["init_from"] = "resume"  # the run it would train is the run to evaluate
         default = EvaluateConfig(**shared)
     description = "Evaluate a model: loss in nats a token, perplexity, bits per byte."
-    epilog = "--config NAME (or a leading NAME) takes values from a training\nconfiguration."
+    epilog = "--config NAME (or a leading NAME) takes values from a training\nconfiguration.\n\n" + textwrap.fill(
+        f"tasks: {', '.join(OURS)}; with pip install 'nanogpt-fast[eval]' those of lm-eval: lambada_openai, hellaswag, "
+        "wikitext ... (lm-eval ls tasks). docs/evaluate.md", 80)  # fmt: skip
     return cli.parse(EvaluateConfig, rest, prog=PROG, description=description, epilog=epilog, default=default)
 
 
-def resolve(config: EvaluateConfig, restored: Restored) -> EvaluateConfig:
-    """The same with dataset, split, block_size, stride and document_mask filled in. Raises ConfigError."""
-    longest, masked = restored.config.block_size, config.document_mask
+def resolve_windows(config: EvaluateConfig, restored: Restored) -> EvaluateConfig:
+    """The same with block_size and stride filled in. Raises ConfigError."""
+    longest = restored.config.block_size
     block_size = config.block_size or longest
     stride = config.stride or block_size
     if block_size > longest or stride > block_size:
@@ -172,7 +185,13 @@ def resolve(config: EvaluateConfig, restored: Restored) -> EvaluateConfig:
             where=f"block_size = {block_size}, stride = {stride}, {restored.source}",
             expected=f"stride <= block_size <= {longest}, the model's positions",
         )
-    if stride < block_size and config.eval_mode == "random":
+    return replace(config, block_size=block_size, stride=stride)
+
+
+def resolve(config: EvaluateConfig, restored: Restored) -> EvaluateConfig:
+    """The same with dataset, split, block_size, stride and document_mask filled in. Raises ConfigError."""
+    config, masked = resolve_windows(config, restored), config.document_mask
+    if (stride := config.stride) < config.block_size and config.eval_mode == "random":
         raise ConfigError("--stride is for --eval_mode=full", where=f"stride = {stride}, eval_mode = 'random'")
     dataset = config.dataset or restored.run_config.get("dataset")
     if not config.file and not dataset:
@@ -192,8 +211,6 @@ def resolve(config: EvaluateConfig, restored: Restored) -> EvaluateConfig:
         config,
         dataset=str(dataset or ""),
         split=config.split or ("val" if config.eval_mode == "full" else "train,val"),
-        block_size=block_size,
-        stride=stride,
         document_mask=restored.run_config.get("document_mask") is True if masked is None else masked,
     )
 
@@ -268,76 +285,14 @@ def targets_in(config: EvaluateConfig, source: TokenSource) -> int:
 
 def shown(split: str, batches: Iterator[Batch], total: int) -> Iterator[Batch]:
     """The batches, and how far they are on stderr: a bar on a terminal, a line every 10 s elsewhere."""
-    console, done, began = Console(stderr=True), 0, time.monotonic()
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("eta"), TimeRemainingColumn(),
-        console=console, transient=True, disable=not console.is_terminal,
-    )  # fmt: skip
-    told = began
-    with bar:
-        task = bar.add_task(escape(printable(split)), total=total)
+    done = 0
+    with Meter(escape(printable(split)), total) as meter:
         for batch in batches:
             yield batch
-            done += int((batch[1] >= 0).sum())
-            bar.update(task, completed=done)
-            now = time.monotonic()
-            if bar.disable and now - told >= EVERY_S:
-                told, left = now, (now - began) * (total / max(1, done) - 1)
-                line = f"{printable(split)}: {done:,} of {total:,} tokens, {max(0.0, left):,.0f} s to go"
-                print(line, file=sys.stderr, flush=True)
-
-
-# ---- the report ----
-
-
-def json_lines(facts: dict[str, Any], rows: list[Row], published: dict[str, float]) -> list[str]:
-    """One JSON object a split."""
-    lines = []
-    for split, result, seconds in rows:
-        figures = {
-            "loss": result.loss,
-            "perplexity": result.perplexity,
-            "bits_per_byte": result.bits_per_byte,
-            "tokens": result.tokens,
-            "text_bytes": result.text_bytes or None,
-            "published_loss": published.get(split),
-            "seconds": seconds,
-        }
-        lines.append(json.dumps({"split": split, **facts, **figures}))
-    return lines
-
-
-def table(facts: dict[str, Any], rows: list[Row], published: dict[str, float]) -> list[str]:
-    """What was evaluated, then a line a split."""
-    order = "random batches" if facts["mode"] == "random" else "every token once, in order"
-    windows = f"windows of {facts['block_size']}" + (
-        f", {facts['stride']} apart" if facts["stride"] < facts["block_size"] else ""
-    )
-    windows += ", attention inside documents" * facts["document_mask"]
-    lines = [
-        f"model   {facts['model']}",
-        f"data    {facts['data']}: {order}, {windows}",
-        f"device  {facts['device']}, {facts['dtype']}",
-        "",
-    ]
-    header = ["split", "loss", "perplexity", "bits/byte", "tokens", "tokens/s"] + ["published loss"] * bool(published)
-    cells = [header]
-    for split, result, seconds in rows:
-        bits = result.bits_per_byte
-        cells.append(
-            [
-                split,
-                f"{result.loss:.4f}",
-                f"{result.perplexity:,.3f}",
-                "n/a" if bits is None else f"{bits:.4f}",
-                f"{result.tokens:,}",
-                f"{result.tokens / seconds:,.0f}",
-            ]
-            + [f"{published[split]:.2f}" if split in published else "n/a"] * bool(published)
-        )
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines += ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in cells]
-    return lines + ["published: nanoGPT's README, by its random batches"] * bool(published)
+            count = int((batch[1] >= 0).sum())
+            done += count
+            left = meter.seconds * (total / max(1, done) - 1)
+            meter.advance(count, f"{done:,} of {total:,} tokens, {max(0.0, left):,.0f} s to go")
 
 
 if __name__ == "__main__":

@@ -231,17 +231,20 @@ class GPT(nn.Module):
         """[B, T] -> logits [B, T, V] in the parameters' dtype."""
         return self.ops.linear(self.hidden(idx), self.transformer.wte.weight)
 
-    def _next_logits(self, idx: Tensor, cache: Tensor, start: int | Tensor) -> Tensor:
-        """Feed idx [B, t], at positions start..., through the cache; the last position's logits [B, V].
-
-        The last block's projection and MLP are computed for that position alone."""
+    def cached_hidden(self, idx: Tensor, cache: Tensor, start: int | Tensor, last_only: bool = False) -> Tensor:
+        """hidden() of idx [B, t] at positions start..., against the keys and values of those before them: cache
+        [n_layer, 2, B, n_head, positions, n_embd / n_head], which receives theirs. No gradient. last_only: [B, 1, C]
+        of the last position, the only one for which the last block's projection and MLP are computed."""
         ops, t = self.ops, self.transformer
         r = ops.embedding(idx, t.wte.weight, t.wpe.weight, 0.0, None, 0, start, self.residual_dtype)
         y = ops.norm(r, self.blocks[0].ln_1.weight, self.blocks[0].ln_1.bias, EPS, t.wte.weight.dtype)
         for i, block in enumerate(self.blocks):
-            last = i + 1 == len(self.blocks)
+            last = last_only and i + 1 == len(self.blocks)
             r, y = block(ops, r, y, self._norm_after(i), cache=cache[i], start=start, last_only=last)
-        return ops.linear(y[:, -1], t.wte.weight)
+        return y
+
+    def _next_logits(self, idx: Tensor, cache: Tensor, start: int | Tensor) -> Tensor:
+        return self.ops.linear(self.cached_hidden(idx, cache, start, True)[:, -1], self.transformer.wte.weight)
 
     @torch.no_grad()
     def stream(
@@ -272,8 +275,7 @@ class GPT(nn.Module):
         position at any time, which learned positions, the cache and graphs want: the shortest prompt's end first,
         and then a row takes its prompt's next token while it has one. So max(lengths) - min(lengths) more steps
         are yielded, a generator a row is needed, and no row has a mask or a position that it has not alone.
-        logprobs, when given, receives the log-probability of each yield's ids, by the model's logits as they are.
-        """
+        logprobs, when given, receives each yield's log-probabilities, by the model's logits as they are."""
         c, w = self.config, self.transformer.wte.weight
         shape = (c.n_layer, 2, idx.size(0), c.n_head, c.block_size, c.n_embd // c.n_head)
         cache = torch.empty(shape, dtype=w.dtype, device=w.device)

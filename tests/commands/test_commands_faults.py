@@ -15,6 +15,7 @@ from tiny_run import ENV, write_dataset
 from nanogpt_fast import __main__ as listing
 from nanogpt_fast import doctor, dry_run, evaluate, hardware, ops, plot, sample, tuned, verdict
 from nanogpt_fast.command import explained
+from nanogpt_fast.data import progress
 from nanogpt_fast.errors import ConfigError, DataError, DeviceError
 from nanogpt_fast.settings.cli import load_config
 from nanogpt_fast.weights import formats
@@ -110,12 +111,12 @@ def test_evaluate_says_how_far_it_is(here: Path, monkeypatch: pytest.MonkeyPatch
     (here / "text.txt").write_text("abcdef\n" * 200)
     evaluate.main(["--file=text.txt", "--device=cpu", "--batch_size=1"])
     assert "to go" not in capsys.readouterr().err  # quick
-    monkeypatch.setattr(evaluate, "EVERY_S", 0.0)
+    monkeypatch.setattr(progress, "TOLD_SECONDS", 0.0)
     evaluate.main(["--file=text.txt", "--device=cpu", "--batch_size=1"])
     lines = [line for line in capsys.readouterr().err.splitlines() if line.endswith("to go")]
-    assert lines[-1] == "text.txt: 1,399 of 1,399 tokens, 0 s to go"
+    assert lines[-1] == "text.txt 100%: 1,399 of 1,399 tokens, 0 s to go"
     evaluate.main(["--file=text.txt", "--device=cpu", "--batch_size=1", "--eval_mode=random", "--eval_iters=3"])
-    assert "text.txt: 48 of 48 tokens, 0 s to go" in capsys.readouterr().err
+    assert "text.txt 100%: 48 of 48 tokens, 0 s to go" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("batch_size", [10**12, 2**62])

@@ -1,0 +1,1 @@
+"""What a model is worth without being trained for it: evaluate's --tasks."""
