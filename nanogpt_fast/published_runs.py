@@ -74,8 +74,7 @@ RUNS = (
         "h100", 8, 0.75, "modded-nanogpt's README: 45 minutes"),
     Run("llm.c 350M", _350M, FINEWEB, 60_000, 524_288, 2.9282, f"{_RECORDS}/011825_GPT2Medium/main.log",
         "a100", 8, 60_000 * 0.82 / 3600, "llm.c, scripts/run_gpt2_350M.sh: about 820 ms a step"),
-    Run("llm.c 1558M", _1558M, EDU, 32_000, 1_048_576, None,
-        "none found in figures (llm.c, discussion 677, as others quote it)",
+    Run("llm.c 1558M", _1558M, EDU, 32_000, 1_048_576, None, "none found in figures (discussion 677, as quoted)",
         "h100", 8, 24.0, "llm.c, scripts/run_gpt2_1558M.sh: 24 hours"),
 )  # fmt: skip
 

@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # What the tests need.
-TREE = ("nanogpt_fast", "kernels", "profiling", "tests", "configs", "docs", "pyproject.toml", "setup.py")
+TREE = ("nanogpt_fast", "kernels", "bench", "profiling", "tests", "configs", "docs", "pyproject.toml", "setup.py")
 TABLE = ROOT / "tests/helpers/planted_faults.toml"
 FAILED = 1  # pytest's exit code for tests that failed; 2 to 5 say that they did not run
 

@@ -108,7 +108,7 @@ class Forker:
 def serve() -> None:
     """Fork a child for each line of stdin; its pid, `at` and exit code on stdout, a line each."""
     said = os.dup(1)
-    for name in (*COMMANDS, "samples"):  # which sample imports when it has read its flags
+    for name in COMMANDS:
         importlib.import_module(f"nanogpt_fast.{name}")
     os.write(said, b"ready\n")
     gc.collect()
