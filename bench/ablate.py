@@ -49,12 +49,7 @@ RESULTS = machine.ROOT / "bench/results/ablations"
 ITERS = 1000  # of a run, unless --iters says more
 TAIL = 600  # characters of a failed run's last words
 SETTLED = ("ok", "diverged")  # what a run came to that running it again would not change
-PLACES = {
-    "seed",
-    "out_dir",
-    "data_dir",
-    "init_from",
-}  # of a configuration: what is in a run's key otherwise, or nowhere
+PLACES = {"seed", "out_dir", "data_dir", "init_from"}  # of a configuration: in a run's key otherwise, or nowhere
 
 
 def terms_of(args: argparse.Namespace) -> Terms:

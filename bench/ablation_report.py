@@ -7,6 +7,8 @@ from typing import Any
 
 from ablation_study import Arm, Study
 
+from nanogpt_fast.columns import columns
+
 LEVEL = 0.05
 
 
@@ -199,9 +201,5 @@ def _shown(value: float | None, form: str, before: str = "") -> str:
 
 def text(study: Study, rows: Sequence[dict[str, Any]]) -> list[str]:
     """For the terminal."""
-    table = [HEADER, *cells(study, rows)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(HEADER))]
-    lines = [
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in table
-    ]
-    return [f"{study.name}: {study.question}", *map(str.rstrip, lines), "* survives Holm's correction at 5%"]
+    table = columns([HEADER, *cells(study, rows)])
+    return [f"{study.name}: {study.question}", *table, "* survives Holm's correction at 5%"]

@@ -27,6 +27,7 @@ import torch  # noqa: E402
 from work import EXPONENTIALS_A_CLOCK, Work  # noqa: E402
 
 from nanogpt_fast import assembler, files  # noqa: E402
+from nanogpt_fast.columns import columns  # noqa: E402
 from nanogpt_fast.errors import DeviceError  # noqa: E402
 from nanogpt_fast.gpus import GPUS  # noqa: E402
 from nanogpt_fast.hardware import peak_flops  # noqa: E402
@@ -217,11 +218,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Text in columns: the first one left, the others right."""
     cells = [[str(c) for c in header]] + [[_shown(c) for c in row] for row in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
-        for row in cells
-    )
+    return "\n".join(columns(cells))
 
 
 def _shown(cell: Any) -> str:

@@ -71,7 +71,7 @@ def make_arm(name: str, folder: Path, device: str, batch_size: int) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     model = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
-    model.to(torch.device(device))  # type: ignore[arg-type]
+    torch.nn.Module.to(model, torch.device(device))
     tokenizer, length = transformers.AutoTokenizer.from_pretrained(folder), restored.config.block_size
     return HFLM(pretrained=model, tokenizer=tokenizer, device=device, batch_size=batch_size, max_length=length)
 

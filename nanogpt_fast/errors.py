@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
+from typing import Self
 
 # Control characters but line feed and tab, separators that some terminals break at, overrides of the direction of
 # writing, lone surrogates.
@@ -35,6 +36,10 @@ class NanogptError(Exception):
         self.what, self.where, self.expected, self.found, self.hint = what, where, expected, found, hint
         rows = [("where", where), ("expected", expected), ("found", found), ("next", hint)]
         super().__init__(printable("\n".join([what] + [f"  {label + ':':<10}{text}" for label, text in rows if text])))
+
+    def at(self, where: str) -> Self:
+        """The same, with another `where`: of a part that does not know what it was part of."""
+        return type(self)(self.what, where=where, expected=self.expected, found=self.found, hint=self.hint)
 
 
 class ConfigError(NanogptError):

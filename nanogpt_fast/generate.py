@@ -5,7 +5,7 @@ before the first token, so a seed's texts are the same only where its sample.py 
 Samples drawn together have a generator each instead.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -182,16 +182,6 @@ class _Characters:
         rest = self._tokenizer.decode(self._pending)[self._given :] if self._pending else ""
         self._pending, self._given = [], 0
         return rest
-
-
-def decode_pieces(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """The ids' text in pieces, each given out as soon as no later token can change it."""
-    characters = _Characters(tokenizer)
-    for token in ids:
-        if piece := characters.take(token):
-            yield piece
-    if rest := characters.flush():
-        yield rest
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:

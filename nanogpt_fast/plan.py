@@ -12,6 +12,7 @@ import shlex
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from nanogpt_fast.columns import columns
 from nanogpt_fast.command import run_command
 from nanogpt_fast.data.splits import dataset_folder, open_split
 from nanogpt_fast.dry_run import gpu_named, span
@@ -249,12 +250,6 @@ def whose_loss(plan: RunPlan) -> str:
                 "and another data set's or tokenizer's loss may be tenths away")  # fmt: skip
     return (f"the law of {REFIT.source.split(':')[0]} {expected.added:+.2f}, by which {' and '.join(expected.runs)} "
             f"{'lie' if len(expected.runs) > 1 else 'lies'} above it on {expected.data} (--published)")  # fmt: skip
-
-
-def columns(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip()
-            for row in rows]  # fmt: skip
 
 
 def beside(mfu: float) -> str:

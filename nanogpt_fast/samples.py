@@ -77,7 +77,7 @@ def encode(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
         return prompt_ids(tokenizer, prompt.text)
     except DataError as error:
         where = ", ".join(filter(None, (prompt.where, error.where)))
-        raise DataError(error.what, where=where, expected=error.expected, found=error.found, hint=error.hint) from error
+        raise error.at(where) from error
 
 
 def crop_note(lengths: list[int], block_size: int) -> str:

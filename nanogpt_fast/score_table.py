@@ -3,6 +3,7 @@
 import json
 from typing import Any, NamedTuple
 
+from nanogpt_fast.columns import columns
 from nanogpt_fast.scoring import Score
 
 # Losses on OpenWebText that nanoGPT's README publishes for OpenAI's weights, by nanoGPT's random batches.
@@ -67,6 +68,4 @@ def table(facts: dict[str, Any], rows: list[Row], published: dict[str, float]) -
             ]
             + [f"{published[split]:.2f}" if split in published else "n/a"] * bool(published)
         )
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines += ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in cells]
-    return lines + ["published: nanoGPT's README, by its random batches"] * bool(published)
+    return lines + columns(cells, left=0) + ["published: nanoGPT's README, by its random batches"] * bool(published)

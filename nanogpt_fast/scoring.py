@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,15 @@ Batch = tuple[Tensor, Tensor]  # idx and targets, int64 [rows, T] on the CPU; -1
 # 5.6. A GPU has launches to hide; its figure is not measured.
 FORWARD_TOKENS = {"cpu": 3072, "cuda": 16384, "mps": 16384}
 FORWARD_LOGITS = 2**28  # elements; GPT-2's vocabulary then allows 5336 tokens, 1 GiB of float32
+
+
+class Window(NamedTuple):
+    """Targets of a text that one forward scores: those that tokens[start + first + 1 : start + end + 1] are."""
+
+    text: int
+    start: int
+    first: int
+    end: int
 
 
 class BrokenOff(Exception):
@@ -198,7 +207,7 @@ def strided_targets(
     source: TokenSource, vocab_size: int, *, batch_size: int, block_size: int, stride: int
 ) -> Iterator[Batch]:
     """Every target once, in order, past a file's first window from block_size - stride tokens of context or more."""
-    rows = _strided_rows(source, block_size, stride)
+    rows = strided_windows((file.n_tokens for file in source.files), block_size, stride)
     while part := list(itertools.islice(rows, batch_size)):
         tokens = np.zeros((len(part), block_size + 1), source.dtype)
         targets = torch.full((len(part), block_size), -1)
@@ -208,12 +217,13 @@ def strided_targets(
         yield torch.from_numpy(tokens[:, :-1].astype(np.int64)), targets
 
 
-def _strided_rows(source: TokenSource, block_size: int, stride: int) -> Iterator[tuple[int, int, int, int]]:
-    """(file, first token, first and end column of the targets to score) of each window."""
-    for index, file in enumerate(source.files):
-        done, last = 0, file.n_tokens - 1  # targets scored, targets there are
+def strided_windows(lengths: Iterable[int], block_size: int, stride: int) -> Iterator[Window]:
+    """Windows over texts of so many tokens, in order. A text's first one holds block_size targets, each later one the
+    next `stride`, behind as many tokens before them as fit into block_size."""
+    for text, length in enumerate(lengths):
+        done, last = 0, length - 1  # targets scored, targets there are
         while done < last:
             end = min(done + stride if done else block_size, last)
             start = max(0, end - block_size)
-            yield index, start, done - start, end - start
+            yield Window(text, start, done - start, end - start)
             done = end

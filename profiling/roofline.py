@@ -48,6 +48,7 @@ from work import (
     norm_bytes,
 )
 
+from nanogpt_fast.columns import columns
 from nanogpt_fast.command import run_command
 from nanogpt_fast.errors import ConfigError
 from nanogpt_fast.gpus import CHOICES, GPUS
@@ -198,10 +199,7 @@ def speed(config: GPTConfig, tokens: int, seconds: float, gpu: str) -> str:
 
 def print_beside(header: list[str], rows: list[list[str]]) -> None:
     """Columns as wide as they must be: the first one left, the others right."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    for row in (header, *rows):
-        cells = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]
-        print("  ".join(cells).rstrip())
+    print("\n".join(columns([header, *rows])))
 
 
 def add_world_flags(parser: argparse.ArgumentParser) -> list[str]:

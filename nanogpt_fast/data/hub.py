@@ -77,23 +77,31 @@ def _hub_errors(where: str) -> Iterator[None]:
         ) from error
 
 
+def libraries() -> Any:
+    """(datasets, huggingface_hub). DataError where they are not installed."""
+    try:
+        import datasets
+        import huggingface_hub
+    except ImportError as error:
+        raise DataError("the datasets library is missing", hint="pip install 'nanogpt-fast[data]'") from error
+    return datasets, huggingface_hub
+
+
+def load(repository: str, subset: str, revision: str, split: str, streaming: bool) -> Any:
+    """A split of a dataset of the hub, as datasets gives it; raises what its layers raise."""
+    datasets, hub = libraries()
+    if not hub.constants.HF_HUB_OFFLINE:  # one try: its own take half a minute to say that nobody is there
+        hub.get_session().head(hub.constants.ENDPOINT, timeout=DOWNLOAD_TIMEOUT)
+    return datasets.load_dataset(
+        repository, name=subset or None, revision=revision or None, split=split, streaming=streaming
+    )
+
+
 def hub_documents(repository: str, subset: str, field: str = "text", revision: str = "") -> HubDocuments:
     """The train split of a dataset on the Hugging Face hub, streamed (extra `data`)."""
 
-    def libraries() -> Any:
-        try:
-            import datasets
-            import huggingface_hub
-        except ImportError as error:
-            raise DataError("the datasets library is missing", hint="pip install 'nanogpt-fast[data]'") from error
-        return datasets, huggingface_hub
-
     def open_stream() -> Any:
-        datasets, hub = libraries()
-        if not hub.constants.HF_HUB_OFFLINE:  # one try: its own take half a minute to say that nobody is there
-            hub.get_session().head(hub.constants.ENDPOINT, timeout=DOWNLOAD_TIMEOUT)
-        name, branch = subset or None, revision or None
-        return datasets.load_dataset(repository, name=name, revision=branch, split="train", streaming=True)
+        return load(repository, subset, revision, "train", streaming=True)
 
     def commit() -> str:
         _, hub = libraries()

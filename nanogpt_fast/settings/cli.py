@@ -118,9 +118,7 @@ def parse(
         keys = re.findall(r"(\w+) = ", error.where)
         sources = dict.fromkeys(settings[key].where for key in keys if key in settings)
         where = f"{error.where} ({', '.join(sources)})" if sources else error.where
-        raise ConfigError(
-            error.what, where=where, expected=error.expected, found=error.found, hint=error.hint
-        ) from None
+        raise error.at(where) from None
 
 
 def preset_names() -> list[str]:

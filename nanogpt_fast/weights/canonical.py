@@ -211,9 +211,7 @@ def checked(weights: Weights, where: str) -> Weights:
         loaded = check_model(loaded, weights.model_args)
     except CheckpointError as error:
         at = f"{where}: {error.where}" if error.where else where
-        raise CheckpointError(
-            error.what, where=at, expected=error.expected, found=error.found, hint=error.hint
-        ) from error
+        raise error.at(at) from error
     return replace(weights, model=loaded.model, optimizer=loaded.optimizer or None)
 
 

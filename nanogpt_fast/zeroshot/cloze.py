@@ -20,7 +20,7 @@ from nanogpt_fast.errors import DataError
 from nanogpt_fast.generate import prompt_ids
 from nanogpt_fast.model import GPT
 from nanogpt_fast.zeroshot.detokenize import TREEBANK
-from nanogpt_fast.zeroshot.figures import Figure, accuracy
+from nanogpt_fast.zeroshot.figures import Figure, accuracy, perplexity
 from nanogpt_fast.zeroshot.likelihood import Answer, Request, Told, answers
 from nanogpt_fast.zeroshot.task_files import Found, Hub, Wanted
 
@@ -131,9 +131,9 @@ def lambada_figures(requests: Sequence[Request], found: Sequence[Answer]) -> lis
 
 
 def _perplexity(metric: str, nll: np.ndarray) -> Figure:
-    value, n = math.exp(min(nll.mean(), 700.0)), len(nll)
+    n = len(nll)
     spread = float(nll.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
-    return Figure("lambada", metric, value, value * spread, n)
+    return perplexity("lambada", metric, float(nll.mean()), spread, n)
 
 
 def stop_tokens(tokenizer: Tokenizer, model: GPT) -> Tensor:

@@ -17,7 +17,7 @@ from nanogpt_fast.errors import DataError
 from nanogpt_fast.generate import prompt_ids
 from nanogpt_fast.model import GPT
 from nanogpt_fast.zeroshot.detokenize import MOSES, PTB, WIKITEXT, Detokenizer
-from nanogpt_fast.zeroshot.figures import Figure
+from nanogpt_fast.zeroshot.figures import Figure, perplexity
 from nanogpt_fast.zeroshot.likelihood import Loss, Told, window_losses
 from nanogpt_fast.zeroshot.task_files import Found, Hub, Wanted
 
@@ -164,10 +164,7 @@ def figures(task: str, unit: str, text: Text, losses: Sequence[Loss]) -> list[Fi
     """Perplexities and bits of a text's losses, each with its standard error."""
     nll, tokens, spread = total(losses)
     of = {"token": tokens} if unit else {"token": tokens, "original": text.original, "word": text.words}
-    found = [
-        Figure(task, f"perplexity/{name}", value := math.exp(min(nll / count, 700.0)), value * spread / count, count)
-        for name, count in of.items()
-    ]
+    found = [perplexity(task, f"perplexity/{name}", nll / count, spread / count, count) for name, count in of.items()]
     name, count = ("character", text.characters) if unit == "character" else ("byte", text.bytes)
     bits = math.log(2) * count
     return [*found, Figure(task, f"bits/{name}", nll / bits, spread / bits, count)]

@@ -27,6 +27,12 @@ class Figure(NamedTuple):
     higher: bool = False  # better
 
 
+def perplexity(task: str, metric: str, loss: float, stderr: float, count: int) -> Figure:
+    """exp of a loss, whose standard error is stderr."""
+    value = math.exp(min(loss, 700.0))
+    return Figure(task, metric, value, value * stderr, count)
+
+
 def accuracy(task: str, metric: str, right: list[bool]) -> Figure:
     """A share, with a binomial's standard error by n - 1."""
     n, share = len(right), sum(right) / len(right)

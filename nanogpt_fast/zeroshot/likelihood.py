@@ -13,18 +13,9 @@ from torch import Tensor
 
 from nanogpt_fast.errors import DataError
 from nanogpt_fast.model import GPT
-from nanogpt_fast.scoring import FORWARD_LOGITS, FORWARD_TOKENS
+from nanogpt_fast.scoring import FORWARD_LOGITS, stack_for, strided_windows
 
 Told = Callable[[int, int], object]  # called with tokens, or requests, done since the last call, and how many there are
-
-
-class Window(NamedTuple):
-    """Targets of one document that one forward scores: those that tokens[start + first + 1 : start + end + 1] are."""
-
-    document: int
-    start: int
-    first: int
-    end: int
 
 
 class Loss(NamedTuple):
@@ -55,37 +46,19 @@ class Answer:
         return float(self.logprobs.sum())
 
 
-def rows_a_forward(model: GPT, length: int) -> int:
-    """Rows of `length` tokens to put in one forward, at least 1."""
-    device, vocab_size = model.transformer.wte.weight.device, model.config.vocab_size
-    return max(1, min(FORWARD_TOKENS[device.type], FORWARD_LOGITS // vocab_size) // length)
-
-
-def windows_of(documents: Sequence[np.ndarray], block_size: int, stride: int) -> Iterator[Window]:
-    """Every target once: a document's first window holds block_size of them, each later one the next `stride`, behind
-    as many tokens before them as fit into block_size."""
-    for index, tokens in enumerate(documents):
-        done, last = 0, len(tokens) - 1
-        while done < last:
-            end = min(done + stride if done else block_size, last)
-            start = max(0, end - block_size)
-            yield Window(index, start, done - start, end - start)
-            done = end
-
-
 @torch.no_grad()
 def window_losses(
     model: GPT, documents: Sequence[np.ndarray], *, block_size: int, stride: int, told: Told = lambda done, of: None
 ) -> list[Loss]:
     """The losses of all tokens but each document's first, window by window, in the documents' order. Windows of like
     lengths share a forward, so that short documents cost no padding."""
-    windows = list(windows_of(documents, block_size, stride))
+    windows = list(strided_windows(map(len, documents), block_size, stride))
     order = sorted(range(len(windows)), key=lambda i: -windows[i].end)
     device, losses = model.transformer.wte.weight.device, np.zeros(len(windows))
     at, total = 0, sum(w.end - w.first for w in windows)
     while at < len(order):
         length = windows[order[at]].end
-        part = order[at : at + rows_a_forward(model, length)]
+        part = order[at : at + stack_for(model, 1, length)]
         idx, targets = np.zeros((len(part), length), np.int64), np.full((len(part), length), -1)
         for row, (document, start, first, end) in enumerate(windows[i] for i in part):
             tokens = documents[document][start : start + end + 1].astype(np.int64)
@@ -94,7 +67,7 @@ def window_losses(
         losses[part] = nll.view(len(part), length).cpu().double().sum(1).numpy()
         told(int((targets >= 0).sum()), total)
         at += len(part)
-    return [Loss(w.document, float(nll), w.end - w.first) for w, nll in zip(windows, losses)]
+    return [Loss(w.text, float(nll), w.end - w.first) for w, nll in zip(windows, losses)]
 
 
 @torch.no_grad()
@@ -138,7 +111,7 @@ def _batches(model: GPT, members: list[int], lengths: list[int]) -> Iterator[lis
     """The members, the longest first, as many at a time as one forward takes."""
     order = sorted(range(len(members)), key=lambda i: -lengths[i])
     while order:
-        rows = rows_a_forward(model, lengths[order[0]])
+        rows = stack_for(model, 1, lengths[order[0]])
         yield [members[i] for i in order[:rows]]
         order = order[rows:]
 
@@ -150,7 +123,7 @@ def _alike(model: GPT, groups: list[list[int]], requests: Sequence[Request]) -> 
         lots.setdefault(len(requests[group[0]].prefix), []).append(group)
     for length, lot in sorted(lots.items(), reverse=True):
         longest = max(len(requests[i].continuation) for group in lot for i in group)
-        room, taken = rows_a_forward(model, max(length, longest)), []
+        room, taken = stack_for(model, 1, max(length, longest)), []
         for group in lot:
             if taken and sum(map(len, taken)) + len(group) > room:
                 yield taken

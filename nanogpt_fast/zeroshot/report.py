@@ -6,6 +6,7 @@ import json
 import math
 from typing import Any
 
+from nanogpt_fast.columns import columns
 from nanogpt_fast.zeroshot.figures import MEANING, Figure
 from nanogpt_fast.zeroshot.published import OTHERS, PAPER, SIZES
 
@@ -31,13 +32,9 @@ class Report:
             key = figure.task, figure.metric
             said, source = OTHERS.get(key, ("", ""))
             paper = dict(zip((f"paper_{size}" for size in SIZES), PAPER.get(key, (None,) * len(SIZES))))
-            number = {"value": figure.value, "stderr": None if math.isnan(figure.stderr) else figure.stderr}
-            own = {
-                "task": figure.task,
-                "metric": figure.metric,
-                **number,
-                "better": "higher" if figure.higher else "lower",
-            }
+            own = {"task": figure.task, "metric": figure.metric, "value": figure.value}
+            own |= {"stderr": None if math.isnan(figure.stderr) else figure.stderr}
+            own |= {"better": "higher" if figure.higher else "lower"}
             told = {"count": figure.count or None, "others": said, "others_source": source}
             rows.append({**own, **paper, **told, **self.data[task], **self.facts})
         return rows
@@ -68,16 +65,9 @@ class Report:
     def lines(self) -> list[str]:
         """For the console: facts, data, the table, what stands in it."""
         cells, told = self.cells(), {**self.facts, **{task: _data(data) for task, data in self.data.items()}}
-        widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
         longest = max(map(len, told))
-        table = [
-            "  ".join(
-                text.ljust(width) if i < 2 else text.rjust(width) for i, (text, width) in enumerate(zip(row, widths))
-            )
-            for row in cells
-        ]
         notes = [note for title, part in self._notes().items() for note in ("", title, *(f"  {line}" for line in part))]
-        return [*(f"{key:{longest}}  {value}" for key, value in told.items()), "", *map(str.rstrip, table), *notes]
+        return [*(f"{key:{longest}}  {value}" for key, value in told.items()), "", *columns(cells, left=2), *notes]
 
     def markdown(self) -> str:
         header, *rows = self.cells()
@@ -98,9 +88,7 @@ class Report:
             ]
         }
         keys = dict.fromkeys((figure.task, figure.metric) for _, figure in self.found)
-        others = [
-            f"{' '.join(key)}: {said} ({source})" for key in keys if key in OTHERS for said, source in [OTHERS[key]]
-        ]
+        others = ["{} {}: {} ({})".format(*key, *OTHERS[key]) for key in keys if key in OTHERS]
         return {**notes, "Others, of OpenAI's weights:": others} if others else notes
 
 

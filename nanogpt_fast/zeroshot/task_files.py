@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from nanogpt_fast.data.hub import load
 from nanogpt_fast.data.text_files import has_rows, read_chunks, read_rows
 from nanogpt_fast.errors import ConfigError, DataError, did_you_mean
 from nanogpt_fast.files import open_regular, sha256_of
@@ -68,16 +69,10 @@ class Found:
         hub = self.wanted.hub
         assert hub and self.path is None
         try:
-            import datasets
-        except ImportError as error:
-            raise _not_there(
-                self.wanted, "the datasets library is missing: pip install 'nanogpt-fast[data]'"
-            ) from error
-        try:
-            found = datasets.load_dataset(
-                hub.repository, name=hub.subset or None, split=hub.split, revision=hub.revision or None
-            )
-            return [dict(row) for row in found]
+            rows = load(hub.repository, hub.subset, hub.revision, hub.split, streaming=False)
+            return [dict(row) for row in rows]
+        except DataError as error:
+            raise _not_there(self.wanted, f"{error.what}: {error.hint}") from error
         except Exception as error:  # of HTTP, file systems, Arrow: no common base
             first = next(iter(str(error).splitlines()), "")
             raise _not_there(self.wanted, f"{type(error).__name__}: {first}"[:300]) from error

@@ -47,12 +47,8 @@ class Tasks:
             try:
                 data, figures = self._one(name, model, tokenizer, block_size, stride)
             except DataError as error:  # a tokenizer's knows no file
-                where = ", ".join(
-                    dict.fromkeys(filter(None, (f"task {name}", str(self.found.get(name, "")), error.where)))
-                )
-                raise DataError(
-                    error.what, where=where, expected=error.expected, found=error.found, hint=error.hint
-                ) from error
+                parts = (f"task {name}", str(self.found.get(name, "")), error.where)
+                raise error.at(", ".join(dict.fromkeys(filter(None, parts)))) from error
             report.add(name, {**data, "seconds": round(time.perf_counter() - began, 2)}, figures)
             if self.report:
                 write_atomic(self.report, report.in_form(self.report.suffix).encode())

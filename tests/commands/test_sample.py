@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from twin import Twin
 from nanogpt_fast import sample
 from nanogpt_fast.data.tokenizer import CharTokenizer, Tokenizer, cached_vocab_bpe, gpt2_tokenizer
 from nanogpt_fast.errors import ConfigError, DataError, DeviceError
-from nanogpt_fast.generate import decode_pieces, prompt_ids, sample_text
+from nanogpt_fast.generate import Text, prompt_ids, sample_text
 from nanogpt_fast.model import GPT
 from nanogpt_fast.prompts import read_prompt
 from nanogpt_fast.restore import build_model, restore
@@ -63,6 +63,13 @@ def run(loaded: Weights, tmp_path: Path) -> list[str]:
 
 
 # ---- streaming ----
+
+
+def decode_pieces(ids: Iterable[int], tokenizer: Tokenizer) -> list[str]:
+    """What a text of these ids gives out, token by token."""
+    ids = list(ids)
+    text = Text(tokenizer, len(ids))
+    return [piece for token in ids if (piece := text.take(token))]
 
 
 def test_a_character_is_printed_when_its_last_byte_is_there():

@@ -11,8 +11,9 @@ from random_weights import random_weights
 
 from nanogpt_fast.errors import DataError
 from nanogpt_fast.model import GPT
+from nanogpt_fast.scoring import strided_windows
 from nanogpt_fast.zeroshot import likelihood
-from nanogpt_fast.zeroshot.likelihood import Request, answers, window_losses, windows_of
+from nanogpt_fast.zeroshot.likelihood import Request, answers, window_losses
 
 T = 16  # random_weights' block_size
 
@@ -67,7 +68,7 @@ def test_a_stride_of_one_is_one_long_window_where_the_text_fits(model: GPT):
 
 def test_every_window_but_a_documents_first_has_all_the_context_there_is():
     for stride in (1, 4, T):
-        for w in windows_of([document(50)], T, stride):
+        for w in strided_windows([50], T, stride):
             assert w.end == T or w.start == 0
             assert w.first == 0 if w.start == 0 else w.end - w.first <= stride
 
@@ -90,7 +91,7 @@ def expected(model: GPT, request: Request) -> tuple[list[float], list[int]]:
 
 @pytest.mark.parametrize("rows", [2, 1000])
 def test_continuations_alone_and_with_one_prefix(model: GPT, rows: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(likelihood, "rows_a_forward", lambda model, length: rows)
+    monkeypatch.setattr(likelihood, "stack_for", lambda model, batch_size, length: rows)
     draw = np.random.default_rng(1)
 
     def ids(count: int) -> list[int]:

@@ -12,6 +12,7 @@ from random_weights import random_weights
 from task_texts import LAMBADA_ROWS, PTB, write_task_texts
 
 from nanogpt_fast import evaluate
+from nanogpt_fast.data import hub
 from nanogpt_fast.errors import ConfigError, DataError
 from nanogpt_fast.files import sha256_of
 from nanogpt_fast.weights import formats
@@ -149,13 +150,21 @@ def test_without_files_the_hub_is_asked(
             raise ConnectionError("nobody there\nat all")
         return LAMBADA_ROWS
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load))
+    offline = SimpleNamespace(constants=SimpleNamespace(HF_HUB_OFFLINE=True))
+    monkeypatch.setattr(hub, "libraries", lambda: (SimpleNamespace(load_dataset=load), offline))
     evaluate.main([f"--init_from={here / 'hf'}", "--tasks=lambada", "--json"])
     row = json.loads(capsys.readouterr().out.splitlines()[0])
     assert (row["source"], row["note"]) == (
         "hf:EleutherAI/lambada_openai default, test", "3 examples, not all 5,153, OpenAI's form",
     )  # fmt: skip
-    assert asked == [("EleutherAI/lambada_openai", {"name": "default", "split": "test", "revision": None})]
+    assert asked == [
+        ("EleutherAI/lambada_openai", {"name": "default", "split": "test", "revision": None, "streaming": False})
+    ]
     with pytest.raises(DataError, match="the text of task ptb is not there") as refused:
         evaluate.main([f"--init_from={here / 'hf'}", "--tasks=ptb"])
     assert refused.value.found == "ConnectionError: nobody there"
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match="the text of task ptb is not there") as refused:
+        evaluate.main([f"--init_from={here / 'hf'}", "--tasks=ptb"])
+    assert refused.value.found == "the datasets library is missing: pip install 'nanogpt-fast[data]'"
