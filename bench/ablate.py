@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
@@ -216,9 +216,11 @@ def settings_of(run: Run, args: argparse.Namespace) -> dict[str, Any]:
 def keyed(runs: list[Run], args: argparse.Namespace) -> list[tuple[Run, str, str]]:
     """Runs with their data's hash and their key."""
     digests: dict[str, str] = {}
-    settings = {run.arm.name: settings_of(run, args) for run in runs if run.seed == ablation_study.FIRST_SEED}
+    settings: dict[str, dict[str, Any]] = {}
     found = []
     for run in runs:
+        if run.arm.name not in settings:
+            settings[run.arm.name] = settings_of(run, args)
         begins = {"before": args.before} if run.arm.after and args.before else {}
         names = [run.flags["dataset"], *([run.before["dataset"]] if run.before and not begins else [])]
         for name in names:
@@ -235,22 +237,32 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--iters", type=int, default=ITERS, help=f"of a run, {POINTS}, {2 * POINTS}, ...; schedules follow"
     )
-    parser.add_argument("--jobs", type=int, help="runs at a time; default a core each, one on a GPU")
-    parser.add_argument("--config", default="shakespeare_char_cpu", help="the preset or file that arms change")
-    parser.add_argument("--dataset", help="a prepared one; default the library's text")
-    parser.add_argument("--data_dir", help="its parent")
     parser.add_argument("--before", default="", help="checkpoint to finetune, as --init_from has it, for `finetune`")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    add_place(parser, RESULTS)
     parser.add_argument("--report", action="store_true", help="tables of what is there; runs nothing")
     parser.add_argument("--dry_run", action="store_true", help="print the runs' commands")
     args = parser.parse_args(argv)
     if args.seeds < 1 or args.iters < POINTS or args.iters % POINTS or (args.jobs is not None and args.jobs < 1):
         expected = f"--seeds >= 1, --iters a multiple of {POINTS}, --jobs >= 1"
         raise ConfigError("a number is out of range", expected=expected, found=" ".join(argv))
+    args.studies = ablation_study.names() if args.studies == ["all"] else args.studies
+    return settled(args)
+
+
+def add_place(parser: argparse.ArgumentParser, results: Path) -> None:
+    """Flags that say where runs are made, and of what."""
+    parser.add_argument("--jobs", type=int, help="runs at a time; default a core each, one on a GPU")
+    parser.add_argument("--config", default=SMALL, help="the preset or file that runs change")
+    parser.add_argument("--dataset", help="a prepared one; default the library's text")
+    parser.add_argument("--data_dir", help="its parent")
+    parser.add_argument("--out", type=Path, default=results, help="folder of the results")
+
+
+def settled(args: argparse.Namespace) -> argparse.Namespace:
+    """With add_place's defaults, which depend on one another."""
     args.data_dir = args.data_dir or ("data" if args.dataset else str(user_cache("ablate")))
     args.on_cpu = preset_of(args).system.device == "cpu"
     args.jobs = args.jobs or (machine.available_cores() if args.on_cpu else 1)
-    args.studies = ablation_study.names() if args.studies == ["all"] else args.studies
     return args
 
 
@@ -282,7 +294,7 @@ def main(argv: list[str]) -> int:
             begins = (args.before or "BEFORE") if run.arm.after else f"({run.arm.weights})" * bool(run.arm.weights)
             print(shlex.join(command_of(run, args, Path("OUT"), begins)))
     elif args.studies:
-        all_of_them(left, args)
+        all_of_them(left, args, lambda run: {"iters": args.iters})
     return 0
 
 
@@ -295,13 +307,15 @@ def listing(study: Study, wanted: int, missing: int, rows: list[dict[str, Any]],
     ]
 
 
-def all_of_them(left: list[tuple[Run, str, str]], args: argparse.Namespace) -> None:
-    """The runs, and a line of each as it ends."""
+def all_of_them(
+    left: list[tuple[Run, str, str]], args: argparse.Namespace, more: Callable[[Run], dict[str, Any]]
+) -> None:
+    """The runs, and a line of each as it ends; more: what its row has beside the outcome."""
     # Here, not in the threads: parsing flags takes the whole process's stdout for a while.
     shapes = {(run.study, run.arm.name): shape_of(run, args) for run, _, _ in left if run.arm.weights}
     runner, began = Runner(args, shapes), time.perf_counter()
     facts = machine.machine_facts("cpu" if args.on_cpu else "") | {"bench": "ablation", "config": args.config}
-    facts |= {"jobs": args.jobs, "iters": args.iters}
+    facts |= {"jobs": args.jobs}
     for path in args.out.glob("*.jsonl"):
         content = path.read_bytes()
         if content and not content.endswith(b"\n"):  # a kill cut its last line off
@@ -315,7 +329,16 @@ def all_of_them(left: list[tuple[Run, str, str]], args: argparse.Namespace) -> N
             begins = {"weights": run.arm.weights} if run.arm.weights else {}
             begins |= {"before": args.before or run.before} if run.arm.after else {}
             lines = machine.Lines(args.out / f"{run.study}.jsonl", **facts, data=data)
-            lines.write(study=run.study, arm=run.arm.name, seed=run.seed, key=key, flags=run.flags, **begins, **found)
+            lines.write(
+                study=run.study,
+                arm=run.arm.name,
+                seed=run.seed,
+                key=key,
+                flags=run.flags,
+                **more(run),
+                **begins,
+                **found,
+            )
             loss = f"{found['val_loss']:.4f}" if found.get("val_loss") is not None else "-"
             eta = (time.perf_counter() - began) / done * (len(left) - done) / 60
             what = f"{run.study}, {run.arm.name}, seed {run.seed}: {found['status']}, val loss {loss}"

@@ -1,0 +1,170 @@
+"""The best size of a budget, by runs of our own: isoFLOP curves, each point at its own best learning rate.
+
+    python bench/isoflop.py                    the grid: budgets, sizes, what is done and what is left
+    python bench/isoflop.py --run              runs it; Ctrl-C keeps what is done, the same command goes on
+    python bench/isoflop.py --report           the fits of what is there
+    python bench/isoflop.py --run --config gpt2_124m --dataset openwebtext --out DIR \\
+        --budgets 1e17 4e17 1.6e18 --shapes 4x256 6x384 8x512 10x640 12x768 --rates 6e-4 1.2e-3 2.4e-3     on a GPU
+
+Each size is trained with each budget's FLOPs (the trainer's own count, settings/config.py's parameters with attention),
+as `python -m nanogpt_fast.train` in a process of its own: first one seed at every rate, then the other seeds at the rate
+that did best, so that what a size is worth is not mixed up with how well one rate suits it (arXiv 2406.19146). A budget
+for which a size would see the text more than PASSES times is left out. Runs, keys and results are bench/ablate.py's;
+docs/isoflop.md is made of them by bench/isoflop_page.py.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ablate
+import ablation_texts
+import isoflop_report
+import machine
+from ablation_study import FIRST_SEED, POINTS, SMALL, Arm, Run, Study
+
+from nanogpt_fast.command import run_command
+from nanogpt_fast.data.dataset import read_meta
+from nanogpt_fast.errors import ConfigError
+from nanogpt_fast.hardware import flops_per_token
+from nanogpt_fast.settings import cli
+
+NAME = "isoflop"
+RESULTS = machine.ROOT / "bench/results/scaling"
+# At SMALL: {FLOPs: shapes, layers x width, around the best}; the preset's four heads throughout.
+GRID = {
+    1e11: "2x12 2x16 2x20 2x24 2x32 2x40",
+    2.5e11: "2x16 2x20 2x24 2x32 2x40 2x48",
+    6.3e11: "2x20 2x24 2x32 2x40 2x48 3x48",
+    1.6e12: "2x24 2x32 2x40 2x48 3x48 3x64",
+    4e12: "2x40 2x48 3x48 3x64 4x64 4x80",
+}
+RATES = (6e-3, 1.2e-2, 2.4e-2)
+PASSES = 2.0
+
+
+@dataclass(frozen=True)
+class Point:
+    """A size and a budget. flops, tokens: of the whole run; params: all, as the laws count them."""
+
+    budget: float
+    shape: str
+    params: int
+    flops: float
+    tokens: int
+    flags: dict[str, Any]
+
+    def run(self, rate: float, seed: int) -> Run:
+        flags = {**self.flags, "learning_rate": rate, "min_lr": rate / 10}
+        return Run(NAME, Arm(f"{self.budget:g} {self.shape} {rate:g}", flags), seed, flags)
+
+
+def point(budget: float, shape: str, args: argparse.Namespace) -> Point:
+    """What a run of that shape comes to. ConfigError for a shape that is none."""
+    layers, _, width = shape.partition("x")
+    if not (layers.isdigit() and width.isdigit()):
+        raise ConfigError("a shape is LAYERSxWIDTH", where="--shapes", expected="2x32", found=shape)
+    common = {"eval_mode": "full", "log_interval": 50, "always_save_checkpoint": False, "data_order": "shuffle"}
+    flags = {**common, "dataset": args.dataset or "stdlib", "n_layer": int(layers), "n_embd": int(width)}
+    config = cli.load_config(["--config", args.config, *ablate.as_words(flags)])
+    model = ablate.shape_of(Run(NAME, Arm("", {}), FIRST_SEED, flags), args)
+    a_step = config.data.batch_size * config.data.block_size * config.data.gradient_accumulation_steps
+    each = flops_per_token(model)["nanogpt"]
+    iters = max(1, round(budget / (each * a_step) / POINTS)) * POINTS
+    flags |= {"max_iters": iters, "lr_decay_iters": iters, "warmup_iters": iters // 20, "eval_interval": iters}
+    tokens = iters * a_step
+    return Point(budget, shape, model.num_params(non_embedding=False), each * tokens, tokens, flags)
+
+
+def grid(args: argparse.Namespace) -> list[Point]:
+    """Budgets times shapes, without those that would see the text too often."""
+    listed = {b: args.shapes or GRID.get(b, "").split() for b in args.budgets or GRID}
+    unique = unique_tokens(args)
+    points = [point(budget, shape, args) for budget, shapes in listed.items() for shape in shapes]
+    return [one for one in points if one.tokens <= PASSES * unique]
+
+
+def unique_tokens(args: argparse.Namespace) -> int:
+    """Of the training split. ConfigError for a dataset that does not say."""
+    folder = ablation_texts.ensure(args.dataset or "stdlib", Path(args.data_dir))
+    meta = read_meta(folder)
+    if meta is None or "train" not in meta.splits:
+        raise ConfigError("the dataset does not say how many tokens it has", where=str(folder), hint="prepare it anew")
+    return meta.splits["train"].tokens
+
+
+def parsed(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", action="store_true", help="make the runs that are not there")
+    parser.add_argument("--report", action="store_true", help="fits of what is there; runs nothing")
+    parser.add_argument("--budgets", type=float, nargs="+", metavar="FLOPS", help="default the grid's")
+    parser.add_argument(
+        "--shapes", nargs="+", metavar="LxW", help="layers x width, at every budget; default the grid's"
+    )
+    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="learning rates to choose from")
+    parser.add_argument("--seeds", type=int, default=2)
+    ablate.add_place(parser, RESULTS)
+    args = parser.parse_args(argv)
+    own = (args.config != SMALL or args.dataset) or not set(args.budgets or GRID) <= set(GRID)
+    if own and not (args.budgets and args.shapes):
+        raise ConfigError("the grid is made for its own preset, text and budgets", expected="--budgets and --shapes")
+    if args.seeds < 1 or min([*args.rates, *(args.budgets or [1.0])]) <= 0:
+        raise ConfigError("a number is out of range", expected="--seeds >= 1, rates and budgets > 0")
+    args.before = ""
+    return ablate.settled(args)
+
+
+def best_rates(rows: Sequence[dict[str, Any]], wanted: Sequence[tuple[Run, str, str]]) -> dict[str, float]:
+    """{budget and shape: the rate of the least loss with the first seed}, of those that are all there."""
+    by_key = {row["key"]: row for row in rows if row.get("status") in ablate.SETTLED}
+    losses: dict[str, dict[float, float]] = {}
+    for run, _, key in wanted:
+        name, _, _ = run.arm.name.rpartition(" ")
+        row = by_key.get(key, {})
+        found = row.get("val_loss") if row.get("status") == "ok" else float("inf")
+        losses.setdefault(name, {})[run.flags["learning_rate"]] = found if row else float("nan")
+    return {
+        name: min(of, key=lambda rate: of[rate])
+        for name, of in losses.items()
+        if all(loss == loss for loss in of.values()) and min(of.values()) < float("inf")
+    }
+
+
+def main(argv: list[str]) -> int:
+    args = parsed(argv)
+    path = args.out / f"{NAME}.jsonl"
+    if args.report:
+        print("\n".join(isoflop_report.text(machine.read_lines(path))))
+        return 0
+    points = grid(args)
+    for stage in ("one seed at every rate", "other seeds at the best"):
+        rows = machine.read_lines(path)
+        first = ablate.keyed([one.run(rate, FIRST_SEED) for one in points for rate in args.rates], args)
+        wanted = first
+        if stage != "one seed at every rate":
+            best = best_rates(rows, first)
+            more = range(FIRST_SEED + 1, FIRST_SEED + args.seeds)
+            chosen = [(one, best.get(f"{one.budget:g} {one.shape}")) for one in points]
+            wanted = ablate.keyed([one.run(rate, seed) for one, rate in chosen if rate for seed in more], args)
+        done = {row["key"] for row in rows if row.get("status") in ablate.SETTLED}
+        left = [one for one in wanted if one[2] not in done]
+        print(f"{stage}: {len(wanted) - len(left)} of {len(wanted)} runs are there")
+        if args.run:
+            extra = {
+                f"{one.budget:g} {one.shape}": {
+                    "budget": one.budget, "shape": one.shape, "params": one.params, "flops": one.flops,
+                    "of_text": round(one.tokens / unique_tokens(args), 4),
+                } for one in points
+            }  # fmt: skip
+            ablate.all_of_them(left, args, more=lambda run: extra[run.arm.name.rpartition(" ")[0]])
+    if not args.run:
+        print("\n".join(isoflop_report.listing(points)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    run_command(main, again="finished runs are kept; the same command goes on with the rest")
