@@ -6,14 +6,15 @@
     python bench/isoflop.py --run --config gpt2_124m --dataset openwebtext --out DIR \\
         --budgets 1e17 4e17 1.6e18 --shapes 4x256 6x384 8x512 10x640 12x768 --rates 6e-4 1.2e-3 2.4e-3     on a GPU
 
-Each size is trained with each budget's FLOPs (the trainer's own count, settings/config.py's parameters with attention),
-as `python -m nanogpt_fast.train` in a process of its own: first one seed at every rate, then the other seeds at the rate
-that did best, so that what a size is worth is not mixed up with how well one rate suits it (arXiv 2406.19146). A budget
-for which a size would see the text more than PASSES times is left out. Runs, keys and results are bench/ablate.py's;
+Each size is trained with each budget's FLOPs (nanoGPT's count, attention with it), as `python -m nanogpt_fast.train` in
+a process of its own: first one seed at every rate, and at half or twice the best where that is at an end; then the
+other seeds at the best. So what a size is worth is not mixed up with how well one rate suits it (arXiv 2406.19146). A
+size that would see the text more than PASSES times is left out. Runs, keys and results are bench/ablate.py's;
 docs/isoflop.md is made of them by bench/isoflop_page.py.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import ablate
 import ablation_texts
 import isoflop_report
 import machine
-from ablation_study import FIRST_SEED, POINTS, SMALL, Arm, Run, Study
+from ablation_study import FIRST_SEED, POINTS, SMALL, Arm, Run
 
 from nanogpt_fast.command import run_command
 from nanogpt_fast.data.dataset import read_meta
@@ -34,6 +35,7 @@ from nanogpt_fast.settings import cli
 
 NAME = "isoflop"
 RESULTS = machine.ROOT / "bench/results/scaling"
+Wanted = tuple[Run, str, str]  # with its data's hash and its key
 # At SMALL: {FLOPs: shapes, layers x width, around the best}; the preset's four heads throughout.
 GRID = {
     1e11: "2x12 2x16 2x20 2x24 2x32 2x40",
@@ -57,9 +59,13 @@ class Point:
     tokens: int
     flags: dict[str, Any]
 
+    @property
+    def name(self) -> str:
+        return f"{self.budget:g} {self.shape}"
+
     def run(self, rate: float, seed: int) -> Run:
         flags = {**self.flags, "learning_rate": rate, "min_lr": rate / 10}
-        return Run(NAME, Arm(f"{self.budget:g} {self.shape} {rate:g}", flags), seed, flags)
+        return Run(NAME, Arm(f"{self.name} {rate:g}", flags), seed, flags)
 
 
 def point(budget: float, shape: str, args: argparse.Namespace) -> Point:
@@ -80,11 +86,9 @@ def point(budget: float, shape: str, args: argparse.Namespace) -> Point:
 
 
 def grid(args: argparse.Namespace) -> list[Point]:
-    """Budgets times shapes, without those that would see the text too often."""
+    """Budgets times their shapes."""
     listed = {b: args.shapes or GRID.get(b, "").split() for b in args.budgets or GRID}
-    unique = unique_tokens(args)
-    points = [point(budget, shape, args) for budget, shapes in listed.items() for shape in shapes]
-    return [one for one in points if one.tokens <= PASSES * unique]
+    return [point(budget, shape, args) for budget, shapes in listed.items() for shape in shapes]
 
 
 def unique_tokens(args: argparse.Namespace) -> int:
@@ -101,10 +105,8 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--run", action="store_true", help="make the runs that are not there")
     parser.add_argument("--report", action="store_true", help="fits of what is there; runs nothing")
     parser.add_argument("--budgets", type=float, nargs="+", metavar="FLOPS", help="default the grid's")
-    parser.add_argument(
-        "--shapes", nargs="+", metavar="LxW", help="layers x width, at every budget; default the grid's"
-    )
-    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="learning rates to choose from")
+    parser.add_argument("--shapes", nargs="+", metavar="LxW", help="layers x width; default the grid's")
+    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="learning rates to begin with")
     parser.add_argument("--seeds", type=int, default=2)
     ablate.add_place(parser, RESULTS)
     args = parser.parse_args(argv)
@@ -117,20 +119,31 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     return ablate.settled(args)
 
 
-def best_rates(rows: Sequence[dict[str, Any]], wanted: Sequence[tuple[Run, str, str]]) -> dict[str, float]:
-    """{budget and shape: the rate of the least loss with the first seed}, of those that are all there."""
+def first_losses(rows: Sequence[dict[str, Any]], wanted: Sequence[Wanted]) -> dict[str, dict[float, float]]:
+    """{budget and shape: {rate: loss}}: infinite where it diverged, nan where the run is not there."""
     by_key = {row["key"]: row for row in rows if row.get("status") in ablate.SETTLED}
     losses: dict[str, dict[float, float]] = {}
     for run, _, key in wanted:
         name, _, _ = run.arm.name.rpartition(" ")
         row = by_key.get(key, {})
-        found = row.get("val_loss") if row.get("status") == "ok" else float("inf")
-        losses.setdefault(name, {})[run.flags["learning_rate"]] = found if row else float("nan")
-    return {
-        name: min(of, key=lambda rate: of[rate])
-        for name, of in losses.items()
-        if all(loss == loss for loss in of.values()) and min(of.values()) < float("inf")
-    }
+        loss = row["val_loss"] if row.get("status") == "ok" else math.inf if row else math.nan
+        losses.setdefault(name, {})[run.flags["learning_rate"]] = loss
+    return losses
+
+
+def best_rate(losses: dict[float, float]) -> float | None:
+    """None as long as a run is missing, and where all diverged."""
+    if any(math.isnan(loss) for loss in losses.values()) or min(losses.values()) == math.inf:
+        return None
+    return min(losses, key=lambda rate: losses[rate])
+
+
+def rate_beyond(losses: dict[float, float]) -> float | None:
+    """Half or twice the best rate where that is at an end of several; None where it is between others."""
+    best = best_rate(losses)
+    if best is None or len(losses) == 1:
+        return None
+    return best / 2 if best == min(losses) else best * 2 if best == max(losses) else None
 
 
 def main(argv: list[str]) -> int:
@@ -139,29 +152,39 @@ def main(argv: list[str]) -> int:
     if args.report:
         print("\n".join(isoflop_report.text(machine.read_lines(path))))
         return 0
-    points = grid(args)
-    for stage in ("one seed at every rate", "other seeds at the best"):
-        rows = machine.read_lines(path)
-        first = ablate.keyed([one.run(rate, FIRST_SEED) for one in points for rate in args.rates], args)
-        wanted = first
-        if stage != "one seed at every rate":
-            best = best_rates(rows, first)
-            more = range(FIRST_SEED + 1, FIRST_SEED + args.seeds)
-            chosen = [(one, best.get(f"{one.budget:g} {one.shape}")) for one in points]
-            wanted = ablate.keyed([one.run(rate, seed) for one, rate in chosen if rate for seed in more], args)
-        done = {row["key"] for row in rows if row.get("status") in ablate.SETTLED}
-        left = [one for one in wanted if one[2] not in done]
-        print(f"{stage}: {len(wanted) - len(left)} of {len(wanted)} runs are there")
-        if args.run:
-            extra = {
-                f"{one.budget:g} {one.shape}": {
-                    "budget": one.budget, "shape": one.shape, "params": one.params, "flops": one.flops,
-                    "of_text": round(one.tokens / unique_tokens(args), 4),
-                } for one in points
-            }  # fmt: skip
-            ablate.all_of_them(left, args, more=lambda run: extra[run.arm.name.rpartition(" ")[0]])
+    unique = unique_tokens(args)
+    points = [one for one in grid(args) if one.tokens <= PASSES * unique]
     if not args.run:
-        print("\n".join(isoflop_report.listing(points)))
+        print("\n".join(isoflop_report.listing(points, unique)))
+    facts = {
+        one.name: {"budget": one.budget, "shape": one.shape, "params": one.params, "flops": one.flops,
+                   "of_text": round(one.tokens / unique, 4)}
+        for one in points
+    }  # fmt: skip
+
+    def stage(title: str, runs: list[Run]) -> list[Wanted]:
+        wanted = ablate.keyed(runs, args)
+        done = {row["key"] for row in machine.read_lines(path) if row.get("status") in ablate.SETTLED}
+        left = [one for one in wanted if one[2] not in done]
+        print(f"{title}: {len(wanted) - len(left)} of {len(wanted)} runs are there")
+        if args.run:
+            ablate.all_of_them(left, args, lambda run: facts[run.arm.name.rpartition(" ")[0]])
+        return wanted
+
+    rates, beyond = {one.name: list(args.rates) for one in points}, {"": 0.0}
+    losses: dict[str, dict[float, float]] = {}
+    while beyond:
+        first = stage("one seed", [one.run(rate, FIRST_SEED) for one in points for rate in rates[one.name]])
+        losses = first_losses(machine.read_lines(path), first)
+        beyond = {name: rate for name, of in losses.items() if (rate := rate_beyond(of))}
+        for name, rate in beyond.items():
+            rates[name].append(rate)
+    best = {name: rate for name, of in losses.items() if (rate := best_rate(of))}
+    seeds = range(FIRST_SEED + 1, FIRST_SEED + args.seeds)
+    stage(
+        "the other seeds, at the best rate",
+        [o.run(best[o.name], seed) for o in points if o.name in best for seed in seeds],
+    )
     return 0
 
 

@@ -1,0 +1,152 @@
+"""bench/isoflop.py: which runs it makes, and its report on runs of a law that is known."""
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import ablate
+import isoflop
+import isoflop_page
+import isoflop_report as report
+import machine
+import pytest
+
+from nanogpt_fast.errors import ConfigError
+from nanogpt_fast.scaling_laws import Law
+
+TRUE = Law("true", 1.2, 60.0, 900.0, 0.4, 0.5)
+UNIQUE = 1e9
+RATES = (0.01, 0.02)
+
+
+def rows(budgets: tuple[float, ...] = (1e12, 4e12, 1.6e13), wobble: float = 0.0) -> list[dict[str, Any]]:
+    """Of sizes around TRUE's best at each budget, the second rate worse by 0.1, the second seed up by wobble."""
+    made = []
+    for budget in budgets:
+        for i, factor in enumerate((0.5, 0.7, 1.0, 1.4, 2.0)):
+            params = round(TRUE.optimum(budget)[0] * factor)
+            tokens = budget / 6 / params
+            for rate, seed in ((0.01, 1), (0.02, 1), (0.01, 2)):
+                loss = TRUE.loss(params, tokens) + 0.1 * (rate == 0.02) + wobble * (seed == 2)
+                made.append({"budget": budget, "shape": f"2x{4 * (i + 3)}", "params": params, "tokens": tokens,
+                             "of_text": tokens / UNIQUE, "seed": seed, "flags": {"learning_rate": rate},
+                             "val_loss": loss, "status": "ok", "data": "d", "config": "c"})  # fmt: skip
+    return made
+
+
+def test_a_size_is_worth_its_best_rate_in_every_seed():
+    found = report.sizes(rows(wobble=0.02))
+    assert len(found) == 15 and {one.rate for one in found} == {0.01}
+    assert all(len(one.losses) == 2 and set(one.by_rate) == {0.01, 0.02} for one in found)
+    assert found[0].loss == pytest.approx(found[0].losses[0] + 0.01)
+    assert report.noise(found) == pytest.approx(0.02 / 2**0.5)
+    assert [one.params for one in found[:5]] == sorted(one.params for one in found[:5])
+
+
+def test_of_runs_that_do_not_compare_the_last_kind_is_taken():
+    mixed = [{**row, "data": "older", "val_loss": 0.0} for row in rows()] + rows()
+    assert report.sizes(mixed) == report.sizes(rows())
+    again = [*rows(), {**rows()[0], "val_loss": 1.0}]
+    assert report.sizes(again)[0].losses[0] == 1.0, "of one run the last"
+
+
+def test_the_fits_find_the_law_that_the_runs_are_of(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(report, "SAMPLES", 5)
+    found = report.sizes(rows())
+    true = TRUE.exponent
+    assert report.slope(found, [one.loss for one in found]) == pytest.approx(true, abs=0.005)
+    fitted, laws = report.law_of(found)
+    assert fitted.law.exponent == pytest.approx(true, abs=0.003) and len(laws) == 5
+    assert abs(fitted.law.E - TRUE.E) < 0.01
+    header, lines = report.foretold_table(found)
+    assert header[0] == "1.6e13 FLOPs" and max(abs(float(line[-1])) for line in lines[:-1]) < 0.002
+    slopes = dict(line[:2] for line in report.exponent_table(found, fitted, laws)[1])
+    assert float(slopes["ours, parabolas, every size at a rate of 0.02"]) == pytest.approx(true, abs=0.01)
+
+
+def test_a_valley_without_a_bottom_between_its_sizes_has_none():
+    found = [one for one in report.sizes(rows()) if one.params < 1.2 * TRUE.optimum(one.budget)[0]]
+    falling = [1 / one.params for one in found]
+    assert report.lowest(found, 1e12, falling) is None
+    assert report.slope(found, falling) != report.slope(found, falling), "nan"
+    table = report.budget_table(report.sizes(rows())[:2])
+    assert table[1][0][3:] == ["-"] * 4
+
+
+def test_the_report_says_what_is_missing():
+    assert "isoflop.py --run" in report.text([])[0]
+    assert "no law yet" in report.text(rows((1e12,))[:6])[-1]
+
+
+STUB = """
+import json, pathlib, sys
+flags = dict(word[2:].partition("=")[::2] for word in sys.argv if word.startswith("--") and "=" in word)
+out = pathlib.Path(flags["out_dir"]); out.mkdir()
+loss = float(flags["n_embd"]) / 100 + abs(float(flags["learning_rate"]) - 0.02)
+lines = [{"kind": "run", "dtype": "float32"}, {"kind": "eval", "iter": 5, "val_loss": loss, "tokens": 1}]
+(out / "metrics.jsonl").write_text("".join(json.dumps(line) + chr(10) for line in lines))
+sys.exit(6 if float(flags["learning_rate"]) > 1 else 0)
+"""
+WORDS = ["--run", "--budgets=1e10", "--shapes", "2x8", "2x16", "--rates", "0.01", "0.02", "2", "--jobs=2"]
+
+
+def test_other_seeds_are_of_the_best_rate_and_nothing_is_made_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "stub.py").write_text(STUB)
+    real = ablate.command_of
+    monkeypatch.setattr(
+        ablate, "command_of", lambda *a, **k: [sys.executable, str(tmp_path / "stub.py"), *real(*a, **k)[3:]]
+    )
+    monkeypatch.setattr(isoflop.ablation_texts, "digest", lambda name, data_dir: "hash")
+    monkeypatch.setattr(isoflop, "unique_tokens", lambda args: 1_000_000)
+    words = [*WORDS, "--out", str(tmp_path / "out"), "--data_dir", str(tmp_path)]
+    monkeypatch.setattr(isoflop.ablate, "shape_of", shape_of_known_text)
+    assert isoflop.main(words) == 0
+    made = machine.read_lines(tmp_path / "out/isoflop.jsonl")
+    rates = [(row["shape"], row["flags"]["learning_rate"], row["seed"]) for row in made]
+    first = [(shape, rate, 1337) for shape in ("2x8", "2x16") for rate in (0.01, 0.02, 2.0)]
+    assert sorted(rates[:6]) == sorted(first) and sorted(rates[6:]) == [("2x16", 0.02, 1338), ("2x8", 0.02, 1338)]
+    row = made[-1]
+    assert row["flops"] == pytest.approx(1e10, rel=0.03) and row["flags"]["max_iters"] % 5 == 0
+    assert row["of_text"] == pytest.approx(row["flags"]["max_iters"] * 768 / 1e6, abs=1e-4)
+    capsys.readouterr()
+    assert isoflop.main(words) == 0 and len(machine.read_lines(tmp_path / "out/isoflop.jsonl")) == 8
+    assert "6 of 6 runs" in capsys.readouterr().out
+
+    monkeypatch.setattr(isoflop, "unique_tokens", lambda args: 100_000)
+    assert isoflop.main([word for word in words if word != "--run"]) == 0
+    shown = capsys.readouterr().out
+    assert "2x16" in shown and "2x8" not in shown, "that would see the text more than twice"
+
+
+def test_rates_go_on_until_the_best_is_between_others():
+    assert isoflop.rate_beyond({0.01: 3.0, 0.02: 2.0}) == 0.04
+    assert isoflop.rate_beyond({0.01: 2.0, 0.02: 3.0}) == 0.005
+    for settled in ({0.01: 3.0, 0.02: 2.0, 0.04: math.inf}, {0.01: 2.0}, {0.01: math.inf, 0.02: math.inf}):
+        assert isoflop.rate_beyond(settled) is None
+    assert isoflop.rate_beyond({0.01: 2.0, 0.02: math.nan}) is None, "before the run is there"
+
+
+def shape_of_known_text(run: Any, args: Any) -> Any:
+    """As ablate's, of 96 characters."""
+    config = ablate.cli.load_config(["--config", args.config, *ablate.as_words(run.flags)])
+    return config.shape(96)
+
+
+@pytest.mark.parametrize("words", [["--budgets=1e9"], ["--dataset=mine"], ["--shapes", "2x8", "--seeds=0"]])
+def test_a_grid_for_something_else_is_asked_for(words: list[str]):
+    with pytest.raises(ConfigError):
+        isoflop.parsed(words)
+
+
+def test_a_shape_that_is_none(tmp_path: Path):
+    args = isoflop.parsed(["--budgets=1e9", "--shapes", "wide", "--data_dir", str(tmp_path)])
+    with pytest.raises(ConfigError, match="LAYERSxWIDTH"):
+        isoflop.grid(args)
+
+
+@pytest.mark.slow  # it fits some thousand laws
+def test_the_page_is_up_to_date(capsys: pytest.CaptureFixture[str]):
+    assert isoflop_page.main(["--check"]) == 0, "run python bench/isoflop_page.py"
