@@ -4,7 +4,7 @@
     python bench/isoflop.py --run              runs it; Ctrl-C keeps what is done, the same command goes on
     python bench/isoflop.py --report           the fits of what is there
     python bench/isoflop.py --run --config gpt2_124m --dataset openwebtext --out DIR \\
-        --budgets 1e17 4e17 1.6e18 --shapes 4x256 6x384 8x512 10x640 12x768 --rates 6e-4 1.2e-3 2.4e-3     on a GPU
+        --budgets 1e17 4e17 1.6e18 --shapes 4x256x4 6x384x6 8x512x8 12x768x12 --rates 6e-4 1.2e-3 2.4e-3     on a GPU
 
 Each size is trained with each budget's FLOPs (nanoGPT's count, attention with it), as `python -m nanogpt_fast.train` in
 a process of its own: first one seed at every rate, and at half or twice the best where that is at an end; then the
@@ -27,6 +27,7 @@ import isoflop_report
 import machine
 from ablation_study import FIRST_SEED, POINTS, SMALL, Arm, Run
 
+from nanogpt_fast.columns import columns
 from nanogpt_fast.command import run_command
 from nanogpt_fast.data.dataset import read_meta
 from nanogpt_fast.errors import ConfigError
@@ -38,12 +39,14 @@ RESULTS = machine.ROOT / "bench/results/scaling"
 Wanted = tuple[Run, str, str]  # with its data's hash and its key
 # At SMALL: {FLOPs: shapes, layers x width, around the best}; the preset's four heads throughout.
 GRID = {
+    4e10: "2x8 2x12 2x16 2x20 2x24",
     1e11: "2x12 2x16 2x20 2x24 2x32 2x40",
     2.5e11: "2x16 2x20 2x24 2x32 2x40 2x48",
     6.3e11: "2x20 2x24 2x32 2x40 2x48 3x48",
     1.6e12: "2x24 2x32 2x40 2x48 3x48 3x64",
     4e12: "2x40 2x48 3x48 3x64 4x64 4x80",
 }
+SIDES = ("n_layer", "n_embd", "n_head")  # of a shape; without its last the heads are the preset's
 RATES = (6e-3, 1.2e-2, 2.4e-2)
 PASSES = 2.0
 
@@ -70,11 +73,11 @@ class Point:
 
 def point(budget: float, shape: str, args: argparse.Namespace) -> Point:
     """What a run of that shape comes to. ConfigError for a shape that is none."""
-    layers, _, width = shape.partition("x")
-    if not (layers.isdigit() and width.isdigit()):
-        raise ConfigError("a shape is LAYERSxWIDTH", where="--shapes", expected="2x32", found=shape)
+    numbers = shape.split("x")
+    if len(numbers) not in (2, 3) or not all(number.isdigit() for number in numbers):
+        raise ConfigError("a shape is LAYERSxWIDTH or LAYERSxWIDTHxHEADS", where=f"--shapes {shape}", expected="2x32")
     common = {"eval_mode": "full", "log_interval": 50, "always_save_checkpoint": False, "data_order": "shuffle"}
-    flags = {**common, "dataset": args.dataset or "stdlib", "n_layer": int(layers), "n_embd": int(width)}
+    flags = {**common, "dataset": args.dataset or "stdlib", **dict(zip(SIDES, map(int, numbers)))}
     config = cli.load_config(["--config", args.config, *ablate.as_words(flags)])
     model = ablate.shape_of(Run(NAME, Arm("", {}), FIRST_SEED, flags), args)
     a_step = config.data.batch_size * config.data.block_size * config.data.gradient_accumulation_steps
@@ -105,7 +108,7 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--run", action="store_true", help="make the runs that are not there")
     parser.add_argument("--report", action="store_true", help="fits of what is there; runs nothing")
     parser.add_argument("--budgets", type=float, nargs="+", metavar="FLOPS", help="default the grid's")
-    parser.add_argument("--shapes", nargs="+", metavar="LxW", help="layers x width; default the grid's")
+    parser.add_argument("--shapes", nargs="+", metavar="LxW", help="layers x width, and x heads where not the preset's")
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="learning rates to begin with")
     parser.add_argument("--seeds", type=int, default=2)
     ablate.add_place(parser, RESULTS)
@@ -117,6 +120,15 @@ def parsed(argv: list[str]) -> argparse.Namespace:
         raise ConfigError("a number is out of range", expected="--seeds >= 1, rates and budgets > 0")
     args.before = ""
     return ablate.settled(args)
+
+
+def listing(points: Sequence[Point], unique: int) -> list[str]:
+    rows = [
+        [isoflop_report.flops(one.budget), one.shape, f"{one.params:,}", f"{one.tokens / 1e6:.2f}M",
+         f"{one.tokens / unique:.2f}"]
+        for one in points
+    ]  # fmt: skip
+    return columns([["FLOPs", "shape", "N", "D", "passes"], *rows])
 
 
 def first_losses(rows: Sequence[dict[str, Any]], wanted: Sequence[Wanted]) -> dict[str, dict[float, float]]:
@@ -155,7 +167,7 @@ def main(argv: list[str]) -> int:
     unique = unique_tokens(args)
     points = [one for one in grid(args) if one.tokens <= PASSES * unique]
     if not args.run:
-        print("\n".join(isoflop_report.listing(points, unique)))
+        print("\n".join(listing(points, unique)))
     facts = {
         one.name: {"budget": one.budget, "shape": one.shape, "params": one.params, "flops": one.flops,
                    "of_text": round(one.tokens / unique, 4)}

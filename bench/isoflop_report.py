@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -36,8 +36,8 @@ class Size:
     @property
     def inside(self) -> int:
         """Parameters of the blocks' matrices, Kaplan's N."""
-        layers, _, width = self.shape.partition("x")
-        return 12 * int(layers) * int(width) ** 2
+        layers, width, *_ = map(int, self.shape.split("x"))
+        return 12 * layers * width**2
 
     @property
     def worth(self) -> float:
@@ -230,25 +230,3 @@ def text(rows: Sequence[dict[str, Any]]) -> list[str]:
     for header, body in (law_table(fitted, laws), exponent_table(found, fitted, laws)):
         lines += [*columns([header, *body]), ""]
     return [*lines, summary(found, fitted)]
-
-
-class Planned(Protocol):
-    """Of isoflop.Point."""
-
-    @property
-    def budget(self) -> float: ...
-    @property
-    def shape(self) -> str: ...
-    @property
-    def params(self) -> int: ...
-    @property
-    def tokens(self) -> int: ...
-
-
-def listing(points: Sequence[Planned], unique: int) -> list[str]:
-    """Of a grid that has not been run."""
-    rows = [
-        [flops(one.budget), one.shape, f"{one.params:,}", f"{one.tokens / 1e6:.2f}M", f"{one.tokens / unique:.2f}"]
-        for one in points
-    ]
-    return columns([["FLOPs", "shape", "N", "D", "passes"], *rows])
