@@ -262,7 +262,7 @@ class _Reader:
         if not issubclass(self.cls, Config) and key in SECTION_OF:
             hint = "leave it out here, give it to python -m nanogpt_fast.train"
             return ConfigError(f"{name} is a setting of training, not of this command", where=where, hint=hint)
-        near = did_you_mean(dashes + key, [dashes + known for known in self.flags])
+        near = did_you_mean(dashes + key, [dashes + known for known in (*self.flags, *["config"] * bool(dashes))])
         return ConfigError(
             f"unknown {'flag' if dashes else 'key'} {name[:100]}{near}", where=where, hint=f"{self.prog} --help"
         )

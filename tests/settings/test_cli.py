@@ -168,6 +168,7 @@ def test_a_wrong_toml_file_says_what_and_where(text, what, where, tmp_path):
     [
         (["--learning_rte=1"], "unknown flag --learning_rte, did you mean '--learning_rate'?", "--help"),
         (["--batch-sise", "3"], "unknown flag --batch-sise, did you mean '--batch_size'", "--help"),
+        (["--confg=x"], "unknown flag --confg, did you mean '--config'", "--help"),
         (["-batch_size=3"], "unknown flag -batch_size, did you mean '--batch_size'", "--help"),
         (["batch_size=3"], "did you mean --batch_size=3?", "batch_size=3"),
         (["--max_iters=1.5"], "wrong value for --max_iters", "a whole number, as 12 or 1e5\n  found:    '1.5'"),
