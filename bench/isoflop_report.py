@@ -76,10 +76,9 @@ def budgets(found: Sequence[Size]) -> list[float]:
 
 def lowest(found: Sequence[Size], budget: float, losses: Sequence[float]) -> tuple[float, float] | None:
     """(N, loss) at the bottom of a budget's parabola; losses: of all sizes. None without one, or beyond the sizes."""
-    at = [i for i, one in enumerate(found) if one.budget == budget and math.isfinite(losses[i])]
-    params = [found[i].params for i in at]
+    params, mine = zip(*((one.params, loss) for one, loss in zip(found, losses) if one.budget == budget))
     try:
-        size, loss = parabola(params, [losses[i] for i in at])
+        size, loss = parabola(params, mine)
     except ValueError:
         return None
     return (size, loss) if min(params) < size < max(params) else None
@@ -177,8 +176,8 @@ def exponent_table(found: Sequence[Size], fitted: Fit, laws: Sequence[Law]) -> T
     inside, drawn = law_of(found, lambda one: one.inside)
     low, high = interval(drawn, lambda law: law.exponent)
     rows.append(["ours, the law, N without embeddings", _shown(inside.law.exponent), f"{low:.2f} to {high:.2f}"])
-    for rate in sorted({rate for one in found for rate in one.by_rate}):
-        fixed = slope(found, [one.by_rate.get(rate, math.nan) for one in found])
+    for rate in sorted(set.intersection(*(set(one.by_rate) for one in found))):
+        fixed = slope(found, [one.by_rate[rate] for one in found])
         rows.append([f"ours, parabolas, every size at a rate of {rate:g}", _shown(fixed), "one seed"])
     rows += [[law.name, _shown(law.exponent), law.source] for law in (UNROUNDED, REFIT, C4)]
     rows += [
