@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
@@ -111,7 +111,7 @@ class Runner:
                 if first.get("status"):
                     return first
             code, said, cpu_s = self._train(command_of(run, self.args, out, init_from))
-            found = figures(machine.read_lines(out / "metrics.jsonl"))
+            found = ablation_report.figures(machine.read_lines(out / "metrics.jsonl"))
         status = "ok" if code == 0 else {6: "diverged"}.get(code, "failed")
         last_words = {"said": said[-TAIL:]} if code else {}
         seconds = {"seconds": time.perf_counter() - began, "cpu_s": cpu_s, "threads": self.threads, **first}
@@ -173,29 +173,6 @@ def _die_with_parent() -> None:
     """A runner that is killed takes its runs along: they would hold the GPU beside those of the next command."""
     assert LIBC is not None
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def figures(lines: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Of a run's metrics.jsonl: losses, their curve, gradient norms, how often clipping acted."""
-    lines = list(lines)
-    evals = [line for line in lines if line["kind"] == "eval" and line.get("val_loss") is not None]
-    steps = [line for line in lines if line["kind"] == "train"]
-    first = next((line for line in lines if line["kind"] == "run"), {})
-    found: dict[str, Any] = {"dtype": first.get("dtype")}
-    if evals:
-        found |= {"val_loss": evals[-1]["val_loss"], "best_val_loss": min(line["val_loss"] for line in evals)}
-        found["curve"] = [[line["iter"], round(line["val_loss"], 5)] for line in evals]
-        found["tokens"] = evals[-1]["tokens"]
-    if steps:
-        norms = sorted(line["grad_norm"] for line in steps if line["grad_norm"] is not None)
-        spans = [b["iter"] - a["iter"] for a, b in zip(steps, steps[1:])]
-        shares = [(line["clipped"], span) for line, span in zip(steps[1:], spans) if line.get("clipped") is not None]
-        last = [line["loss"] for line in steps[-10:] if line["loss"] is not None]
-        found |= {"train_loss": sum(last) / len(last)} if last else {}
-        found |= {"grad_norm": norms[len(norms) // 2], "grad_norm_max": norms[-1]} if norms else {}
-        if shares:
-            found["clipped"] = sum(share * span for share, span in shares) / sum(span for _, span in shares)
-    return found
 
 
 def shape_of(run: Run, args: argparse.Namespace) -> GPTConfig:

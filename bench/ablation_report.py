@@ -1,7 +1,7 @@
 """Of an ablation's runs: means, spreads, differences paired by seed with intervals, and what of it may be chance."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,29 @@ from ablation_study import Arm, Study
 from nanogpt_fast.columns import columns
 
 LEVEL = 0.05
+
+
+def figures(lines: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Of a run's metrics.jsonl: losses, their curve, gradient norms, how often clipping acted."""
+    lines = list(lines)
+    evals = [line for line in lines if line["kind"] == "eval" and line.get("val_loss") is not None]
+    steps = [line for line in lines if line["kind"] == "train"]
+    first = next((line for line in lines if line["kind"] == "run"), {})
+    found: dict[str, Any] = {"dtype": first.get("dtype")}
+    if evals:
+        found |= {"val_loss": evals[-1]["val_loss"], "best_val_loss": min(line["val_loss"] for line in evals)}
+        found["curve"] = [[line["iter"], round(line["val_loss"], 5)] for line in evals]
+        found["tokens"] = evals[-1]["tokens"]
+    if steps:
+        norms = sorted(line["grad_norm"] for line in steps if line["grad_norm"] is not None)
+        spans = [b["iter"] - a["iter"] for a, b in zip(steps, steps[1:])]
+        shares = [(line["clipped"], span) for line, span in zip(steps[1:], spans) if line.get("clipped") is not None]
+        last = [line["loss"] for line in steps[-10:] if line["loss"] is not None]
+        found |= {"train_loss": sum(last) / len(last)} if last else {}
+        found |= {"grad_norm": norms[len(norms) // 2], "grad_norm_max": norms[-1]} if norms else {}
+        if shares:
+            found["clipped"] = sum(share * span for share, span in shares) / sum(span for _, span in shares)
+    return found
 
 
 @dataclass(frozen=True)
