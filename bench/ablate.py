@@ -49,6 +49,7 @@ RESULTS = machine.ROOT / "bench/results/ablations"
 ITERS = 1000  # of a run, unless --iters says more
 TAIL = 600  # characters of a failed run's last words
 SETTLED = ("ok", "diverged")  # what a run came to that running it again would not change
+Keyed = tuple[Run, str, str]  # a run, its data's hash, its key
 PLACES = {"seed", "out_dir", "data_dir", "init_from"}  # of a configuration: in a run's key otherwise, or nowhere
 
 
@@ -175,22 +176,25 @@ def _die_with_parent() -> None:
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def shape_of(run: Run, args: argparse.Namespace) -> GPTConfig:
-    """The model that a run of these flags trains."""
-    config = cli.load_config(["--config", args.config, *as_words({**run.flags, "data_dir": args.data_dir})])
-    meta = read_meta(Path(args.data_dir) / config.data.dataset)
+def config_of(flags: dict[str, Any], args: argparse.Namespace) -> Config:
+    """A run's whole configuration."""
+    return cli.load_config(["--config", args.config, *as_words({**flags, "data_dir": args.data_dir})])
+
+
+def shape_of(config: Config) -> GPTConfig:
+    """The model that it trains."""
+    meta = read_meta(Path(config.data.data_dir) / config.data.dataset)
     return config.shape(config.model.vocab_size or (meta.vocab_size if meta else GPT2_PADDED))
 
 
 def settings_of(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     """The run's configuration as its key has it: what differs from train's defaults, so that a flag which train gets
     one day leaves the keys as they are."""
-    flat = cli.load_config(["--config", args.config, *as_words(run.flags)]).flat()
-    plain = Config().flat()
+    flat, plain = config_of(run.flags, args).flat(), Config().flat()
     return {key: value for key, value in flat.items() if key not in PLACES and value != plain[key]}
 
 
-def keyed(runs: list[Run], args: argparse.Namespace) -> list[tuple[Run, str, str]]:
+def keyed(runs: list[Run], args: argparse.Namespace) -> list[Keyed]:
     """Runs with their data's hash and their key."""
     digests: dict[str, str] = {}
     settings: dict[str, dict[str, Any]] = {}
@@ -219,8 +223,8 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--report", action="store_true", help="tables of what is there; runs nothing")
     parser.add_argument("--dry_run", action="store_true", help="print the runs' commands")
     args = parser.parse_args(argv)
-    if args.seeds < 1 or args.iters < POINTS or args.iters % POINTS or (args.jobs is not None and args.jobs < 1):
-        expected = f"--seeds >= 1, --iters a multiple of {POINTS}, --jobs >= 1"
+    if args.seeds < 1 or args.iters < POINTS or args.iters % POINTS:
+        expected = f"--seeds >= 1, --iters a multiple of {POINTS}"
         raise ConfigError("a number is out of range", expected=expected, found=" ".join(argv))
     args.studies = ablation_study.names() if args.studies == ["all"] else args.studies
     return settled(args)
@@ -236,7 +240,9 @@ def add_place(parser: argparse.ArgumentParser, results: Path) -> None:
 
 
 def settled(args: argparse.Namespace) -> argparse.Namespace:
-    """With add_place's defaults, which depend on one another."""
+    """With add_place's defaults, which depend on one another. Raises ConfigError."""
+    if args.jobs is not None and args.jobs < 1:
+        raise ConfigError("--jobs is out of range", expected=">= 1", found=str(args.jobs))
     args.data_dir = args.data_dir or ("data" if args.dataset else str(user_cache("ablate")))
     args.on_cpu = preset_of(args).system.device == "cpu"
     args.jobs = args.jobs or (machine.available_cores() if args.on_cpu else 1)
@@ -250,7 +256,7 @@ def main(argv: list[str]) -> int:
         for study in listed:
             print("\n".join(ablation_report.text(study, machine.read_lines(args.out / f"{study.name}.jsonl"))), "\n")
         return 0
-    left: list[tuple[Run, str, str]] = []
+    left: list[Keyed] = []
     for study in listed:
         needs_checkpoint = any(arm.after for arm in study.arms)
         if needs_checkpoint and not args.before and (args.config != SMALL or args.dataset):
@@ -284,15 +290,13 @@ def listing(study: Study, wanted: int, missing: int, rows: list[dict[str, Any]],
     ]
 
 
-def all_of_them(
-    left: list[tuple[Run, str, str]], args: argparse.Namespace, more: Callable[[Run], dict[str, Any]]
-) -> None:
+def all_of_them(left: list[Keyed], args: argparse.Namespace, more: Callable[[Run], dict[str, Any]]) -> None:
     """The runs, and a line of each as it ends; more: what its row has beside the outcome."""
     # Here, not in the threads: parsing flags takes the whole process's stdout for a while.
-    shapes = {(run.study, run.arm.name): shape_of(run, args) for run, _, _ in left if run.arm.weights}
+    shapes = {(run.study, run.arm.name): shape_of(config_of(run.flags, args)) for run, _, _ in left if run.arm.weights}
     runner, began = Runner(args, shapes), time.perf_counter()
-    facts = machine.machine_facts("cpu" if args.on_cpu else "") | {"bench": "ablation", "config": args.config}
-    facts |= {"jobs": args.jobs}
+    facts = machine.machine_facts("cpu" if args.on_cpu else "")
+    facts |= {"bench": "ablation", "config": args.config, "jobs": args.jobs}
     for path in args.out.glob("*.jsonl"):
         content = path.read_bytes()
         if content and not content.endswith(b"\n"):  # a kill cut its last line off
@@ -303,19 +307,11 @@ def all_of_them(
         pending = {pool.submit(runner.make, run): (run, data, key) for run, data, key in left}
         for done, future in enumerate(as_completed(pending), 1):
             (run, data, key), found = pending[future], future.result()
-            begins = {"weights": run.arm.weights} if run.arm.weights else {}
-            begins |= {"before": args.before or run.before} if run.arm.after else {}
+            told = {"study": run.study, "arm": run.arm.name, "seed": run.seed, "key": key, "flags": run.flags}
+            told |= {"weights": run.arm.weights} if run.arm.weights else {}
+            told |= {"before": args.before or run.before} if run.arm.after else {}
             lines = machine.Lines(args.out / f"{run.study}.jsonl", **facts, data=data)
-            lines.write(
-                study=run.study,
-                arm=run.arm.name,
-                seed=run.seed,
-                key=key,
-                flags=run.flags,
-                **more(run),
-                **begins,
-                **found,
-            )
+            lines.write(**told, **more(run), **found)
             loss = f"{found['val_loss']:.4f}" if found.get("val_loss") is not None else "-"
             eta = (time.perf_counter() - began) / done * (len(left) - done) / 60
             what = f"{run.study}, {run.arm.name}, seed {run.seed}: {found['status']}, val loss {loss}"

@@ -16,7 +16,7 @@ docs/isoflop.md is made of them by bench/isoflop_page.py.
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,9 @@ from nanogpt_fast.command import run_command
 from nanogpt_fast.data.dataset import read_meta
 from nanogpt_fast.errors import ConfigError
 from nanogpt_fast.hardware import flops_per_token
-from nanogpt_fast.settings import cli
 
 NAME = "isoflop"
 RESULTS = machine.ROOT / "bench/results/scaling"
-Wanted = tuple[Run, str, str]  # with its data's hash and its key
 # At SMALL: {FLOPs: shapes, layers x width, around the best}; the preset's four heads throughout.
 GRID = {
     4e10: "2x8 2x12 2x16 2x20 2x24",
@@ -51,7 +49,7 @@ RATES = (6e-3, 1.2e-2, 2.4e-2)
 PASSES = 2.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Point:
     """A size and a budget. flops, tokens: of the whole run; params: all, as the laws count them."""
 
@@ -62,13 +60,23 @@ class Point:
     tokens: int
     flags: dict[str, Any]
 
-    @property
-    def name(self) -> str:
-        return f"{self.budget:g} {self.shape}"
-
     def run(self, rate: float, seed: int) -> Run:
         flags = {**self.flags, "learning_rate": rate, "min_lr": rate / 10}
-        return Run(NAME, Arm(f"{self.name} {rate:g}", flags), seed, flags)
+        return Run(NAME, Arm(f"{self.budget:g} {self.shape} {rate:g}", flags), seed, flags)
+
+    def row(self, unique: int) -> dict[str, Any]:
+        """What results have of it, of a text of so many tokens."""
+        of_text = round(self.tokens / unique, 4)
+        return {
+            "budget": self.budget,
+            "shape": self.shape,
+            "params": self.params,
+            "flops": self.flops,
+            "of_text": of_text,
+        }
+
+
+Trial = tuple[Point, float, int]  # a point, a rate, a seed
 
 
 def point(budget: float, shape: str, args: argparse.Namespace) -> Point:
@@ -78,8 +86,8 @@ def point(budget: float, shape: str, args: argparse.Namespace) -> Point:
         raise ConfigError("a shape is LAYERSxWIDTH or LAYERSxWIDTHxHEADS", where=f"--shapes {shape}", expected="2x32")
     common = {"eval_mode": "full", "log_interval": 50, "always_save_checkpoint": False, "data_order": "shuffle"}
     flags = {**common, "dataset": args.dataset or "stdlib", **dict(zip(SIDES, map(int, numbers)))}
-    config = cli.load_config(["--config", args.config, *ablate.as_words(flags)])
-    model = ablate.shape_of(Run(NAME, Arm("", {}), FIRST_SEED, flags), args)
+    config = ablate.config_of(flags, args)
+    model = ablate.shape_of(config)
     a_step = config.data.batch_size * config.data.block_size * config.data.gradient_accumulation_steps
     each = flops_per_token(model)["nanogpt"]
     iters = max(1, round(budget / (each * a_step) / POINTS)) * POINTS
@@ -131,16 +139,10 @@ def listing(points: Sequence[Point], unique: int) -> list[str]:
     return columns([["FLOPs", "shape", "N", "D", "passes"], *rows])
 
 
-def first_losses(rows: Sequence[dict[str, Any]], wanted: Sequence[Wanted]) -> dict[str, dict[float, float]]:
-    """{budget and shape: {rate: loss}}: infinite where it diverged, nan where the run is not there."""
-    by_key = {row["key"]: row for row in rows if row.get("status") in ablate.SETTLED}
-    losses: dict[str, dict[float, float]] = {}
-    for run, _, key in wanted:
-        name, _, _ = run.arm.name.rpartition(" ")
-        row = by_key.get(key, {})
-        loss = row["val_loss"] if row.get("status") == "ok" else math.inf if row else math.nan
-        losses.setdefault(name, {})[run.flags["learning_rate"]] = loss
-    return losses
+def settled_losses(path: Path) -> dict[str, float]:
+    """{key: loss, infinite where it diverged} of the runs that are there."""
+    rows = [row for row in machine.read_lines(path) if row.get("status") in ablate.SETTLED]
+    return {row["key"]: row["val_loss"] if row["status"] == "ok" else math.inf for row in rows}
 
 
 def best_rate(losses: dict[float, float]) -> float | None:
@@ -168,35 +170,28 @@ def main(argv: list[str]) -> int:
     points = [one for one in grid(args) if one.tokens <= PASSES * unique]
     if not args.run:
         print("\n".join(listing(points, unique)))
-    facts = {
-        one.name: {"budget": one.budget, "shape": one.shape, "params": one.params, "flops": one.flops,
-                   "of_text": round(one.tokens / unique, 4)}
-        for one in points
-    }  # fmt: skip
 
-    def stage(title: str, runs: list[Run]) -> list[Wanted]:
-        wanted = ablate.keyed(runs, args)
-        done = {row["key"] for row in machine.read_lines(path) if row.get("status") in ablate.SETTLED}
-        left = [one for one in wanted if one[2] not in done]
-        print(f"{title}: {len(wanted) - len(left)} of {len(wanted)} runs are there")
+    def stage(title: str, trials: list[Trial]) -> Iterator[tuple[Trial, float]]:
+        """Makes the trials with --run. Each, and its loss: infinite where it diverged, nan where it is not there."""
+        made = {one.run(rate, seed).arm.name: one.row(unique) for one, rate, seed in trials}
+        keyed = ablate.keyed([one.run(rate, seed) for one, rate, seed in trials], args)
+        done = settled_losses(path)
+        print(f"{title}: {sum(key in done for _, _, key in keyed)} of {len(keyed)} runs are there")
         if args.run:
-            ablate.all_of_them(left, args, lambda run: facts[run.arm.name.rpartition(" ")[0]])
-        return wanted
+            left = [one for one in keyed if one[2] not in done]
+            ablate.all_of_them(left, args, lambda run: made[run.arm.name])
+            done = settled_losses(path)
+        return zip(trials, (done.get(key, math.nan) for _, _, key in keyed))
 
-    rates, beyond = {one.name: list(args.rates) for one in points}, {"": 0.0}
-    losses: dict[str, dict[float, float]] = {}
-    while beyond:
-        first = stage("one seed", [one.run(rate, FIRST_SEED) for one in points for rate in rates[one.name]])
-        losses = first_losses(machine.read_lines(path), first)
-        beyond = {name: rate for name, of in losses.items() if (rate := rate_beyond(of))}
-        for name, rate in beyond.items():
-            rates[name].append(rate)
-    best = {name: rate for name, of in losses.items() if (rate := best_rate(of))}
+    losses: dict[Point, dict[float, float]] = {one: {} for one in points}
+    trials = [(one, rate, FIRST_SEED) for one in points for rate in args.rates]
+    while trials:
+        for (one, rate, _), loss in stage("one seed", trials):
+            losses[one][rate] = loss
+        trials = [(one, rate, FIRST_SEED) for one, of in losses.items() if (rate := rate_beyond(of))]
     seeds = range(FIRST_SEED + 1, FIRST_SEED + args.seeds)
-    stage(
-        "the other seeds, at the best rate",
-        [o.run(best[o.name], seed) for o in points if o.name in best for seed in seeds],
-    )
+    best = [(one, rate) for one, of in losses.items() if (rate := best_rate(of))]
+    stage("the other seeds, at the best rate", [(one, rate, seed) for seed in seeds for one, rate in best])
     return 0
 
 

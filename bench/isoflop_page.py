@@ -20,7 +20,7 @@ import machine
 import numpy as np
 import page
 import page_blocks
-from isoflop_report import Size, Table
+from isoflop_report import Size
 
 from nanogpt_fast.command import run_command
 from nanogpt_fast.errors import DataError
@@ -49,10 +49,6 @@ def law() -> tuple[Fit, list[Law]]:
     return report.law_of(sizes())
 
 
-def markdown(table: Table) -> str:
-    return page.markdown_table(*table).rstrip() + "\n"
-
-
 def runs() -> str:
     found, one = rows(), rows()[-1]
     hours = sum(row["cpu_s"] for row in found) / 3600
@@ -65,24 +61,22 @@ def runs() -> str:
 
 MAKERS: dict[str, Callable[..., str]] = {
     "runs": runs,
-    "grid": lambda: markdown(report.grid_table(sizes())),
-    "budgets": lambda: markdown(report.budget_table(sizes())),
-    "law": lambda: markdown(report.law_table(*law())),
-    "exponents": lambda: markdown(report.exponent_table(sizes(), *law())),
-    "foretold": lambda: markdown(report.foretold_table(sizes())),
+    "grid": lambda: page.markdown_table(*report.grid_table(sizes())),
+    "budgets": lambda: page.markdown_table(*report.budget_table(sizes())),
+    "law": lambda: page.markdown_table(*report.law_table(*law())),
+    "exponents": lambda: page.markdown_table(*report.exponent_table(sizes(), *law())),
+    "foretold": lambda: page.markdown_table(*report.foretold_table(sizes())),
 }
 
 
 def draw(path: Path) -> None:
     """Left: loss against size, a curve a budget, with its parabola and the law; right: the best size of a budget."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     found, fitted = sizes(), law()[0].law
     losses = [one.loss for one in found]
-    figure, (valley, best) = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    valley, best = figure.subplots(1, 2)
     for at, budget in enumerate(report.budgets(found)):
         mine = [one for one in found if one.budget == budget]
         params = np.array([one.params for one in mine])
@@ -96,16 +90,9 @@ def draw(path: Path) -> None:
             valley.plot(*bottom, "x", color=f"C{at}", ms=9, mew=2)
             best.plot(budget, bottom[0], "x", color=f"C{at}", ms=9, mew=2)
     budgets = np.geomspace(report.budgets(found)[0] / 2, report.budgets(found)[-1] * 2, 50)
-    best.plot(
-        budgets, [fitted.optimum(c)[0] for c in budgets], color="black", label=f"our law: a = {fitted.exponent:.2f}"
-    )
-    best.plot(
-        budgets,
-        [REFIT.optimum(c)[0] for c in budgets],
-        "--",
-        color="0.5",
-        label="Besiroglu's refit, far below its runs",
-    )
+    ours, refit = f"our law: a = {fitted.exponent:.2f}", "Besiroglu's refit, far below its runs"
+    best.plot(budgets, [fitted.optimum(c)[0] for c in budgets], color="black", label=ours)
+    best.plot(budgets, [REFIT.optimum(c)[0] for c in budgets], "--", color="0.5", label=refit)
     valley.set(xscale="log", xlabel="parameters", ylabel="validation loss, nats a character",
                title="a dot a seed; crosses: parabolas' bottoms; dotted: the law")  # fmt: skip
     best.set(xscale="log", yscale="log", xlabel="FLOPs", ylabel="best number of parameters",
@@ -115,7 +102,6 @@ def draw(path: Path) -> None:
         axis.title.set_fontsize(9)
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
 
 
 def main(argv: list[str]) -> int:

@@ -105,10 +105,14 @@ def slope_interval(found: Sequence[Size], seed: int = 0) -> tuple[float, float]:
 Count = Callable[[Size], float]
 
 
+def runs_of(found: Sequence[Size], params: Count = lambda one: one.params) -> tuple[np.ndarray, ...]:
+    """Parameters, tokens and losses of every seed."""
+    return tuple(np.array([(params(one), one.worth, loss) for one in found for loss in one.losses]).T)
+
+
 def law_of(found: Sequence[Size], params: Count = lambda one: one.params) -> tuple[Fit, list[Law]]:
     """The law through all runs, and those of runs drawn anew."""
-    runs = [(params(one), one.worth, loss) for one in found for loss in one.losses]
-    n, d, losses = (np.array(column) for column in zip(*runs))
+    n, d, losses = runs_of(found, params)
     fitted = fit(n, d, losses, name="ours")
     return fitted, bootstrap(n, d, losses, fitted, samples=SAMPLES)
 
@@ -191,14 +195,15 @@ def exponent_table(found: Sequence[Size], fitted: Fit, laws: Sequence[Law]) -> T
 def foretold_table(found: Sequence[Size]) -> Table:
     """What the law through all but the largest budget says of that one."""
     largest = budgets(found)[-1]
-    fitted, _ = law_of([one for one in found if one.budget < largest])
-    mine, rows = [one for one in found if one.budget == largest], []
-    for one in mine:
-        said = fitted.law.loss(one.params, one.worth)
-        rows.append([one.shape, f"{one.params:,}", f"{one.loss:.4f}", f"{said:.4f}", f"{said - one.loss:+.4f}"])
-    said = lowest(mine, largest, [fitted.law.loss(one.params, one.worth) for one in mine])
-    seen = lowest(mine, largest, [one.loss for one in mine])
-    shown = [f"{bottom[0]:,.0f} parameters" if bottom else "beyond the sizes" for bottom in (seen, said)]
+    law = fit(*runs_of([one for one in found if one.budget < largest])).law
+    mine = [one for one in found if one.budget == largest]
+    said, seen = [law.loss(one.params, one.worth) for one in mine], [one.loss for one in mine]
+    rows = [
+        [one.shape, f"{one.params:,}", f"{loss:.4f}", f"{foretold:.4f}", f"{foretold - loss:+.4f}"]
+        for one, loss, foretold in zip(mine, seen, said)
+    ]
+    bottoms = [lowest(mine, largest, losses) for losses in (seen, said)]
+    shown = [f"{bottom[0]:,.0f} parameters" if bottom else "beyond the sizes" for bottom in bottoms]
     rows.append(["the parabola's N", "", *shown, ""])
     return [f"{flops(largest)} FLOPs", "N", "loss", "foretold", "off by"], rows
 

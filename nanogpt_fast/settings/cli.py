@@ -262,7 +262,8 @@ class _Reader:
         if not issubclass(self.cls, Config) and key in SECTION_OF:
             hint = "leave it out here, give it to python -m nanogpt_fast.train"
             return ConfigError(f"{name} is a setting of training, not of this command", where=where, hint=hint)
-        near = did_you_mean(dashes + key, [dashes + known for known in (*self.flags, *["config"] * bool(dashes))])
+        known = [f"--{flag}" for flag in (*self.flags, "config")] if dashes else list(self.flags)
+        near = did_you_mean(dashes + key, known)
         return ConfigError(
             f"unknown {'flag' if dashes else 'key'} {name[:100]}{near}", where=where, hint=f"{self.prog} --help"
         )

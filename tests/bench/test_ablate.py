@@ -15,6 +15,7 @@ import ablation_texts
 import initial_weights
 import machine
 import pytest
+import stub_trainer
 import torch
 from ablation_report import outcomes
 from ablation_study import Arm, Run, Study, Terms
@@ -28,28 +29,16 @@ from nanogpt_fast.settings.config import GPTConfig
 
 STUDY = Study("toy", "Is b better?", "", "a", (Arm("a", {}), Arm("b", {"grad_clip": 0.5}), Arm("c", {"bias": True})))
 
-# A trainer that writes what ablate reads; arm c's flag makes it end in exit code 6.
-STUB = """
-import json, pathlib, sys, time
-flags = dict(word[2:].partition("=")[::2] for word in sys.argv if word.startswith("--") and "=" in word)
-out = pathlib.Path(flags["out_dir"]); out.mkdir()
-time.sleep(0.05)
+# Arm c's flag makes it end in exit code 6; max_bad_steps is one too.
+OUTCOME = """
 loss = float(flags["seed"]) - 1337 + float(flags.get("grad_clip", 0))
-lines = [{"kind": "run", "dtype": "float32"}]
-lines += [{"kind": "train", "iter": i, "loss": loss, "grad_norm": i / 10, "clipped": 10 * i} for i in (0, 10, 30)]
-lines += [{"kind": "eval", "iter": i, "val_loss": loss - i / 100, "tokens": i} for i in (0, 30)]
-(out / "metrics.jsonl").write_text("".join(json.dumps(line) + chr(10) for line in lines))
-print("last words"); sys.exit(6 if "bias" in flags else int(flags.get("max_bad_steps", 0)))
+code = 6 if "bias" in flags else int(flags.get("max_bad_steps", 0))
 """
 
 
 def stubbed(tmp_path: Path, monkeypatch: Any, study: Study) -> Namespace:
-    """Of a command whose trainer is STUB, and whose only study is this one."""
-    (tmp_path / "stub.py").write_text(STUB)
-    real = ablate.command_of
-    monkeypatch.setattr(
-        ablate, "command_of", lambda *a, **k: [sys.executable, str(tmp_path / "stub.py"), *real(*a, **k)[3:]]
-    )
+    """Of a command whose trainer is a stub, and whose only study is this one."""
+    stub_trainer.use(monkeypatch, tmp_path, OUTCOME)
     monkeypatch.setattr(ablation_study, "load", lambda name: study)
     monkeypatch.setattr(ablation_texts, "digest", lambda name, data_dir: f"hash of {name}")
     return ablate.parsed(["toy", "--seeds=2", "--jobs=2", "--out", str(tmp_path / "out")])
@@ -128,7 +117,7 @@ def test_runs_are_made_once_and_failures_are_results(args: Namespace, capsys: py
 def test_a_failed_run_is_shown_and_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """max_bad_steps is the exit code of STUB; what fails is not the arm's doing."""
+    """What fails is not the arm's doing."""
     study = Study("toy", "?", "", "a", (Arm("a", {}), Arm("b", {"max_bad_steps": 9})))
     args = stubbed(tmp_path, monkeypatch, study)
     args.seeds = 1

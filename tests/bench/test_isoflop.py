@@ -1,7 +1,6 @@
 """bench/isoflop.py: which runs it makes, and its report on runs of a law that is known."""
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,11 @@ import isoflop_page
 import isoflop_report as report
 import machine
 import pytest
+import stub_trainer
 
+from nanogpt_fast.data.preparation import PrepareConfig, prepare
 from nanogpt_fast.errors import ConfigError
+from nanogpt_fast.hardware import flops_per_token
 from nanogpt_fast.scaling_laws import Law
 
 TRUE = Law("true", 1.2, 60.0, 900.0, 0.4, 0.5)
@@ -69,7 +71,7 @@ def test_a_valley_without_a_bottom_between_its_sizes_has_none():
     found = [one for one in report.sizes(rows()) if one.params < 1.2 * TRUE.optimum(one.budget)[0]]
     falling = [1 / one.params for one in found]
     assert report.lowest(found, 1e12, falling) is None
-    assert report.slope(found, falling) != report.slope(found, falling), "nan"
+    assert math.isnan(report.slope(found, falling))
     table = report.budget_table(report.sizes(rows())[:2])
     assert table[1][0][3:] == ["-"] * 4
 
@@ -79,46 +81,53 @@ def test_the_report_says_what_is_missing():
     assert "no law yet" in report.text(rows((1e12,))[:6])[-1]
 
 
-STUB = """
-import json, pathlib, sys
-flags = dict(word[2:].partition("=")[::2] for word in sys.argv if word.startswith("--") and "=" in word)
-out = pathlib.Path(flags["out_dir"]); out.mkdir()
+OUTCOME = """
 loss = float(flags["n_embd"]) / 100 + abs(float(flags["learning_rate"]) - 0.02)
-lines = [{"kind": "run", "dtype": "float32"}, {"kind": "eval", "iter": 5, "val_loss": loss, "tokens": 1}]
-(out / "metrics.jsonl").write_text("".join(json.dumps(line) + chr(10) for line in lines))
-sys.exit(6 if float(flags["learning_rate"]) > 1 else 0)
+code = 6 if float(flags["learning_rate"]) > 1 else 0
 """
-WORDS = ["--run", "--budgets=1e10", "--shapes", "2x8", "2x16", "--rates", "0.01", "0.02", "2", "--jobs=2"]
+SHAPES = ["--budgets=1e10", "--shapes", "2x8", "2x16"]
+
+
+def prepared(tmp_path: Path, tokens: int) -> list[str]:
+    """Flags of a text of so many characters."""
+    (tmp_path / "text.txt").write_text("".join(chr(32 + i % 90) for i in range(tokens)))
+    text = PrepareConfig(name="mine", source=str(tmp_path / "text.txt"), out=str(tmp_path / "mine"), tokenizer="char",
+                         val_fraction=0.1, num_proc=1)  # fmt: skip
+    prepare(text)
+    return ["--dataset=mine", "--data_dir", str(tmp_path), "--out", str(tmp_path / "out")]
 
 
 def test_other_seeds_are_of_the_best_rate_and_nothing_is_made_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    (tmp_path / "stub.py").write_text(STUB)
-    real = ablate.command_of
-    monkeypatch.setattr(
-        ablate, "command_of", lambda *a, **k: [sys.executable, str(tmp_path / "stub.py"), *real(*a, **k)[3:]]
-    )
-    monkeypatch.setattr(isoflop.ablation_texts, "digest", lambda name, data_dir: "hash")
-    monkeypatch.setattr(isoflop, "unique_tokens", lambda args: 1_000_000)
-    words = [*WORDS, "--out", str(tmp_path / "out"), "--data_dir", str(tmp_path)]
-    monkeypatch.setattr(isoflop.ablate, "shape_of", shape_of_known_text)
+    stub_trainer.use(monkeypatch, tmp_path, OUTCOME)
+    words = [*prepared(tmp_path, 400_000), *SHAPES, "--rates", "0.01", "0.02", "2", "--run", "--jobs=2"]
     assert isoflop.main(words) == 0
     made = machine.read_lines(tmp_path / "out/isoflop.jsonl")
     rates = [(row["shape"], row["flags"]["learning_rate"], row["seed"]) for row in made]
     first = [(shape, rate, 1337) for shape in ("2x8", "2x16") for rate in (0.01, 0.02, 2.0)]
     assert sorted(rates[:6]) == sorted(first) and sorted(rates[6:]) == [("2x16", 0.02, 1338), ("2x8", 0.02, 1338)]
-    row = made[-1]
-    assert row["flops"] == pytest.approx(1e10, rel=0.03) and row["flags"]["max_iters"] % 5 == 0
-    assert row["of_text"] == pytest.approx(row["flags"]["max_iters"] * 768 / 1e6, abs=1e-4)
+    row, config = made[-1], ablate.config_of(made[-1]["flags"], isoflop.parsed(words))
+    tokens = row["flags"]["max_iters"] * config.tokens_per_iter
+    assert row["flops"] == tokens * flops_per_token(ablate.shape_of(config))["nanogpt"]
+    assert row["flops"] == pytest.approx(1e10, rel=0.03) and row["of_text"] == pytest.approx(tokens / 360_000, rel=0.01)
     capsys.readouterr()
     assert isoflop.main(words) == 0 and len(machine.read_lines(tmp_path / "out/isoflop.jsonl")) == 8
     assert "6 of 6 runs" in capsys.readouterr().out
 
-    monkeypatch.setattr(isoflop, "unique_tokens", lambda args: 100_000)
-    assert isoflop.main([word for word in words if word != "--run"]) == 0
+
+def test_a_rate_at_the_end_is_followed_by_its_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    stub_trainer.use(monkeypatch, tmp_path, OUTCOME)
+    words = [*prepared(tmp_path, 400_000), "--budgets=1e10", "--shapes", "2x8", "--rates", "0.08", "0.16", "--seeds=1"]
+    assert isoflop.main([*words, "--run"]) == 0
+    made = machine.read_lines(tmp_path / "out/isoflop.jsonl")
+    assert [row["flags"]["learning_rate"] for row in made[2:]] == [0.04, 0.02, 0.01], "until one is worse"
+
+
+def test_a_size_that_would_see_the_text_too_often_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert isoflop.main([*prepared(tmp_path, 110_000), *SHAPES]) == 0
     shown = capsys.readouterr().out
-    assert "2x16" in shown and "2x8" not in shown, "that would see the text more than twice"
+    assert "2x16" in shown and "2x8" not in shown, "that would see it more than twice"
 
 
 def test_rates_go_on_until_the_best_is_between_others():
@@ -129,13 +138,9 @@ def test_rates_go_on_until_the_best_is_between_others():
     assert isoflop.rate_beyond({0.01: 2.0, 0.02: math.nan}) is None, "before the run is there"
 
 
-def shape_of_known_text(run: Any, args: Any) -> Any:
-    """As ablate's, of 96 characters."""
-    config = ablate.cli.load_config(["--config", args.config, *ablate.as_words(run.flags)])
-    return config.shape(96)
-
-
-@pytest.mark.parametrize("words", [["--budgets=1e9"], ["--dataset=mine"], ["--shapes", "2x8", "--seeds=0"]])
+@pytest.mark.parametrize(
+    "words", [["--budgets=1e9"], ["--dataset=mine"], ["--shapes", "2x8", "--seeds=0"], ["--jobs=0"]]
+)
 def test_a_grid_for_something_else_is_asked_for(words: list[str]):
     with pytest.raises(ConfigError):
         isoflop.parsed(words)
