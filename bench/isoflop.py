@@ -80,7 +80,8 @@ Trial = tuple[Point, float, int]  # a point, a rate, a seed
 
 
 def point(budget: float, shape: str, args: argparse.Namespace) -> Point:
-    """What a run of that shape comes to. ConfigError for a shape that is none."""
+    """What a run of that shape comes to. ConfigError for a shape that is none, and for a budget of too few
+    iterations."""
     numbers = shape.split("x")
     if len(numbers) not in (2, 3) or not all(number.isdigit() for number in numbers):
         raise ConfigError("a shape is LAYERSxWIDTH or LAYERSxWIDTHxHEADS", where=f"--shapes {shape}", expected="2x32")
@@ -93,6 +94,9 @@ def point(budget: float, shape: str, args: argparse.Namespace) -> Point:
     iters = max(1, round(budget / (each * a_step) / POINTS)) * POINTS
     flags |= {"max_iters": iters, "lr_decay_iters": iters, "warmup_iters": iters // 20, "eval_interval": iters}
     tokens = iters * a_step
+    if abs(each * tokens / budget - 1) > 0.05:
+        least = f">= {each * a_step * POINTS * 10:.2g} FLOPs, or a smaller batch"
+        raise ConfigError("the budget is no run of that size", where=f"{budget:g} FLOPs, {shape}", expected=least)
     return Point(budget, shape, model.num_params(non_embedding=False), each * tokens, tokens, flags)
 
 

@@ -152,6 +152,12 @@ def test_a_shape_that_is_none(tmp_path: Path):
         isoflop.grid(args)
 
 
+def test_a_budget_of_too_few_iterations(tmp_path: Path):
+    args = isoflop.parsed([*prepared(tmp_path, 1_000), "--budgets=1e9", "--shapes", "4x256"])
+    with pytest.raises(ConfigError, match="no run of that size"):
+        isoflop.grid(args)
+
+
 @pytest.mark.slow  # it fits some thousand laws
 def test_the_page_is_up_to_date(capsys: pytest.CaptureFixture[str]):
     assert isoflop_page.main(["--check"]) == 0, "run python bench/isoflop_page.py"
