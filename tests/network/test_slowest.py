@@ -87,7 +87,7 @@ CASES = [  # shape, the slow links, what is to be read
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("shape", "slow", "expected"), CASES, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(("shape", "slow", "expected"), CASES, ids=lambda v: str(sorted(v) if isinstance(v, set) else v)[:40])
 def test_what_is_slow_is_named_as_largely_as_it_is(shape: str, slow: set[tuple[int, int]], expected: list[str]):
     assert named(shape, slow) == expected
 
