@@ -295,8 +295,8 @@ def all_of_them(left: list[Keyed], args: argparse.Namespace, more: Callable[[Run
     # Here, not in the threads: parsing flags takes the whole process's stdout for a while.
     shapes = {(run.study, run.arm.name): shape_of(config_of(run.flags, args)) for run, _, _ in left if run.arm.weights}
     runner, began = Runner(args, shapes), time.perf_counter()
-    facts = machine.machine_facts("cpu" if args.on_cpu else "")
-    facts |= {"bench": "ablation", "config": args.config, "jobs": args.jobs}
+    own = {"bench": "ablation", "config": args.config, "jobs": args.jobs}
+    facts = machine.machine_facts("cpu" if args.on_cpu else "") | own
     for path in args.out.glob("*.jsonl"):
         content = path.read_bytes()
         if content and not content.endswith(b"\n"):  # a kill cut its last line off

@@ -103,6 +103,7 @@ def test_runs_are_made_once_and_failures_are_results(args: Namespace, capsys: py
     assert ablate.main(words(args)) == 0
     found = {(row["arm"], row["seed"]): row for row in rows(args)}
     assert len(rows(args)) == len(found) == 6
+    assert "bench" not in machine.machine_facts("cpu"), "of one command is in what all commands share"
     assert found["b", 1338]["val_loss"] == pytest.approx(1.2) and found["b", 1338]["status"] == "ok"
     assert found["c", 1337]["status"] == "diverged" and "last words" in found["c", 1337]["said"]
     a = found["a", 1337]
