@@ -5,7 +5,7 @@ import runpy
 import sys
 
 from nanogpt_fast import __version__
-from nanogpt_fast.command import run_command
+from nanogpt_fast.command import importing, run_command
 from nanogpt_fast.errors import ConfigError, did_you_mean
 
 COMMANDS = {
@@ -20,6 +20,7 @@ COMMANDS = {
     "verify": "whether the Triton kernels are right on this GPU",
     "tune": "measure launch rows of the Triton kernels on this GPU",
 }
+IMPORT_TORCH = ("plan", "convert", "doctor", "verify", "tune")  # at once; the others after their flags, if at all
 HELP = f"""usage: python -m nanogpt_fast COMMAND [--help] ...
 
 {chr(10).join(f"  {name:<10}{does}" for name, does in COMMANDS.items())}
@@ -41,6 +42,9 @@ def main(argv: list[str]) -> int:
             expected=", ".join(COMMANDS),
             hint="python -m nanogpt_fast --help",
         )
+    if word in IMPORT_TORCH:
+        with importing():
+            import torch  # noqa: F401
     sys.argv = argv  # the command's file has a boundary of its own, in which it exits; ours is for its imports
     runpy.run_module(f"nanogpt_fast.{word}", run_name="__main__", alter_sys=True)
     return 0

@@ -35,6 +35,7 @@ _HINTS = {  # by what the system says
 }
 _HINT = "check the path and its permissions (ls -ld), then run it again"
 _came: list[int] = []  # signals that unwound the stack: what a library made of their exception is not what happened
+_importing = False  # then they wait
 _FALSE = ("False", "false", "0", "no", "off")
 
 
@@ -73,13 +74,16 @@ def run_command(main: Callable[[list[str]], int | None], *, again: str = "nothin
 @contextmanager
 def importing() -> Iterator[None]:
     """Around a command's import of torch: nothing is collected within. An import makes no garbage to speak of, and to
-    look for it again and again among all that was made takes 0.13 of torch's 0.78 s (measured). A signal whose
-    exception an import swallowed, as torch's may, is raised behind it."""
+    look for it again and again among all that was made takes 0.13 of torch's 0.78 s (measured). A signal waits for its
+    end: within torch's C++ an exception of its handler aborts the process, elsewhere the import may swallow it."""
+    global _importing
     on, before = gc.isenabled(), len(_came)
     gc.disable()
+    _importing = True
     try:
         yield
     finally:
+        _importing = False
         if on:
             gc.enable()
     if len(_came) > before:
@@ -193,6 +197,8 @@ def _unwinding(last: bool = False) -> Iterator[None]:
             os.kill(os.getpid(), number)
             return
         _came.append(number)
+        if _importing:
+            return
         raise KeyboardInterrupt if number == signal.SIGINT else Stopped(number)
 
     handlers = dict.fromkeys(("SIGINT", "SIGTERM", "SIGHUP"), on_signal) | {"SIGUSR1": lambda *_: None}

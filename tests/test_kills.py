@@ -310,11 +310,11 @@ def test_a_signalled_command_can_be_typed_again(forker: Forker, home: Path, plac
 # ---- while torch is imported ----
 
 
-def importing(form: Words, folder: Path, name: str, after: float) -> Ended:
-    """The help of train, in an interpreter of its own, which is signalled while torch comes into it."""
+def importing(words: Words, folder: Path, name: str, after: float) -> Ended:
+    """A command in an interpreter of its own, which is signalled while torch comes into it."""
     files = [(folder / stream).open("w+") for stream in ("stdout", "stderr")]
     with subprocess.Popen(
-        [sys.executable, "-m", *form, "--help"], env=ENV, stdout=files[0], stderr=files[1], start_new_session=True
+        [sys.executable, "-m", *words], env=ENV, stdout=files[0], stderr=files[1], start_new_session=True
     ) as process:
         while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text() and process.poll() is None:
             time.sleep(0.005)
@@ -331,20 +331,20 @@ def importing(form: Words, folder: Path, name: str, after: float) -> Ended:
 @pytest.mark.usefixtures("signals_heeded")
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc to see torch come")
 @pytest.mark.parametrize("name", SIGNALS)
-def test_the_import_of_torch_is_inside_the_boundary_of_the_short_form(tmp_path: Path, name: str) -> None:
-    """`python -m nanogpt_fast train` imports it within run_command; `python -m nanogpt_fast.train` before it, where a
-    signal ends as Python ends it, with SIGINT's traceback."""
+def test_the_import_of_torch_is_inside_the_boundary(tmp_path: Path, name: str) -> None:
+    """Of train, which imports it after its flags, and of every command's short form. The long one of convert imports it
+    before run_command, where a signal ends as Python ends it, with SIGINT's traceback."""
     draw, number = random.Random(name), getattr(signal, name)
     for moment in range(MOMENTS):
         after = (moment + draw.random()) / MOMENTS
-        ended = importing(["nanogpt_fast", "train"], tmp_path, name, after)
-        TIMES["importing torch", name].append(ended.seconds)
-        assert "Traceback" not in ended.err, ended
-        if name == "SIGUSR1":
-            assert ended.code == 0 and ended.out.startswith("usage: ")
-        else:
-            assert ended.code in (0, 128 + number, -number) and (ended.code < 128 or "interrupted" in ended.err)
-            assert ended.seconds < HANGS
-        ended = importing(["nanogpt_fast.train"], tmp_path, name, after)
-        TIMES["the same, .train", name].append(ended.seconds)
+        for words in (["nanogpt_fast.train", "quickstart", "--dry_run"], ["nanogpt_fast", "convert", "--help"]):
+            ended = importing(words, tmp_path, name, after)
+            TIMES["importing torch", name].append(ended.seconds)
+            assert "Traceback" not in ended.err, ended
+            if name == "SIGUSR1":
+                assert ended.code == 0 and ended.out
+            else:
+                assert ended.code in (0, 128 + number, -number) and (ended.code < 128 or "interrupted" in ended.err)
+                assert ended.seconds < HANGS
+        ended = importing(["nanogpt_fast.convert", "--help"], tmp_path, name, after)
         assert ended.code in (0, 128 + number, -number) and ended.seconds < HANGS, ended

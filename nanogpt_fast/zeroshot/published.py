@@ -21,6 +21,8 @@ PAPER: dict[tuple[str, str], tuple[float, float, float, float]] = {
     ("1bw", "perplexity/original"): (75.20, 55.72, 44.575, 42.16),
 }
 
+TASKS = list(dict.fromkeys(task for task, _ in PAPER))  # in the order of the paper's table
+
 # {(task, metric): (what others measured of OpenAI's weights, where they say so)}
 OTHERS: dict[tuple[str, str], tuple[str, str]] = {
     ("wikitext2", "perplexity/token"): (

@@ -11,10 +11,9 @@ from nanogpt_fast.files import sha256_of, write_atomic
 from nanogpt_fast.model import GPT
 from nanogpt_fast.zeroshot import cloze, corpora, harness
 from nanogpt_fast.zeroshot.figures import Figure
+from nanogpt_fast.zeroshot.published import TASKS
 from nanogpt_fast.zeroshot.report import FORMS, Report
 from nanogpt_fast.zeroshot.task_files import Sources
-
-OURS = [*corpora.CORPORA, *cloze.CLOZES]
 
 
 class Tasks:
@@ -24,7 +23,7 @@ class Tasks:
     def __init__(self, tasks: str, source: str = "", limit: int = 0, few_shot: int = -1, report: str = ""):
         self.names = list(dict.fromkeys(filter(None, map(str.strip, tasks.split(",")))))
         if not self.names:
-            raise ConfigError("--tasks names none", where=f"--tasks={tasks!r}", expected=f"some of {', '.join(OURS)}")
+            raise ConfigError("--tasks names none", where=f"--tasks={tasks!r}", expected=f"some of {', '.join(TASKS)}")
         self.limit, self.few_shot = limit, few_shot
         self.report = Path(report).expanduser() if report else None
         if self.report and (self.report.suffix not in FORMS or not self.report.absolute().parent.is_dir()):
@@ -33,8 +32,8 @@ class Tasks:
                 where=f"--report={report}",
                 expected=f"a file of {', '.join(FORMS)} in a folder that is there",
             )
-        if theirs := [name for name in self.names if name not in OURS]:
-            harness.check_names(theirs, OURS)
+        if theirs := [name for name in self.names if name not in TASKS]:
+            harness.check_names(theirs, TASKS)
         self.sources = Sources(source, self.names)
         known = {name: entry.wanted for name, entry in [*corpora.CORPORA.items(), *cloze.CLOZES.items()]}
         self.found = {name: self.sources.find(known[name]) for name in self.names if name in known}

@@ -18,6 +18,7 @@ from nanogpt_fast.command import explained
 from nanogpt_fast.data import progress
 from nanogpt_fast.errors import ConfigError, DataError, DeviceError
 from nanogpt_fast.settings.cli import load_config
+from nanogpt_fast.train import AGAIN
 from nanogpt_fast.weights import formats
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,19 +67,28 @@ def test_a_word_runs_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 @posix
 @pytest.mark.usefixtures("signals_heeded")
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_a_signal_while_torch_is_imported_is_said_in_a_line(name: str, code: int):
+@pytest.mark.parametrize(
+    ("module", "words", "again"),
+    [
+        pytest.param("nanogpt_fast", ["convert", "--help"], "nothing was left half done", id="convert"),
+        pytest.param("nanogpt_fast.train", ["quickstart"], AGAIN, id="train"),
+    ],
+)
+def test_a_signal_while_torch_is_imported_is_said_in_a_line(
+    module: str, words: list[str], again: str, name: str, code: int
+):
     body = (
         "import os, runpy, signal, sys\n"
         "class Hit:\n"
         "    def find_spec(self, module, *_):\n"
         f"        module == 'torch' and os.kill(os.getpid(), signal.{name})\n"
         "sys.meta_path.insert(0, Hit())\n"
-        "sys.argv = ['nanogpt_fast', 'train', '--help']\n"
-        "runpy.run_module('nanogpt_fast', run_name='__main__', alter_sys=True)"
+        f"sys.argv = {['', *words]}\n"
+        f"runpy.run_module('{module}', run_name='__main__', alter_sys=True)"
     )
     done = subprocess.run([sys.executable, "-c", body], env=ENV, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (code, "")
-    assert done.stderr == f"interrupted ({name}): nothing was left half done\n"
+    assert done.stderr == f"interrupted ({name}): {again}\n"
 
 
 # ---- sample ----

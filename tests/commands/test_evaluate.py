@@ -10,11 +10,12 @@ import torch
 from random_weights import random_weights
 from separate_documents import separately
 
-from nanogpt_fast import evaluate, scoring
+from nanogpt_fast import evaluate, evaluation, scoring
 from nanogpt_fast.data.meta_pickle import nanogpt_pickle
 from nanogpt_fast.data.tokens import TokenSource
 from nanogpt_fast.errors import ConfigError, DataError
 from nanogpt_fast.model import GPT
+from nanogpt_fast.score_table import PUBLISHED
 from nanogpt_fast.weights import formats, huggingface
 
 ITOS = ["\n", *map(chr, range(97, 97 + 18)), "é"]
@@ -203,7 +204,7 @@ def test_no_vocabulary_costs_the_bits_per_byte_alone(
     def unreachable(_: object) -> None:
         raise DataError("the vocabulary is not on this machine")
 
-    monkeypatch.setattr(evaluate, "from_json", unreachable)
+    monkeypatch.setattr(evaluation, "from_json", unreachable)
     evaluate.main(["--json", "--device=cpu"])
     out, err = capsys.readouterr()
     assert json.loads(out)["bits_per_byte"] is None and json.loads(out)["loss"] > 0
@@ -241,7 +242,7 @@ def test_other_data_have_no_published_loss(gpt2: Path, capsys: pytest.CaptureFix
 
 
 def test_published_losses_are_nanogpts():
-    assert evaluate.PUBLISHED == {
+    assert PUBLISHED == {
         "gpt2": {"train": 3.11, "val": 3.12},
         "gpt2-medium": {"train": 2.85, "val": 2.84},
         "gpt2-large": {"train": 2.66, "val": 2.67},

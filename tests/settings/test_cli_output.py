@@ -1,6 +1,5 @@
 """What the command line prints: --help, and configurations as TOML and flags that load back equal."""
 
-import ast
 import os
 import re
 import subprocess
@@ -115,7 +114,15 @@ def test_help_is_coloured_on_a_terminal_unless_no_color(no_color, coloured, monk
     assert ("\x1b[" in out) is coloured and "quickstart" in out
 
 
-def test_importing_the_command_line_does_not_load_torch():
-    code = "import nanogpt_fast.settings.cli, sys; print(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_help_and_a_wrong_flag_do_without_torch(command):
+    """test_sample_batch.py has more of sample's."""
+    code = (
+        f"import sys\nfrom nanogpt_fast.errors import ConfigError\nfrom nanogpt_fast.{command} import main\n"
+        "for words in (['--help'], ['--config', 'quickstart', '--batch_sise=4']):\n"
+        "    try: main(words)\n    except (SystemExit, ConfigError) as error: print(repr(error), file=sys.stderr)\n"
+        "print(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)), file=sys.stderr)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True)
-    assert ast.literal_eval(done.stdout) == []
+    helped, wrong, loaded = done.stderr.splitlines()
+    assert helped == "SystemExit(0)" and "--batch_sise, did you mean '--batch_size' or" in wrong and loaded == "[]"

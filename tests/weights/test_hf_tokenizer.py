@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from random_weights import random_weights
 
-from nanogpt_fast import convert, evaluate, sample
+from nanogpt_fast import convert, sample
 from nanogpt_fast.data.bpe import BpeTokenizer
 from nanogpt_fast.data.tokenizer import find_vocab_bpe, from_json
 from nanogpt_fast.errors import DataError
+from nanogpt_fast.evaluation import open_sources
 from nanogpt_fast.restore import restore
+from nanogpt_fast.settings.evaluating import EvaluateConfig
 from nanogpt_fast.weights import hf_tokenizer
 from nanogpt_fast.weights.formats import read, write
 
@@ -111,9 +113,9 @@ def test_gpt2_with_a_pad_token(tmp_path):
     assert (config["pad_token_id"], config["vocab_size"]) == (50257, 50258)
     (tmp_path / "data/toy").mkdir(parents=True)  # data of GPT-2's ids are its data
     np.arange(400, dtype=np.uint16).tofile(tmp_path / "data/toy/val.bin")
-    data = evaluate.EvaluateConfig(dataset="toy", data_dir=str(tmp_path / "data"), split="val")
+    data = EvaluateConfig(dataset="toy", data_dir=str(tmp_path / "data"), split="val")
     with ExitStack() as stack:
-        assert list(evaluate.open_sources(data, restore(str(folder), ""), stack)[0]) == ["val"]
+        assert list(open_sources(data, restore(str(folder), ""), stack)[0]) == ["val"]
 
 
 def test_gpt2s_own_is_known_by_its_merges_not_by_its_size(tmp_path, caplog):

@@ -16,8 +16,8 @@ from nanogpt_fast.data import hub
 from nanogpt_fast.errors import ConfigError, DataError
 from nanogpt_fast.files import sha256_of
 from nanogpt_fast.weights import formats
-from nanogpt_fast.zeroshot.published import OTHERS, PAPER
-from nanogpt_fast.zeroshot.tasks import OURS, Tasks
+from nanogpt_fast.zeroshot.published import OTHERS, PAPER, TASKS
+from nanogpt_fast.zeroshot.tasks import Tasks
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +37,11 @@ def rows(here: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> list[di
 
 
 def test_all_tasks_have_all_their_figures(here: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    found = rows(here, capsys, f"--tasks={','.join(OURS)}", f"--report={tmp_path / 'r.csv'}")
+    found = rows(here, capsys, f"--tasks={','.join(TASKS)}", f"--report={tmp_path / 'r.csv'}")
     cells = {(row["task"], row["metric"]): row for row in found}
-    assert {task for task, _ in cells} == set(OURS)
+    assert {task for task, _ in cells} == set(TASKS)
     assert set(PAPER) <= set(cells), "a figure of the paper has none beside it"
-    assert {key for key in OTHERS if key[0] in OURS} <= set(cells)
+    assert {key for key in OTHERS if key[0] in TASKS} <= set(cells)
     assert all(row["value"] >= 0 and row["count"] > 0 for row in found)
     for (task, metric), row in cells.items():
         paper = PAPER.get((task, metric), (None,) * 4)
