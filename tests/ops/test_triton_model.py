@@ -106,7 +106,7 @@ def test_ten_steps_stay_together(dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("main_grad", [True, False])
+@pytest.mark.parametrize("main_grad", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_torch_compile_takes_the_model_whole(main_grad: bool, backend: str):
     """fullgraph: no graph break; the gradients of the compiled model are the eager ones."""
     model, flat = build(TRITON, torch.float32, bias=True, dropout=0.1)

@@ -26,7 +26,7 @@ values = {
 }
 
 
-@settings(deadline=None)
+@settings(max_examples=40, deadline=None)  # 45 ms each
 @given(st.fixed_dictionaries(values))
 def test_toml_loads_back_equal(changes):
     config = Config().replace(**changes)
@@ -36,7 +36,7 @@ def test_toml_loads_back_equal(changes):
         assert cli.load_config([str(path)]) == config
 
 
-@settings(deadline=None)
+@settings(max_examples=40, deadline=None)  # 45 ms each
 @given(st.fixed_dictionaries(values))
 def test_flags_load_back_equal(changes):
     config = Config().replace(**changes)
