@@ -1,4 +1,4 @@
-"""The parts of a run, from its configuration: data, weights, model, optimizer, order. train.py puts them together."""
+"""The parts of a run, from its configuration: data, weights, model, optimizer, order. training.py joins them."""
 
 import dataclasses
 import logging

@@ -151,18 +151,17 @@ def encoded(text: str, tokenizer: Tokenizer) -> np.ndarray:
     return np.concatenate([prompt_ids(tokenizer, "")[:1], tokenizer.encode_ordinary(text).astype(np.int64)])
 
 
-def measure(
-    task: str, text: Text, model: GPT, tokenizer: Tokenizer, *, block_size: int, stride: int, told: Told
-) -> list[Figure]:
-    """The task's figures."""
-    documents = [encoded(document, tokenizer) for document in text.documents]
-    losses = window_losses(model, documents, block_size=block_size, stride=stride, told=told)
-    return figures(task, CORPORA[task].unit, text, losses)
+def losses_of(
+    documents: Sequence[str], model: GPT, tokenizer: Tokenizer, *, block_size: int, stride: int, told: Told
+) -> list[Loss]:
+    """Of a Text's documents, window by window."""
+    ids = [encoded(document, tokenizer) for document in documents]
+    return window_losses(model, ids, block_size=block_size, stride=stride, told=told)
 
 
-def figures(task: str, unit: str, text: Text, losses: Sequence[Loss]) -> list[Figure]:
+def figures(task: str, text: Text, losses: Sequence[Loss]) -> list[Figure]:
     """Perplexities and bits of a text's losses, each with its standard error."""
-    nll, tokens, spread = total(losses)
+    (nll, tokens, spread), unit = total(losses), CORPORA[task].unit
     of = {"token": tokens} if unit else {"token": tokens, "original": text.original, "word": text.words}
     found = [perplexity(task, f"perplexity/{name}", nll / count, spread / count, count) for name, count in of.items()]
     name, count = ("character", text.characters) if unit == "character" else ("byte", text.bytes)

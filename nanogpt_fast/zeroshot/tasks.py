@@ -11,6 +11,7 @@ from nanogpt_fast.files import sha256_of, write_atomic
 from nanogpt_fast.model import GPT
 from nanogpt_fast.zeroshot import cloze, corpora, harness
 from nanogpt_fast.zeroshot.figures import Figure
+from nanogpt_fast.zeroshot.likelihood import Loss
 from nanogpt_fast.zeroshot.published import TASKS
 from nanogpt_fast.zeroshot.report import FORMS, Report
 from nanogpt_fast.zeroshot.task_files import Sources
@@ -36,6 +37,7 @@ class Tasks:
             harness.check_names(theirs, TASKS)
         self.sources = Sources(source, self.names)
         known = {name: entry.wanted for name, entry in [*corpora.CORPORA.items(), *cloze.CLOZES.items()]}
+        self._scored: dict[tuple[str, ...], tuple[str, list[Loss]]] = {}  # by a text's documents: for which task first
         self.found = {name: self.sources.find(known[name]) for name in self.names if name in known}
 
     def run(self, model: GPT, tokenizer: Tokenizer, *, block_size: int, stride: int, facts: dict[str, Any]) -> Report:
@@ -65,8 +67,14 @@ class Tasks:
                 figures, note = harness.run(name, model, tokenizer, **asked)
             elif name in corpora.CORPORA:
                 text = corpora.read(corpora.CORPORA[name], found, self.limit)
-                windows = {"block_size": block_size, "stride": stride, "told": told}
-                figures, note = corpora.measure(name, text, model, tokenizer, **windows), text.note
+                documents = tuple(text.documents)
+                if documents not in self._scored:
+                    windows = {"block_size": block_size, "stride": stride, "told": told}
+                    self._scored[documents] = name, corpora.losses_of(documents, model, tokenizer, **windows)
+                first, losses = self._scored[documents]
+                figures = corpora.figures(name, text, losses)
+                same = f"the text of {first}, scored there" if first != name else ""
+                note = "; ".join(filter(None, [text.note, same]))
             elif name == "lambada":
                 figures, note = cloze.lambada(found, model, tokenizer, limit=self.limit, told=told)
             else:

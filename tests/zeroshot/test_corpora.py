@@ -11,7 +11,7 @@ from task_texts import write_task_texts
 from nanogpt_fast.data.tokenizer import CharTokenizer
 from nanogpt_fast.errors import DataError
 from nanogpt_fast.zeroshot import corpora
-from nanogpt_fast.zeroshot.corpora import CORPORA, Text, figures, measure, read, total
+from nanogpt_fast.zeroshot.corpora import CORPORA, Text, figures, losses_of, read, total
 from nanogpt_fast.zeroshot.likelihood import Loss
 from nanogpt_fast.zeroshot.task_files import Found
 
@@ -31,10 +31,8 @@ def test_a_uniform_model_pays_log_v_a_token(task: str, tmp_path: Path):
     """So whatever the loss is divided by, the figure is V to the power of tokens over that."""
     (tmp_path / "x").write_text("a cat did n't sit .\nthe cats ' house\n")
     text = read(CORPORA[task], found(task, tmp_path / "x"))
-    by_metric = {
-        figure.metric: figure
-        for figure in measure(task, text, known_model(V), TOKENIZER, block_size=16, stride=16, told=told)
-    }
+    losses = losses_of(text.documents, known_model(V), TOKENIZER, block_size=16, stride=16, told=told)
+    by_metric = {figure.metric: figure for figure in figures(task, text, losses)}
     original = "a cat did n't sit .\nthe cats ' house\n"
     joined = {
         "ptb": "a cat didn't sit .\nthe cats' house",
@@ -62,7 +60,7 @@ def test_errors_are_those_of_a_ratio():
     few = [replace_document(loss, 0) for loss in losses]  # one document: its windows say it
     assert total(few) == total(losses)
     text = Text([], original=100, words=90, bytes=500, characters=480, note="")
-    by_metric = {figure.metric: figure for figure in figures("ptb", "", text, losses)}
+    by_metric = {figure.metric: figure for figure in figures("ptb", text, losses)}
     assert by_metric["perplexity/word"].stderr == pytest.approx(math.exp(5.0) * spread / 90)
     assert by_metric["bits/byte"].stderr == pytest.approx(spread / 500 / math.log(2))
     assert math.isnan(total(losses[:1])[2]), "one window says nothing of its spread"

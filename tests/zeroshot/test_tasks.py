@@ -16,6 +16,7 @@ from nanogpt_fast.data import hub
 from nanogpt_fast.errors import ConfigError, DataError
 from nanogpt_fast.files import sha256_of
 from nanogpt_fast.weights import formats
+from nanogpt_fast.zeroshot import corpora
 from nanogpt_fast.zeroshot.published import OTHERS, PAPER, TASKS
 from nanogpt_fast.zeroshot.tasks import Tasks
 
@@ -55,6 +56,19 @@ def test_all_tasks_have_all_their_figures(here: Path, capsys: pytest.CaptureFixt
         written = list(csv.DictReader(file))
     assert [(row["task"], row["metric"]) for row in written] == list(cells)
     assert float(written[0]["value"]) == found[0]["value"]
+
+
+def test_one_text_is_scored_once(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    scored, window_losses = [], corpora.window_losses
+    monkeypatch.setattr(
+        corpora, "window_losses", lambda *args, **flags: scored.append(1) or window_losses(*args, **flags)
+    )
+    found = rows(here, capsys, "--tasks=wikitext2,ptb,wikitext103")
+    notes = {row["task"]: row["note"] for row in found}
+    assert len(scored) == 2 and notes["wikitext103"].endswith("; the text of wikitext2, scored there")
+    assert "scored there" not in notes["wikitext2"] + notes["ptb"]
+    values = {task: [row["value"] for row in found if row["task"] == task] for task in notes}
+    assert values["wikitext2"] == values["wikitext103"] != values["ptb"]
 
 
 def test_the_table_and_its_markdown(here: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path):
