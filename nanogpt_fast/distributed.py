@@ -185,12 +185,12 @@ def _use(device: torch.device, tf32: bool) -> torch.device:
         torch.cuda.set_device(device.index or 0)  # it refuses a device without an index
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
     elif device.type == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()
     return device
 
 
-def _keep_freed_memory() -> None:
-    """Let glibc hold up to 1 GiB of freed memory for the next step; elsewhere nothing.
+def keep_freed_memory() -> None:
+    """Of the CPU: let glibc hold up to 1 GiB of freed memory for the next step; elsewhere nothing.
 
     Its default hands activations back to the kernel and faults them in again: 60 iterations of shakespeare_char_cpu in
     float32 took 105K page faults and more on one core, 57K this way.

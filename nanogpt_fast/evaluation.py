@@ -22,7 +22,7 @@ from nanogpt_fast.data.splits import dataset_folder, open_split
 from nanogpt_fast.data.text_files import read_chunks
 from nanogpt_fast.data.tokenizer import end_of_text, from_json
 from nanogpt_fast.data.tokens import TokenSource
-from nanogpt_fast.distributed import resolve_device, resolve_dtype
+from nanogpt_fast.distributed import keep_freed_memory, resolve_device, resolve_dtype
 from nanogpt_fast.errors import ConfigError, DataError, printable
 from nanogpt_fast.graphs import Graphs
 from nanogpt_fast.model import GPT
@@ -49,6 +49,8 @@ def evaluate(config: EvaluateConfig) -> None:
         Tasks(config.tasks, config.source, config.limit, config.num_fewshot, config.report) if config.tasks else None
     )
     device = resolve_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     dtype = resolve_dtype(config.dtype, device, comparable=True)
     restored = restore(config.init_from, config.out_dir, config.data_dir, optimizer=False, activation=config.activation)
     config = resolve_windows(config, restored) if tasks else resolve(config, restored)

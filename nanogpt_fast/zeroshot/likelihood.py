@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nanogpt_fast.errors import DataError
 from nanogpt_fast.model import GPT
-from nanogpt_fast.scoring import FORWARD_LOGITS, stack_for, strided_windows
+from nanogpt_fast.scoring import head_rows, stack_for, strided_windows
 
 Told = Callable[[int, int], object]  # called with tokens, or requests, done since the last call, and how many there are
 
@@ -111,7 +111,7 @@ def _batches(model: GPT, members: list[int], lengths: list[int]) -> Iterator[lis
     """The members, the longest first, as many at a time as one forward takes."""
     order = sorted(range(len(members)), key=lambda i: -lengths[i])
     while order:
-        rows = stack_for(model, 1, lengths[order[0]])
+        rows = stack_for(model, 1, lengths[order[0]], head=False)
         yield [members[i] for i in order[:rows]]
         order = order[rows:]
 
@@ -123,7 +123,7 @@ def _alike(model: GPT, groups: list[list[int]], requests: Sequence[Request]) -> 
         lots.setdefault(len(requests[group[0]].prefix), []).append(group)
     for length, lot in sorted(lots.items(), reverse=True):
         longest = max(len(requests[i].continuation) for group in lot for i in group)
-        room, taken = stack_for(model, 1, max(length, longest)), []
+        room, taken = stack_for(model, 1, max(length, longest), head=False), []
         for group in lot:
             if taken and sum(map(len, taken)) + len(group) > room:
                 yield taken
@@ -169,7 +169,7 @@ def _read(model: GPT, states: Iterable[Tensor], requests: list[Request], barred:
     together = torch.cat(list(states))
     targets = torch.tensor([t for r in requests for t in r.continuation], device=together.device)
     logprobs, likeliest, other = [], [], []
-    rows = max(1, FORWARD_LOGITS // model.config.vocab_size)
+    rows = head_rows(model)
     for part, wanted in zip(together.split(rows), targets.split(rows)):
         logits = model.ops.linear(part[None], model.transformer.wte.weight)[0].float()
         logprobs.append((logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(1)).cpu().double())
