@@ -1,6 +1,7 @@
 """`python -m nanogpt_fast`: the commands, a line each; `python -m nanogpt_fast train ...` is `python -m
 nanogpt_fast.train ...`."""
 
+import importlib
 import runpy
 import sys
 
@@ -20,7 +21,6 @@ COMMANDS = {
     "verify": "whether the Triton kernels are right on this GPU",
     "tune": "measure launch rows of the Triton kernels on this GPU",
 }
-IMPORT_TORCH = ("plan", "convert", "doctor", "verify", "tune")  # at once; the others after their flags, if at all
 HELP = f"""usage: python -m nanogpt_fast COMMAND [--help] ...
 
 {chr(10).join(f"  {name:<10}{does}" for name, does in COMMANDS.items())}
@@ -42,11 +42,13 @@ def main(argv: list[str]) -> int:
             expected=", ".join(COMMANDS),
             hint="python -m nanogpt_fast --help",
         )
-    if word in IMPORT_TORCH:
-        with importing():
-            import torch  # noqa: F401
-    sys.argv = argv  # the command's file has a boundary of its own, in which it exits; ours is for its imports
-    runpy.run_module(f"nanogpt_fast.{word}", run_name="__main__", alter_sys=True)
+    module, sys.argv = f"nanogpt_fast.{word}", argv
+    with (
+        importing()
+    ):  # what its file imports, torch it may be; the file itself has a boundary of its own, and exits in it
+        importlib.import_module(module)
+    del sys.modules[module]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
     return 0
 
 

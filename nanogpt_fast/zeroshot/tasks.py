@@ -21,6 +21,8 @@ class Tasks:
     """What --tasks, --source and the flags beside them ask for, checked before a model is loaded. Raises ConfigError,
     DataError."""
 
+    _scored: dict[tuple[str, ...], tuple[str, list[Loss]]]  # in a run, by a text's documents: for which task first
+
     def __init__(self, tasks: str, source: str = "", limit: int = 0, few_shot: int = -1, report: str = ""):
         self.names = list(dict.fromkeys(filter(None, map(str.strip, tasks.split(",")))))
         if not self.names:
@@ -37,12 +39,11 @@ class Tasks:
             harness.check_names(theirs, TASKS)
         self.sources = Sources(source, self.names)
         known = {name: entry.wanted for name, entry in [*corpora.CORPORA.items(), *cloze.CLOZES.items()]}
-        self._scored: dict[tuple[str, ...], tuple[str, list[Loss]]] = {}  # by a text's documents: for which task first
         self.found = {name: self.sources.find(known[name]) for name in self.names if name in known}
 
     def run(self, model: GPT, tokenizer: Tokenizer, *, block_size: int, stride: int, facts: dict[str, Any]) -> Report:
         """All of them, in order; the report's file is written after each, so that an end in between loses one task."""
-        report = Report(facts)
+        report, self._scored = Report(facts), {}
         for name in self.names:
             began = time.perf_counter()
             try:

@@ -16,7 +16,7 @@ from nanogpt_fast.data import hub
 from nanogpt_fast.errors import ConfigError, DataError
 from nanogpt_fast.files import sha256_of
 from nanogpt_fast.weights import formats
-from nanogpt_fast.zeroshot import corpora
+from nanogpt_fast.zeroshot import cloze, corpora
 from nanogpt_fast.zeroshot.published import OTHERS, PAPER, TASKS
 from nanogpt_fast.zeroshot.tasks import Tasks
 
@@ -40,7 +40,7 @@ def rows(here: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> list[di
 def test_all_tasks_have_all_their_figures(here: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path):
     found = rows(here, capsys, f"--tasks={','.join(TASKS)}", f"--report={tmp_path / 'r.csv'}")
     cells = {(row["task"], row["metric"]): row for row in found}
-    assert {task for task, _ in cells} == set(TASKS)
+    assert {task for task, _ in cells} == set(TASKS) == {*corpora.CORPORA, *cloze.CLOZES}
     assert set(PAPER) <= set(cells), "a figure of the paper has none beside it"
     assert {key for key in OTHERS if key[0] in TASKS} <= set(cells)
     assert all(row["value"] >= 0 and row["count"] > 0 for row in found)
