@@ -95,6 +95,8 @@ def nanogpt_model(setup: Setup) -> Any:
     shape, stock = setup.shape, stock_model(setup.nanogpt)
     if shape.activation != "gelu":
         raise Missing(f"stock nanoGPT has the erf GELU only, not {shape.activation}")
+    if not shape.tie_word_embeddings or (shape.norm_bias and not shape.bias):
+        raise Missing("stock nanoGPT has a tied head, and biases in all layers or in none")
     sizes = dict(block_size=shape.block_size, vocab_size=shape.vocab_size, n_layer=shape.n_layer)
     sizes |= dict(n_head=shape.n_head, n_embd=shape.n_embd, dropout=shape.dropout, bias=shape.bias)
     model = stock.GPT(stock.GPTConfig(**sizes)).to(setup.world.device)
@@ -135,6 +137,7 @@ def huggingface_model(setup: Setup) -> tuple[Any, str]:
         resid_pdrop=shape.dropout,
         embd_pdrop=shape.dropout,
         attn_pdrop=shape.dropout,
+        tie_word_embeddings=shape.tie_word_embeddings,
         use_cache=False,
         bos_token_id=None,
         eos_token_id=None,

@@ -62,9 +62,12 @@ def losses(weights: Weights, to: Format) -> list[str]:
         if weights.optimizer_step:
             lines.append("the optimizer's state is dropped: training can start from these weights, not resume")
         if not c.bias:
-            lines.append("the model has no biases; zeros are written")
+            others = " in its Linear layers" if c.norm_bias else ""
+            lines.append(f"the model has no biases{others}; zeros are written")
     if to == "llmc" and c.activation == "gelu":
         lines.append("llm.c computes the tanh GELU, this model was made with the exact one: its loss will differ")
+    if to == "nanogpt" and c.norm_bias and not c.bias:
+        lines.append("nanoGPT has biases in all layers or in none: it would train those that are zeros")
     if to == "nanogpt" and c.activation == "gelu_tanh":
         lines.append("nanoGPT computes the exact GELU, this model was made with the tanh form: its loss will differ")
     kind = (weights.tokenizer or {}).get("kind")
@@ -113,7 +116,9 @@ def main(argv: list[str]) -> None:
     activation = {"gelu": "exact GELU", "gelu_tanh": "tanh GELU"}[c.activation]
     print(f"found   {FORMATS[kind]} {args.src}")
     print(f"        {c.num_params() / 1e6:.2f}M parameters: {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}")
-    print(f"        context {c.block_size}, vocabulary {c.vocab_size}, {activation}, {'' if c.bias else 'no '}biases")
+    biases = "biases" if c.bias else "biases in LayerNorm alone" if c.norm_bias else "no biases"
+    head = "" if c.tie_word_embeddings else ", the head a weight of its own"
+    print(f"        context {c.block_size}, vocabulary {c.vocab_size}, {activation}, {biases}{head}")
     updates = f"{weights.optimizer_step} updates" if weights.optimizer_step else "none"
     print(f"        step {weights.step}, optimizer state: {updates}")
     written = write(weights, dst, args.to, dtype=getattr(torch, args.dtype), force=args.force)

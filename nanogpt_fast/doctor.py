@@ -318,9 +318,10 @@ def smoke(config: DoctorConfig) -> Section:
             expected=f"a fall of {SMOKE_FALL}",
             hint="--device=cpu --dtype=float32 tells whether the device or the program is at fault",
         )
+    params = SMOKE_SHAPE.num_params() / 1e6
     return {
         "device": f"{device}, {str(dtype).removeprefix('torch.')}",
-        "model": f"{model.num_params() / 1e6:.2f}M parameters, {SMOKE_BATCH} x {SMOKE_SHAPE.block_size} tokens a step",
+        "model": f"{params:.2f}M parameters, {SMOKE_BATCH} x {SMOKE_SHAPE.block_size} tokens a step",
         "loss": f"{first:.3f} -> {last:.3f} in {SMOKE_STEPS} steps",
         **({"CUDA graphs": "captured" if graphs.active else "not captured"} if device.type == "cuda" else {}),
         "speed": f"{seconds * 1e3:.2f} ms a step, {SMOKE_BATCH * SMOKE_SHAPE.block_size / seconds:,.0f} tokens/s",

@@ -3,6 +3,7 @@
 MFU is (model FLOPs a second) / peak. Two counts of model FLOPs are in use, and both are reported:
   nanogpt  6 N + 12 L H Q T   a token, N without the position embedding, full attention (PaLM, arXiv 2204.02311, app. B)
   llmc     6 N + 6 L C T      a token, all N, causal attention (karpathy/llm.c, train_gpt2.cu)
+Of an embedding and a head that are two weights, N holds one: looking up a row multiplies nothing.
 """
 
 import logging
@@ -29,8 +30,8 @@ def flops_per_token(config: GPTConfig) -> dict[str, float]:
     """Model FLOPs of forward and backward a token, by both counts."""
     L, T, C = config.n_layer, config.block_size, config.n_embd
     return {
-        "nanogpt": 6.0 * config.num_params() + 12.0 * L * C * T,
-        "llmc": 6.0 * config.num_params(non_embedding=False) + 6.0 * L * C * T,
+        "nanogpt": 6.0 * (config.num_params() - config.head_params) + 12.0 * L * C * T,
+        "llmc": 6.0 * (config.num_params(non_embedding=False) - config.head_params) + 6.0 * L * C * T,
     }
 
 

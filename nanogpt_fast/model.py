@@ -1,4 +1,4 @@
-"""GPT-2, exactly: learned positions, pre-LayerNorm, tied head. Every computation is an op of `ops`.
+"""GPT-2, exactly: learned positions, pre-LayerNorm, tied head unless asked. Every computation is an op of `ops`.
 
 A block carries (r, delta): the residual stream r and a branch's output delta that the next add_norm adds to it,
 so that residual, bias, dropout and LayerNorm are one op. Modules and parameter names are nanoGPT's.
@@ -6,6 +6,7 @@ so that residual, bias, dropout and LayerNorm are one op. Modules and parameter 
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -75,9 +76,9 @@ class _Block(nn.Module):
     def __init__(self, config: GPTConfig, index: int):
         super().__init__()
         self.site = 1 + 3 * index  # of its three dropouts' first
-        self.ln_1 = _Affine(config.n_embd, bias=config.bias)
+        self.ln_1 = _Affine(config.n_embd, bias=config.bias or config.norm_bias)
         self.attn = _Attention(config)
-        self.ln_2 = _Affine(config.n_embd, bias=config.bias)
+        self.ln_2 = _Affine(config.n_embd, bias=config.bias or config.norm_bias)
         self.mlp = _MLP(config)
 
     def forward(
@@ -111,7 +112,7 @@ class _Transformer(nn.Module):
         self.wte = _Affine(config.vocab_size, config.n_embd)
         self.wpe = _Affine(config.block_size, config.n_embd)
         self.h = nn.ModuleList(_Block(config, i) for i in range(config.n_layer))
-        self.ln_f = _Affine(config.n_embd, bias=config.bias)
+        self.ln_f = _Affine(config.n_embd, bias=config.bias or config.norm_bias)
 
 
 class GPT(nn.Module):
@@ -132,11 +133,15 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.ops, self.residual_dtype, self.recompute = config, ops, residual_dtype, recompute
         self.transformer = _Transformer(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = _Affine(config.vocab_size, config.n_embd)
         self.blocks: list[_Block] = list(self.transformer.h)  # type: ignore[arg-type]
         self.at_block: Callable[[int, Tensor], None] | None = None  # called before block i, with its y; for step.py
 
-    def num_params(self, non_embedding: bool = True) -> int:
-        return self.config.num_params(non_embedding)
+    @property
+    def head(self) -> Tensor:
+        """The weight [V, C] that makes logits: the token embedding's, where the head is tied to it."""
+        return (self.transformer.wte if self.config.tie_word_embeddings else self.lm_head).weight
 
     def init_weights(self, generator: torch.Generator) -> None:
         """N(0, 0.02), residual projections N(0, 0.02 / sqrt(2 n_layer)), biases 0, LayerNorm weights 1.
@@ -145,9 +150,8 @@ class GPT(nn.Module):
         dropped, then every layer again, then the residual projections once more. So one seed gives both
         programs the same weights, and leaves the generator in the same state for the data order.
         """
-        named = dict(self.named_parameters())
-        matrices = [name for name, shape in self.config.parameter_shapes().items() if len(shape) > 1]
-        head, std = named["transformer.wte.weight"], 0.02
+        named, head, std = dict(self.transformer.named_parameters()), self.head, 0.02
+        matrices = [name for name, parameter in named.items() if parameter.dim() > 1]
 
         def normal(parameter: Tensor, std: float) -> None:
             parameter.copy_(torch.normal(0.0, std, parameter.shape, generator=generator))
@@ -169,14 +173,16 @@ class GPT(nn.Module):
             draw_linear_default(head, bias=False)
             for name in matrices:
                 normal(named[name], std)
-            normal(head, std)  # the head is visited last and shares wte's storage
+            normal(head, std)  # the head is visited last; tied, it shares wte's storage
             for name in matrices:
                 if name.endswith("c_proj.weight"):
                     normal(named[name], std / math.sqrt(2 * self.config.n_layer))
 
     def crop_block_size(self, block_size: int) -> None:
         """Drop positions from block_size on, in place; the parameter becomes a new, smaller one."""
-        self.config = _with_block_size(self.config, block_size)
+        if block_size > self.config.block_size:
+            raise ValueError(f"cannot crop block_size {self.config.block_size} to {block_size}")
+        self.config = replace(self.config, block_size=block_size)
         self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
 
     def hidden(self, idx: Tensor, seed: Tensor | None = None, doc_ids: Tensor | None = None) -> Tensor:
@@ -225,11 +231,11 @@ class GPT(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(loss = grad_scale * sum of nll, nll [B*T] float32, 0 where targets is -1); idx, targets [B, T] int64."""
         y = self.hidden(idx, seed, doc_ids)
-        return self.ops.linear_cross_entropy(y, self.transformer.wte.weight, targets, grad_scale)
+        return self.ops.linear_cross_entropy(y, self.head, targets, grad_scale)
 
     def logits(self, idx: Tensor) -> Tensor:
         """[B, T] -> logits [B, T, V] in the parameters' dtype."""
-        return self.ops.linear(self.hidden(idx), self.transformer.wte.weight)
+        return self.ops.linear(self.hidden(idx), self.head)
 
     def cached_hidden(self, idx: Tensor, cache: Tensor, start: int | Tensor, last_only: bool = False) -> Tensor:
         """hidden() of idx [B, t] at positions start..., against the keys and values of those before them: cache
@@ -244,7 +250,7 @@ class GPT(nn.Module):
         return y
 
     def _next_logits(self, idx: Tensor, cache: Tensor, start: int | Tensor) -> Tensor:
-        return self.ops.linear(self.cached_hidden(idx, cache, start, True)[:, -1], self.transformer.wte.weight)
+        return self.ops.linear(self.cached_hidden(idx, cache, start, True)[:, -1], self.head)
 
     @torch.no_grad()
     def stream(
@@ -342,9 +348,3 @@ def document_ids(idx: Tensor, eot: int) -> Tensor:
     token `eot` belongs to the document that it ends."""
     ends = (idx == eot).to(torch.int32)
     return ends.cumsum(-1, dtype=torch.int32) - ends
-
-
-def _with_block_size(config: GPTConfig, block_size: int) -> GPTConfig:
-    if block_size > config.block_size:
-        raise ValueError(f"cannot crop block_size {config.block_size} to {block_size}")
-    return GPTConfig(**{**vars(config), "block_size": block_size})

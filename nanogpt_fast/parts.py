@@ -144,7 +144,7 @@ def build_model(
         model.init_weights(generator)
     if restored is not None and not any(tensor.is_meta for tensor in restored.model.values()):
         model.load_state_dict(restored.model)
-    say(f"number of parameters: {model.num_params() / 1e6:.2f}M")
+    say(f"number of parameters: {model.config.num_params() / 1e6:.2f}M")
     if shape.block_size < model.config.block_size:
         model.crop_block_size(shape.block_size)
         say(f"positions cropped from {loaded_shape.block_size} to {shape.block_size}")

@@ -173,7 +173,7 @@ def report(plan: RunPlan, told: str, flags: PlanFlags, budget: float) -> list[st
          f"vocabulary {shape.vocab_size:,}; {inside} without the token embedding"),
         ("tokens", f"{count(plan.tokens)}, {plan.tokens / params:.3g} a parameter"),
         ("compute", f"{plan.flops:.3g} FLOPs, {cost_of(shape) / 1e9:.3g} GFLOP a token: "
-         f"{plan.flops / (6 * params * plan.tokens) - 1:.0%} more than 6 N D"),
+         f"{plan.flops / (6 * (params - shape.head_params) * plan.tokens) - 1:.0%} more than 6 N D"),
         ("best size", f"by 6 N D, {spread_of_sizes(plan.flops)}"),
         ("batch", f"{plan.batch:,} tokens x {plan.iterations:,} iterations; {why_batch(plan, flags)}"),
         ("rate", f"{plan.learning_rate:g}, {why_rate(plan, flags)}"),

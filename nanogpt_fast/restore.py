@@ -212,7 +212,7 @@ def shape_of(config: Config, restored: Restored | None, vocab_size: int | None, 
             expected=f"at most {loaded.block_size}",
             hint=f"--block_size={loaded.block_size}",
         )
-    for key in ("n_layer", "n_head", "n_embd", "bias", "activation"):
+    for key in ("n_layer", "n_head", "n_embd", "bias", "norm_bias", "tie_word_embeddings", "activation"):
         if getattr(m, key) != getattr(loaded, key):
             say(f"{key} = {getattr(loaded, key)}, as the loaded weights have it")
     return replace(loaded, dropout=m.dropout, block_size=block_size)

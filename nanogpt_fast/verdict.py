@@ -125,8 +125,7 @@ def facts_of(setup: Setup, device: torch.device) -> dict[str, Any]:
         **tuned.facts_of(device),
         "launch_rows": tuned.digest(),
         "proof": sha256_of(Path(proof.__file__))[:16],
-        **{name: shape[name] for name in ("n_head", "n_embd", "block_size", "vocab_size", "bias", "activation")},
-        "dropout": shape["dropout"],
+        **{name: value for name, value in shape.items() if name != "n_layer"},  # one block is tried
         "rows": min(setup.rows, proof.ROWS),
         **{name: getattr(setup, name) for name in ("dtype", "wide_residual", "recompute", "documents")},
         "float32_products": torch.get_float32_matmul_precision() if setup.dtype == "float32" else "",

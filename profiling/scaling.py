@@ -131,7 +131,7 @@ def matrix_elements(shape: GPTConfig) -> int:
 
 
 def embedding_elements(shape: GPTConfig) -> int:
-    return (shape.vocab_size + shape.block_size) * shape.n_embd
+    return (shape.vocab_size + shape.block_size) * shape.n_embd + shape.head_params
 
 
 def vector_elements(shape: GPTConfig) -> int:

@@ -63,7 +63,7 @@ CASES = {
     "float16": {"dtype": "float16"},
     "blocks recomputed": {"recompute": "block"},
     "one bucket of all blocks": {"bucket_mb": 25.0},
-    "biases": {"bias": True},
+    "biases, a head of its own": {"bias": True, "tied": False},
     "one micro-batch each": {"accumulation": 3},
 }
 

@@ -34,6 +34,13 @@ def test_llmcs_count_of_the_124m_model():
     assert flops == 6 * 124_475_904 + 6 * 12 * 768 * 1024
 
 
+@pytest.mark.parametrize("kind", ["nanogpt", "llmc"])
+def test_a_token_embedding_beside_a_head_of_its_own_multiplies_nothing(kind: str):
+    untied = dataclasses.replace(GPT2_124M, tie_word_embeddings=False)
+    assert untied.num_params() - GPT2_124M.num_params() == 50304 * 768
+    assert flops_per_token(untied)[kind] == flops_per_token(GPT2_124M)[kind]
+
+
 @pytest.mark.parametrize("T", [128, 1024, 4096])
 def test_attention_grows_with_the_block(T: int):
     """The counts differ by half the attention and by the positions, at any length."""

@@ -42,7 +42,8 @@ def built_like_nanogpt(c: GPTConfig) -> dict[str, Tensor]:
         made[f"transformer.h.{i}.attn.c_attn"], made[f"transformer.h.{i}.attn.c_proj"] = linear(C, 3 * C), linear(C, C)
         made[f"transformer.h.{i}.mlp.c_fc"], made[f"transformer.h.{i}.mlp.c_proj"] = linear(C, 4 * C), linear(4 * C, C)
     made["lm_head"] = nn.Linear(C, c.vocab_size, bias=False)
-    made["transformer.wte"].weight = made["lm_head"].weight
+    if c.tie_word_embeddings:
+        made["transformer.wte"].weight = made["lm_head"].weight
     for module in made.values():
         nn.init.normal_(module.weight, mean=0.0, std=0.02)
         if getattr(module, "bias", None) is not None:
@@ -50,17 +51,29 @@ def built_like_nanogpt(c: GPTConfig) -> dict[str, Tensor]:
     for name, module in made.items():
         if name.endswith("c_proj"):
             nn.init.normal_(module.weight, mean=0.0, std=0.02 / math.sqrt(2 * c.n_layer))
-    weights = {f"{n}.{k}": p.detach() for n, m in made.items() if n != "lm_head" for k, p in m.named_parameters()}
+    if c.tie_word_embeddings:
+        del made["lm_head"]
+    weights = {f"{n}.{k}": p.detach() for n, m in made.items() for k, p in m.named_parameters()}
     norms = [f"transformer.h.{i}.ln_{j}" for i in range(c.n_layer) for j in (1, 2)] + ["transformer.ln_f"]
     weights |= {f"{n}.weight": torch.ones(C) for n in norms}
-    return weights | ({f"{n}.bias": torch.zeros(C) for n in norms} if c.bias else {})
+    return weights | ({f"{n}.bias": torch.zeros(C) for n in norms} if c.bias or c.norm_bias else {})
 
 
-@pytest.mark.parametrize("bias", [True, False])
+# What a model may have beside GPT-2's biases in all layers and tied head.
+VARIANTS: dict[str, dict[str, bool]] = {
+    "GPT-2": {},
+    "no biases": {"bias": False},
+    "LayerNorm biases": {"bias": False, "norm_bias": True},
+    "own head": {"tie_word_embeddings": False},
+}
+variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+
+
+@variants
 @pytest.mark.parametrize("n_embd", [2, 16], ids=["small tensors", "vectorised draws"])
-def test_init_is_nanogpts_bit_for_bit(bias: bool, n_embd: int):
+def test_init_is_nanogpts_bit_for_bit(variant: dict[str, bool], n_embd: int):
     """torch draws tensors below 16 elements by another path; the generator's state after decides the data order."""
-    config = dataclasses.replace(TINY, bias=bias, n_embd=n_embd)
+    config = dataclasses.replace(TINY, **variant, n_embd=n_embd)
     torch.manual_seed(1337)
     want = built_like_nanogpt(config)
     generator = torch.Generator().manual_seed(1337)
@@ -72,10 +85,11 @@ def test_init_is_nanogpts_bit_for_bit(bias: bool, n_embd: int):
     assert torch.equal(torch.randint(10**6, (50,), generator=generator), torch.randint(10**6, (50,)))
 
 
-def test_parameters_come_in_the_documented_order():
-    for config in (TINY, dataclasses.replace(TINY, bias=False)):
-        assert {n: tuple(p.shape) for n, p in GPT(config).named_parameters()} == config.parameter_shapes()
-        assert list(GPT(config).state_dict()) == list(config.parameter_shapes())
+@variants
+def test_parameters_come_in_the_documented_order(variant: dict[str, bool]):
+    config = dataclasses.replace(TINY, **variant)
+    assert {n: tuple(p.shape) for n, p in GPT(config).named_parameters()} == config.parameter_shapes()
+    assert list(GPT(config).state_dict()) == list(config.parameter_shapes())
 
 
 FIGURES = [  # shape, biases, vocabulary, parameters without and with positions
@@ -96,8 +110,8 @@ def test_num_params_are_the_published_figures(shape: Any, bias: bool, vocab: int
 
 def test_num_params_counts_the_parameters():
     model = build()
-    assert model.num_params(non_embedding=False) == sum(p.numel() for p in model.parameters())
-    assert model.num_params() == model.num_params(non_embedding=False) - 8 * 16
+    assert model.config.num_params(non_embedding=False) == sum(p.numel() for p in model.parameters())
+    assert model.config.num_params() == model.config.num_params(non_embedding=False) - 8 * 16
 
 
 # ---- the function ----
@@ -131,7 +145,7 @@ def gpt2_logits(p: dict[str, Tensor], c: GPTConfig, idx: Tensor) -> Tensor:
             heads.append(scores.masked_fill(later, -torch.inf).softmax(-1) @ v[..., s])
         x = x + linear(torch.cat(heads, -1), f"{h}.attn.c_proj")
         x = x + linear(gelu(linear(norm(x, f"{h}.ln_2"), f"{h}.mlp.c_fc")), f"{h}.mlp.c_proj")
-    return norm(x, "transformer.ln_f") @ p["transformer.wte.weight"].T
+    return linear(norm(x, "transformer.ln_f"), "transformer.wte" if c.tie_word_embeddings else "lm_head")
 
 
 def randomised(config: GPTConfig) -> GPT:
@@ -144,19 +158,21 @@ def randomised(config: GPTConfig) -> GPT:
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
-@pytest.mark.parametrize("bias", [True, False])
-def test_logits_are_gpt2s(bias: bool, activation: str):
-    config = dataclasses.replace(TINY, bias=bias, activation=activation)
+@variants
+def test_logits_are_gpt2s(variant: dict[str, bool], activation: str):
+    config = dataclasses.replace(TINY, **variant, activation=activation)
     model, idx = randomised(config).double().eval(), tokens(2, 8)
     want = gpt2_logits(dict(model.named_parameters()), config, idx)
     torch.testing.assert_close(model.logits(idx), want, rtol=1e-10, atol=1e-10)
 
 
-def test_loss_is_the_cross_entropy_of_the_logits():
-    model, idx, targets = randomised(TINY).double().eval(), tokens(2, 8), tokens(2, 8, seed=1)
+@variants
+def test_loss_is_the_cross_entropy_of_the_logits(variant: dict[str, bool]):
+    config = dataclasses.replace(TINY, **variant)
+    model, idx, targets = randomised(config).double().eval(), tokens(2, 8), tokens(2, 8, seed=1)
     targets[0, :3] = -1
     loss, nll = model(idx, targets, grad_scale=0.25)
-    logp = gpt2_logits(dict(model.named_parameters()), TINY, idx).log_softmax(-1)
+    logp = gpt2_logits(dict(model.named_parameters()), config, idx).log_softmax(-1)
     want = torch.where(targets >= 0, -logp.gather(-1, targets.clamp(min=0)[..., None])[..., 0], 0.0)
     torch.testing.assert_close(nll, want.flatten())
     torch.testing.assert_close(loss, want.sum() * 0.25)
@@ -168,7 +184,7 @@ def test_crop_block_size():
     model.crop_block_size(5)
     assert model.config.block_size == 5 and model.transformer.wpe.weight.shape == (5, 16)
     assert torch.equal(model.logits(idx), before)
-    assert model.num_params(non_embedding=False) == sum(p.numel() for p in model.parameters())
+    assert model.config.num_params(non_embedding=False) == sum(p.numel() for p in model.parameters())
     with pytest.raises(ValueError, match="6 tokens, but block_size is 5"):
         model.logits(tokens(1, 6))
     with pytest.raises(ValueError, match="cannot crop block_size 5 to 6"):

@@ -91,6 +91,8 @@ class ModelConfig:
     n_embd: int = 768  # width of the residual stream
     dropout: float = 0.0  # 0 for pretraining; try 0.1 and more for finetuning
     bias: bool = False  # biases in Linear and LayerNorm layers; GPT-2 has them
+    norm_bias: bool = False  # biases in LayerNorm layers alone, where --bias=False
+    tie_word_embeddings: bool = True  # the head is the token embedding's weight, as GPT-2's; False: a weight of its own
     activation: Literal["gelu", "gelu_tanh"] = "gelu"  # exact erf (nanoGPT) or tanh (OpenAI, HF, llm.c)
     vocab_size: int = 0  # 0 takes the dataset's; without one 50304 (GPT-2's 50257 padded to a multiple of 64)
 
@@ -122,15 +124,22 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True
+    norm_bias: bool = False
+    tie_word_embeddings: bool = True
     activation: str = "gelu"
 
+    @property
+    def head_params(self) -> int:
+        """Parameters of a head that is not the token embedding's."""
+        return 0 if self.tie_word_embeddings else self.vocab_size * self.n_embd
+
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """{name: shape} of every parameter, in the fixed order wte, wpe, blocks, ln_f (tied head left out)."""
+        """{name: shape} of every parameter, in the fixed order wte, wpe, blocks, ln_f, head unless it is tied."""
         C, shapes = self.n_embd, {}
 
         def add(name: str, *shape: int) -> None:
             shapes[f"transformer.{name}.weight"] = shape
-            if self.bias and name not in ("wte", "wpe"):
+            if (self.bias or (self.norm_bias and len(shape) == 1)) and name not in ("wte", "wpe"):
                 shapes[f"transformer.{name}.bias"] = shape[:1]
 
         add("wte", self.vocab_size, C)
@@ -143,6 +152,8 @@ class GPTConfig:
             add(f"h.{i}.mlp.c_fc", 4 * C, C)
             add(f"h.{i}.mlp.c_proj", C, 4 * C)
         add("ln_f", C)
+        if not self.tie_word_embeddings:
+            shapes["lm_head.weight"] = self.vocab_size, C
         return shapes
 
     def num_params(self, non_embedding: bool = True) -> int:
@@ -246,20 +257,14 @@ class SystemConfig:
             value = getattr(self, key)
             require_range(math.isfinite(value) and value > 0, key, "a finite number > 0", value)
         require_range(0 <= self.world <= 4096, "world", "0 <= world <= 4096", self.world)
-        if self.on and not self.dry_run:
-            raise ConfigError(
-                "--on names a GPU to foretell a run for, and trains nothing",
-                where=f"on = {self.on!r}, dry_run = False",
-                expected="--dry_run beside it",
-                hint="--device chooses what to train on",
-            )
-        if self.world and not self.dry_run:
-            raise ConfigError(
-                "--world is a number of ranks to foretell a run for, and starts none",
-                where=f"world = {self.world}, dry_run = False",
-                expected="--dry_run beside it",
-                hint=f"torchrun --nproc_per_node={self.world} -m nanogpt_fast.train, with the same flags, starts them",
-            )
+        torchrun = f"torchrun --nproc_per_node={self.world} -m nanogpt_fast.train, with the same flags, starts them"
+        for key, foretells, hint in (
+            ("on", "names a GPU to foretell a run for, and trains nothing", "--device chooses what to train on"),
+            ("world", "is a number of ranks to foretell a run for, and starts none", torchrun),
+        ):
+            if (value := getattr(self, key)) and not self.dry_run:
+                where, expected = f"{key} = {value!r}, dry_run = False", "--dry_run beside it"
+                raise ConfigError(f"--{key} {foretells}", where=where, expected=expected, hint=hint)
 
     @property
     def window(self) -> range:

@@ -20,6 +20,7 @@ GPT2_PADDED = 50304  # the same padded to a multiple of 64, nanoGPT's vocab_size
 MAX_LAYERS = 10_000
 
 _WRAPPERS = ("_orig_mod.", "module.")  # torch.compile's and DistributedDataParallel's
+_VOCABULARY = ("transformer.wte.weight", "lm_head.weight")  # what has a row a token
 _MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks stored as buffers; c_attn.bias is not one
 
 
@@ -27,7 +28,7 @@ _MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks stored as buffers; 
 class Weights:
     """A model by our names, float32, with what else its file knew.
 
-    model: {name: tensor} in the order of model_args.parameter_shapes(), no lm_head (it is tied). Tensors may be
+    model: {name: tensor} in the order of model_args.parameter_shapes(), no lm_head where it is tied. Tensors may be
     mapped from the file: copy them where they belong and drop the Weights.
     optimizer: {"exp_avg.NAME", "exp_avg_sq.NAME"} for every name, or None; optimizer_step: its updates.
     step: nanoGPT's iter_num. config: flat configuration of the run, {} when unknown.
@@ -76,14 +77,14 @@ def model_config(where: str, nbytes: int, **values: Any) -> GPTConfig:
                 f"{key} is missing or no size", where=where, expected="a whole number from 1 on", found=shown(value)
             )
     for key, ok in (
-        ("bias", isinstance(values.get("bias", True), bool)),
+        *((key, isinstance(values.get(key, True), bool)) for key in ("bias", "norm_bias", "tie_word_embeddings")),
         ("dropout", type(values.get("dropout", 0)) in (int, float)),
         ("activation", values.get("activation", "gelu") in ("gelu", "gelu_tanh")),
     ):
         if not ok:
             raise CheckpointError(f"{key} makes no GPT", where=where, found=shown(values[key]))
     L, C, V, T = (values[key] for key in ("n_layer", "n_embd", "vocab_size", "block_size"))
-    matrices = 12 * L * C * C + (V + T) * C
+    matrices = 12 * L * C * C + (V + T) * C + (0 if values.get("tie_word_embeddings", True) else V * C)
     if matrices > nbytes or L > MAX_LAYERS:
         raise CheckpointError(
             "the file is too small for the model that it describes",
@@ -140,9 +141,9 @@ def shown(value: Any) -> str:
 
 
 def plain_names(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    """{our name: tensor}: wrappers' prefixes stripped, mask buffers and the tied head dropped.
+    """{our name: tensor}: wrappers' prefixes stripped, mask buffers dropped.
 
-    Raises CheckpointError for anything that is not a dense tensor, and for a head that is not the token embedding.
+    Raises CheckpointError for anything that is not a dense tensor.
     """
     plain = {}
     for key, tensor in tensors.items():
@@ -152,17 +153,15 @@ def plain_names(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
         if key.endswith(_MASKS):
             continue
         plain[key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"] = tensor
-    head, wte = plain.pop("lm_head.weight", None), plain.get("transformer.wte.weight")
-    if head is None or wte is None:
-        return plain
-    if head.dtype != wte.dtype or not torch.equal(head, wte):
-        raise CheckpointError(
-            "the output head is not the token embedding",
-            where=f"{where}: lm_head.weight",
-            expected="lm_head.weight equal to transformer.wte.weight (tied, as nanoGPT's is since 14 January 2023)",
-            found="two different tensors",
-        )
     return plain
+
+
+def without_tied_head(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+    """(the tensors less a head that repeats the token embedding, whether the head is no weight of its own)."""
+    wte, head = (tensors.get(name) for name in _VOCABULARY)
+    if head is not None and wte is not None and (head.dtype != wte.dtype or not torch.equal(head, wte)):
+        return tensors, False
+    return {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}, True
 
 
 def dataset_meta(config: dict[str, Any], data_dir: str | Path) -> Meta | None:
@@ -173,11 +172,33 @@ def dataset_meta(config: dict[str, Any], data_dir: str | Path) -> Meta | None:
         return None
 
 
+def all_biases(weights: Weights) -> Weights:
+    """The same model with biases in all layers: zeros, with moments of zero, where ours has none."""
+    args = replace(weights.model_args, bias=True, norm_bias=False)
+
+    def filled(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        named = ((prefix + name, shape) for name, shape in args.parameter_shapes().items())
+        return {name: tensors[name] if name in tensors else torch.zeros(shape) for name, shape in named}
+
+    moments = weights.optimizer and filled(weights.optimizer, "exp_avg.") | filled(weights.optimizer, "exp_avg_sq.")
+    return replace(weights, model_args=args, model=filled(weights.model, ""), optimizer=moments)
+
+
 def with_biases(weights: Weights) -> dict[str, Tensor]:
-    """The model for formats that always have biases: zeros where ours has none, wte cut to the used vocabulary."""
-    shapes = replace(weights.model_args, bias=True).parameter_shapes()
-    full = {n: weights.model[n] if n in weights.model else torch.zeros(shape) for n, shape in shapes.items()}
-    return full | {"transformer.wte.weight": full["transformer.wte.weight"][: weights.used_vocab]}
+    """The model for formats that always have biases, its vocabulary cut to the used one."""
+    used = weights.used_vocab
+    return {n: t[:used] if n in _VOCABULARY else t for n, t in all_biases(weights).model.items()}
+
+
+def require_tied_head(weights: Weights, path: Path, whose: str) -> None:
+    """CheckpointError where the head is a weight of its own, for which whose files have no place."""
+    if not weights.model_args.tie_word_embeddings:
+        raise CheckpointError(
+            f"{whose}'s models have no head of their own, as this one has",
+            where=str(path),
+            expected="a head tied to the token embedding",
+            hint="--to=hf or --to=native keeps both weights",
+        )
 
 
 def dense(key: str, value: Any, where: str) -> Tensor:

@@ -17,7 +17,15 @@ from torch import Tensor
 from nanogpt_fast.data.tokenizer import Gpt2Tokenizer
 from nanogpt_fast.errors import CheckpointError
 from nanogpt_fast.weights import hf_tokenizer
-from nanogpt_fast.weights.canonical import Weights, checked, model_config, plain_names, shown, with_biases
+from nanogpt_fast.weights.canonical import (
+    Weights,
+    checked,
+    model_config,
+    plain_names,
+    shown,
+    with_biases,
+    without_tied_head,
+)
 from nanogpt_fast.weights.model_card import model_card
 from nanogpt_fast.weights.sources import file_bytes, load_pickle, load_safetensors, read_object
 
@@ -44,7 +52,6 @@ FIXED = {
     "scale_attn_by_inverse_layer_idx": False,
     "reorder_and_upcast_attn": False,
     "add_cross_attention": False,
-    "tie_word_embeddings": True,
 }
 
 
@@ -71,7 +78,17 @@ def read(folder: Path) -> Weights:
             expected=", ".join(ACTIVATIONS),
             found=shown(activation),
         )
-    tensors = plain_names(_read_tensors(files), where)
+    tensors, tied = plain_names(_read_tensors(files), where), found.get("tie_word_embeddings", True)
+    if tied is True:  # a head that is stored all the same repeats the embedding
+        tensors, is_tied = without_tied_head(tensors)
+        if not is_tied:
+            raise CheckpointError(
+                "the output head is not the token embedding",
+                where=f"{where}: lm_head.weight",
+                expected="the same as wte.weight, as config.json's tie_word_embeddings has it",
+                found="two different tensors",
+                hint="tie_word_embeddings = false in config.json, if the head is meant to be a weight of its own",
+            )
     config = model_config(
         where,
         min(sum(map(file_bytes, files)), sum(t.numel() * t.element_size() for t in tensors.values())),
@@ -81,6 +98,7 @@ def read(folder: Path) -> Weights:
         block_size=found.get("n_positions", found.get("n_ctx")),
         vocab_size=found.get("vocab_size"),
         bias=True,
+        tie_word_embeddings=tied,
         activation=ACTIVATIONS[activation],
     )
     if found.get("n_inner") not in (None, 4 * config.n_embd):
@@ -222,6 +240,7 @@ def _their_config(weights: Weights, dtype: torch.dtype) -> dict[str, Any]:
         **special,
         **hf_tokenizer.special_ids(weights.state.get("special_ids") or {}),
         "dtype": str(dtype).removeprefix("torch."),
+        "tie_word_embeddings": c.tie_word_embeddings,
         **FIXED,
     }
 

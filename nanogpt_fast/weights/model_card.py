@@ -43,8 +43,10 @@ def model_card(weights: Weights, has_tokenizer: bool) -> str:
         ("context", f"{c.block_size} tokens"),
         ("vocabulary", f"{weights.used_vocab} tokens"),
         ("activation", {"gelu": "GELU, exact (erf)", "gelu_tanh": "GELU, tanh form"}[c.activation]),
-        ("biases", "yes" if c.bias else "none (stored as zeros)"),
+        ("biases", "yes" if c.bias else "in LayerNorm (others: zeros)" if c.norm_bias else "none (stored as zeros)"),
     ]
+    if not c.tie_word_embeddings:
+        shape.append(("output head", "a weight of its own, not the token embedding"))
     if has_tokenizer:
         imports, tokenizer, note = (
             "AutoModelForCausalLM, AutoTokenizer",

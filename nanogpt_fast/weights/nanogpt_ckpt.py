@@ -2,7 +2,8 @@
 
 Its optimizer state is positional: group 0 holds the tensors of two dimensions, group 1 the rest, both in the
 model's own order (the head shares wte's parameter, so wte stands for both), numbered through. Until 6 May 2023
-(nanoGPT's commit 7fe4a099) group 0 held the Linear weights alone, group 1 all else, each sorted by name as text.
+(nanoGPT's commit 7fe4a099) group 0 held the Linear weights alone, group 1 all else, each sorted by name as text; until
+14 January 2023 (7c828855) the head was a weight of its own, and one of them.
 
 GELU was the tanh form until 14 June 2023 (f08abb45). A file does not say which: the older optimizer is proof of tanh,
 and so are model_args without bias, an option since 27 January 2023 (cc5444e1). Else the present form is assumed.
@@ -21,13 +22,16 @@ from nanogpt_fast.errors import CheckpointError
 from nanogpt_fast.settings.config import GPTConfig, OptimConfig
 from nanogpt_fast.weights.canonical import (
     Weights,
+    all_biases,
     checked,
     dense,
     model_config,
     number,
     plain_config,
     plain_names,
+    require_tied_head,
     shown,
+    without_tied_head,
 )
 from nanogpt_fast.weights.sources import file_bytes, load_pickle, saved_before_torch_2_1
 
@@ -45,7 +49,7 @@ CONFIG_KEYS = (
 )  # fmt: skip
 
 
-LINEAR = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")
+LINEAR = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight", "lm_head.weight")
 
 
 def optimizer_names(config: GPTConfig) -> tuple[list[str], list[str]]:
@@ -109,8 +113,9 @@ def read(path: Path, optimizer: bool = True) -> Weights:
     An optimizer that is not nanoGPT's is left out with a warning: training then starts its moments anew.
     """
     saved, where = load(path), str(path)
-    tensors, run = plain_names(saved["model"], where), plain_config(saved.get("config"))
-    config, known = _shape(saved, tensors, run, path)
+    tensors, tied = without_tied_head(plain_names(saved["model"], where))
+    run = plain_config(saved.get("config"))
+    config, known = _shape(saved, tensors, tied, run, path)
     weights = Weights(
         model_args=config,
         model=tensors,
@@ -136,11 +141,12 @@ def read(path: Path, optimizer: bool = True) -> Weights:
 
 
 def _shape(
-    saved: dict[str, Any], tensors: dict[str, Tensor], run: dict[str, Any], path: Path
+    saved: dict[str, Any], tensors: dict[str, Tensor], tied: bool, run: dict[str, Any], path: Path
 ) -> tuple[GPTConfig, bool]:
     """(the model's shape, whether its GELU is known); says so where it is not and may well be the other."""
     given, where = saved["model_args"], str(path)
     args = {key: given[key] for key in MODEL_ARGS if key in given}
+    args["tie_word_embeddings"] = tied
     args.setdefault("bias", "transformer.ln_f.bias" in tensors)  # an option since 27 January 2023
     for key, name in (("vocab_size", "wte"), ("block_size", "wpe")):  # vocab_size is there since 14 January 2023
         rows = tensors.get(f"transformer.{name}.weight")
@@ -149,11 +155,18 @@ def _shape(
     activation = run.pop("activation", None)
     nbytes = sum(t.numel() * t.element_size() for t in tensors.values())
     config = model_config(where, min(nbytes, file_bytes(path)), **args, activation=activation or "gelu")
+    decayed = _group_sizes(saved.get("optimizer"))[:1]
+    old, new = ([len(names(config)[0])] for names in (old_optimizer_names, optimizer_names))
+    if not tied and decayed in ([old[0] - 1], [new[0] - 1]):
+        raise CheckpointError(
+            "the output head is not the token embedding",
+            where=f"{where}: lm_head.weight",
+            expected="equal to transformer.wte.weight: the file's optimizer has one parameter for both",
+            found="two different tensors",
+        )
     if activation:
         return config, True
-    groups, layers = _group_sizes(saved.get("optimizer")), 4 * config.n_layer
-    old = bool(groups) and groups[0] == layers
-    if old or ("bias" not in given and groups[:1] != [layers + 2]):
+    if decayed == old or ("bias" not in given and decayed != new):
         return replace(config, activation="gelu_tanh"), True
     if saved_before_torch_2_1(path):
         log.warning(
@@ -211,7 +224,9 @@ def _read_optimizer(saved: Any, config: GPTConfig, where: str) -> tuple[dict[str
 
 
 def write(weights: Weights, path: Path) -> None:
-    """A ckpt.pt that nanoGPT's train.py resumes from and its sample.py reads; float32."""
+    """A ckpt.pt that nanoGPT's train.py resumes from and its sample.py reads; float32. Raises CheckpointError."""
+    require_tied_head(weights, path, "nanoGPT")
+    weights = all_biases(weights) if weights.model_args.norm_bias else weights
     c, config = weights.model_args, {k: weights.config[k] for k in CONFIG_KEYS if k in weights.config}
     config["activation"] = c.activation  # nanoGPT ignores it and computes erf; read() restores it
     model = {**weights.model, "lm_head.weight": weights.model["transformer.wte.weight"]}

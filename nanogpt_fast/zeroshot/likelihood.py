@@ -171,7 +171,7 @@ def _read(model: GPT, states: Iterable[Tensor], requests: list[Request], barred:
     logprobs, likeliest, other = [], [], []
     rows = head_rows(model)
     for part, wanted in zip(together.split(rows), targets.split(rows)):
-        logits = model.ops.linear(part[None], model.transformer.wte.weight)[0].float()
+        logits = model.ops.linear(part[None], model.head)[0].float()
         logprobs.append((logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(1)).cpu().double())
         likeliest.append(logits.argmax(1).cpu())
         other.append((logits if barred is None else logits.masked_fill(barred, -torch.inf)).argmax(1).cpu())

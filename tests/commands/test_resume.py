@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(dropout=0.2, gradient_accumulation_steps=2),
+        dict(dropout=0.2, gradient_accumulation_steps=2, norm_bias=True, tie_word_embeddings=False),
         dict(dropout=0.2, dtype="bfloat16", bias=True, activation="gelu_tanh"),
         dict(dtype="float16", max_iters=60),  # the loss scale and its counter too; slow on a CPU, so fewer steps
     ],

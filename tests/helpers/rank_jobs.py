@@ -35,9 +35,10 @@ def build(
     lr: float = 1e-3,
     recompute: str = "none",
     bias: bool = False,
+    tied: bool = True,
 ) -> TrainStep:
     """No biases unless asked: a key's bias has gradient 0 but for rounding, which Adam scales up to a whole step."""
-    shape = GPTConfig(**{**vars(SHAPE), "bias": bias})
+    shape = GPTConfig(**{**vars(SHAPE), "bias": bias, "tie_word_embeddings": tied})
     model = GPT(shape, recompute=recompute).train()
     model.init_weights(torch.Generator().manual_seed(world.rank))  # ranks differ until they join
     kind = getattr(torch, dtype)

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import kernel_case
 import pytest
@@ -22,12 +23,15 @@ from nanogpt_fast.step import TrainStep
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=40, block_size=20, vocab_size=67)  # D = 20: no power of two anywhere
 
 
+OWN_HEAD = {"bias": False, "norm_bias": True, "tie_word_embeddings": False}
+
+
 def build(
-    ops: Ops, dtype: torch.dtype, bias: bool, dropout: float, residual: torch.dtype | None = None, n_layer: int = 2
+    ops: Ops, dtype: torch.dtype, residual: torch.dtype | None = None, **changes: Any
 ) -> tuple[GPT, FlatParameters]:
     """(model in training mode, its flat parameters); one initialisation for all, the biases not zero."""
     generator = torch.Generator().manual_seed(0)
-    model = GPT(replace(SHAPE, bias=bias, dropout=dropout, n_layer=n_layer), ops, residual)
+    model = GPT(replace(SHAPE, **changes), ops, residual)
     model.init_weights(generator)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -41,10 +45,8 @@ def tokens(*shape: int) -> Tensor:
     return torch.randint(67, shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
 
-def loss_and_gradients(
-    ops: Ops, dtype: torch.dtype, bias: bool, dropout: float, residual: torch.dtype | None
-) -> dict[str, Tensor]:
-    model, flat = build(ops, dtype, bias, dropout, residual)
+def loss_and_gradients(ops: Ops, dtype: torch.dtype, residual: torch.dtype | None, **changes: Any) -> dict[str, Tensor]:
+    model, flat = build(ops, dtype, residual, **changes)
     seed = torch.tensor([5], device=DEVICE)
     for micro in tokens(2, 2, 18):  # two micro-batches: main_grad accumulates
         loss, nll = model(micro[:, :-1], micro[:, 1:], torch.tensor(1 / 34, device=DEVICE), seed)
@@ -53,9 +55,9 @@ def loss_and_gradients(
     return {"loss": loss.detach(), "nll": nll} | {n: t.clone() for n, t in flat.named(flat.grad).items()}
 
 
-def reference64(dtype: torch.dtype, bias: bool, dropout: float) -> dict[str, Tensor]:
+def reference64(dtype: torch.dtype, **changes: Any) -> dict[str, Tensor]:
     """The same from float64 ops on the weights as `dtype` holds them."""
-    model, flat = build(REFERENCE, dtype, bias, dropout)
+    model, flat = build(REFERENCE, dtype, **changes)
     exact = GPT(model.config, REFERENCE).to(DEVICE, torch.float64).train()
     exact.load_state_dict({n: p.double() for n, p in model.state_dict().items()})
     seed = torch.tensor([5], device=DEVICE)
@@ -67,17 +69,17 @@ def reference64(dtype: torch.dtype, bias: bool, dropout: float) -> dict[str, Ten
     return {"loss": loss.detach(), "nll": nll} | grads  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("bias, dropout", [(False, 0.0), (True, 0.2)])
+@pytest.mark.parametrize("changes", [{"bias": False}, {"dropout": 0.2}, OWN_HEAD], ids=str)
 @pytest.mark.parametrize(
     "dtype, residual",
     [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32), (torch.float16, None)],
     ids=str,
 )
-def test_loss_and_every_gradient(dtype: torch.dtype, residual: torch.dtype | None, bias: bool, dropout: float):
+def test_loss_and_every_gradient(dtype: torch.dtype, residual: torch.dtype | None, changes: dict[str, Any]):
     """By the two-reference rule, whose same-dtype side is the model on the reference ops."""
-    ours = loss_and_gradients(TRITON, dtype, bias, dropout, residual)
-    theirs = loss_and_gradients(REFERENCE, dtype, bias, dropout, residual)
-    exact = reference64(dtype, bias, dropout)
+    ours = loss_and_gradients(TRITON, dtype, residual, **changes)
+    theirs = loss_and_gradients(REFERENCE, dtype, residual, **changes)
+    exact = reference64(dtype, **changes)
     assert set(ours) == set(exact)
     # the loss is one number, whose error in 16 bits is luck: hold it to the nll, and the nll to the rule
     torch.testing.assert_close(ours.pop("loss"), ours["nll"].sum() / 34, rtol=1e-6, atol=0)

@@ -14,7 +14,7 @@ out_dir init_from eval_interval log_interval eval_iters eval_only eval_mode alwa
 auto_resume async_save sample_at_end seed
 dataset data_dir gradient_accumulation_steps batch_ramp batch_size block_size data_order document_mask
 ignore_fingerprint
-n_layer n_head n_embd dropout bias activation vocab_size
+n_layer n_head n_embd dropout bias norm_bias tie_word_embeddings activation vocab_size
 learning_rate max_iters weight_decay beta1 beta2 grad_clip skip_step_sigma skip_step_window max_bad_steps
 decay_lr schedule decay_ratio warmup_iters lr_decay_iters min_lr
 wandb_log wandb_project wandb_run_name tensorboard

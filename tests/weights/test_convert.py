@@ -69,6 +69,8 @@ def test_tells_what_it_found_and_what_comes_next(capsys):
         ("hf", {"optimizer": False, "vocab_size": 50304, "n_layer": 1}, ["vocabulary cut from 50304 to 50257"]),
         ("nanogpt", {"activation": "gelu_tanh"}, ["nanoGPT computes the exact GELU"]),
         ("nanogpt", {"vocab_size": 50304, "bias": False, "n_layer": 1}, []),
+        ("nanogpt", {"bias": False, "norm_bias": True}, ["would train those that are zeros"]),
+        ("hf", {"optimizer": False, "bias": False, "norm_bias": True}, ["in its Linear", "no transformers tokenizer"]),
     ],
 )
 def test_says_what_is_lost_and_nothing_else(to, changes, notes):

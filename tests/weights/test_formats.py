@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from random_weights import random_weights, same_tensors
 
 from nanogpt_fast.errors import CheckpointError
@@ -17,15 +18,42 @@ from nanogpt_fast.weights.formats import Format, read, sniff, write
 DESTINATIONS: dict[Format, str] = {"nanogpt": "a.pt", "hf": "hf", "llmc": "m.bin", "native": "run"}
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("to", ["native", "nanogpt"])
-def test_round_trip_keeps_every_bit(tmp_path, to, bias):
-    weights = random_weights(bias=bias, dropout=0.1)
+@pytest.mark.parametrize(
+    ("to", "changes"),
+    [
+        ("native", {}),
+        ("nanogpt", {}),
+        ("native", {"bias": False}),
+        ("nanogpt", {"bias": False}),
+        ("native", {"bias": False, "norm_bias": True, "tie_word_embeddings": False}),
+    ],
+)
+def test_round_trip_keeps_every_bit(tmp_path, to, changes):
+    weights = random_weights(dropout=0.1, **changes)
     found = read(write(weights, tmp_path / "out", to))
     assert same_tensors(found.model, weights.model)
     assert same_tensors(found.optimizer, weights.optimizer)
     for field in ("model_args", "optimizer_step", "step", "best_val_loss", "config"):
         assert getattr(found, field) == getattr(weights, field), field
+
+
+@pytest.mark.parametrize("to", ["nanogpt", "llmc"])
+def test_a_head_of_its_own_is_not_written_where_there_is_no_place_for_it(tmp_path, to):
+    with pytest.raises(CheckpointError, match="no head of their own") as refused:
+        write(random_weights(tie_word_embeddings=False), tmp_path / "out.pt", to)
+    assert "--to=hf" in refused.value.hint and not list(tmp_path.iterdir())
+
+
+def test_layernorm_biases_alone_become_biases_in_all_layers(tmp_path):
+    weights = random_weights(bias=False, norm_bias=True)
+    found = read(write(weights, tmp_path / "ckpt.pt", "nanogpt"))
+    assert found.model_args == dataclasses.replace(weights.model_args, bias=True, norm_bias=False)
+    assert weights.optimizer is not None and found.optimizer is not None
+    for before, after in ((weights.model, found.model), (weights.optimizer, found.optimizer)):
+        assert all(
+            torch.equal(after[name], before[name]) if name in before else not after[name].any() for name in after
+        )
+    assert len(found.model) - len(weights.model) == 4 * weights.model_args.n_layer
 
 
 def test_sniff_knows_each_form(tmp_path):

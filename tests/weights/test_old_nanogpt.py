@@ -30,7 +30,8 @@ def tiny(**changes: Any) -> Weights:
 
 def groups_until_may_2023(weights: Weights) -> list[list[str]]:
     """configure_optimizers as nanoGPT had it before 7fe4a099: whitelisted module kinds, names sorted as text."""
-    decay = {n for n in weights.model if n.split(".")[-2] in ("c_attn", "c_proj", "c_fc") and n.endswith("weight")}
+    linear = ("c_attn", "c_proj", "c_fc", "lm_head")
+    decay = {n for n in weights.model if n.split(".")[-2] in linear and n.endswith("weight")}
     return [sorted(decay), sorted(set(weights.model) - decay)]
 
 
@@ -50,7 +51,7 @@ def save(path: Path, weights: Weights, groups: list[list[str]], **changes: Any) 
         adamw.state[parameter] = state
     args = {key: getattr(weights.model_args, key) for key in nanogpt_ckpt.MODEL_ARGS}
     saved = {
-        "model": weights.model | {"lm_head.weight": weights.model["transformer.wte.weight"]},
+        "model": {"lm_head.weight": weights.model["transformer.wte.weight"]} | weights.model,
         "optimizer": adamw.state_dict(),
         "model_args": args,
         "iter_num": weights.step,
@@ -65,8 +66,8 @@ def save(path: Path, weights: Weights, groups: list[list[str]], **changes: Any) 
     return path
 
 
-def may_2023(folder: Path, **changes: Any) -> tuple[Weights, Path]:
-    weights = tiny(activation="gelu_tanh")
+def may_2023(folder: Path, tie_word_embeddings: bool = True, **changes: Any) -> tuple[Weights, Path]:
+    weights = tiny(activation="gelu_tanh", tie_word_embeddings=tie_word_embeddings)
     return weights, save(folder / "ckpt.pt", weights, groups_until_may_2023(weights), **changes)
 
 
@@ -75,7 +76,12 @@ def january_2023(folder: Path, **changes: Any) -> tuple[Weights, Path]:
     return may_2023(folder, vocab_size=None, bias=None, **changes)
 
 
-@pytest.mark.parametrize("made", [may_2023, january_2023])
+def december_2022(folder: Path, **changes: Any) -> tuple[Weights, Path]:
+    """The head is not yet the token embedding."""
+    return january_2023(folder, tie_word_embeddings=False, **changes)
+
+
+@pytest.mark.parametrize("made", [may_2023, january_2023, december_2022])
 def test_old_forms_are_read_whole(tmp_path, made):
     weights, path = made(tmp_path)
     found = read(path)
@@ -89,7 +95,7 @@ def test_a_missing_block_size_is_wpes(tmp_path):
 
 
 def test_december_2022_had_neither_config_nor_loss(tmp_path):
-    found = read(january_2023(tmp_path, config=None, best_val_loss=None)[1])
+    found = read(december_2022(tmp_path, config=None, best_val_loss=None)[1])
     assert found.config == {} and found.best_val_loss == math.inf
 
 
