@@ -48,6 +48,16 @@ def _times(factor: float, embeddings: bool = True, matrices: bool = True) -> Cal
     return scaled
 
 
+def _head(factor: float) -> Callable[[GPT, torch.Generator], None]:
+    """GPT-2's, but for a head of its own, so many times as wide."""
+
+    def scaled(model: GPT, generator: torch.Generator) -> None:
+        assert not model.config.tie_word_embeddings, "the token embedding would be scaled"
+        model.head.mul_(factor)
+
+    return scaled
+
+
 def _pytorch(model: GPT, generator: torch.Generator) -> None:
     """What nn.Linear and nn.Embedding draw by themselves: U(-1/sqrt(fan_in), ...) and N(0, 1); the head is tied, so it
     is the embedding's."""
@@ -77,6 +87,8 @@ KINDS: dict[str, Callable[[GPT, torch.Generator], None]] = {
     "quadruple": _times(4.0),
     "quadruple embeddings": _times(4.0, matrices=False),
     "quadruple matrices": _times(4.0, embeddings=False),
+    "head 0": _head(0.0),
+    "head 0.001": _head(0.05),
     "pytorch": _pytorch,
     "pytorch, embeddings 0.02": _pytorch_small_embedding,
 }
