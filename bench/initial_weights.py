@@ -89,6 +89,7 @@ KINDS: dict[str, Callable[[GPT, torch.Generator], None]] = {
     "quadruple matrices": _times(4.0, embeddings=False),
     "head 0": _head(0.0),
     "head 0.001": _head(0.05),
+    "head 0.08": _head(4.0),
     "pytorch": _pytorch,
     "pytorch, embeddings 0.02": _pytorch_small_embedding,
 }

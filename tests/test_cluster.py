@@ -20,9 +20,9 @@ from slurm_cluster import Slurm, until
 from tiny_run import ENV, ROOT, VOCAB, flags, losses, steps_of, train, wait_for_iteration, write_dataset
 from torch.distributed.run import get_args_parser
 
-from nanogpt_fast.doctor import DoctorConfig
 from nanogpt_fast.settings import cli
 from nanogpt_fast.settings.config import GPTConfig
+from nanogpt_fast.settings.examining import DoctorConfig
 
 PAGE = (ROOT / "docs/cluster.md").read_text()
 FILES = ROOT / "docs/cluster"

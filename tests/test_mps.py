@@ -12,10 +12,11 @@ from mps_stand_in import MPSError, StandIn, has_mps_kernel
 from nanogpt_kernels.reference import dropout_mask
 from tiny_run import VOCAB, metrics, train, write_dataset
 
-from nanogpt_fast import doctor, evaluate, hardware, sample, trainer
+from nanogpt_fast import evaluate, examination, hardware, sample, trainer
 from nanogpt_fast.distributed import join, resolve_device, resolve_dtype
 from nanogpt_fast.errors import DeviceError
 from nanogpt_fast.ops import select_ops
+from nanogpt_fast.settings.examining import DoctorConfig
 from nanogpt_fast.step import TrainStep
 
 
@@ -139,9 +140,9 @@ def test_resume_evaluate_and_sample(mps: StandIn, tmp_path: Path, capsys: pytest
 
 
 def test_doctor_lists_and_tries_it(mps: StandIn, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(doctor, "SMOKE_STEPS", 15)
+    monkeypatch.setattr(examination, "SMOKE_STEPS", 15)
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 12 * 2**30)
-    report = doctor.examine(doctor.DoctorConfig())
+    report = examination.examine(DoctorConfig())
     assert report["smoke"]["device"] == "mps, float32" and report["gpus"][-1]["name"] == "Apple MPS"
     assert report["gpus"][-1]["memory"].startswith("12.0 GiB")
     assert "measured 64^3 float32 product on mps" in report["gpus"][-1]["peak for MFU"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanogpt_fast import assembler, ops, tuned, verdict, verify
+from nanogpt_fast import assembler, ops, tuned, verdict, verification, verify
 from nanogpt_fast.distributed import World
 from nanogpt_fast.files import user_cache
 from nanogpt_fast.ops import OP_NAMES, REFERENCE, Ops
@@ -199,7 +199,7 @@ def test_a_child_s_end_is_its_op_s_fault_or_nobody_s(
 
 def test_the_real_child_says_what_it_tries(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
     """In this process: the interpreter needs its numpy shim."""
-    monkeypatch.setattr(verify, "select_ops", lambda *_: dataclasses.replace(REFERENCE, norm=raises))
+    monkeypatch.setattr(verification, "select_ops", lambda *_: dataclasses.replace(REFERENCE, norm=raises))
     command = verdict.child_command(SETUP, CPU, ["mlp"])
     assert command[1:3] == ["-m", "nanogpt_fast.verify"] and verify.main(command[3:]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -13,7 +13,7 @@ from random_weights import random_weights
 from tiny_run import ENV, write_dataset
 
 from nanogpt_fast import __main__ as listing
-from nanogpt_fast import doctor, dry_run, evaluate, hardware, ops, plot, sample, tuned, verdict
+from nanogpt_fast import convert, doctor, dry_run, evaluate, examination, hardware, ops, plot, sample, tuned, verdict
 from nanogpt_fast.command import explained
 from nanogpt_fast.data import progress
 from nanogpt_fast.errors import ConfigError, DataError, DeviceError
@@ -70,7 +70,7 @@ def test_a_word_runs_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 @pytest.mark.parametrize(
     ("module", "words", "again"),
     [
-        pytest.param("nanogpt_fast", ["convert", "--help"], "nothing was left half done", id="convert"),
+        pytest.param("nanogpt_fast", ["convert", "run", "hf", "--to=hf"], convert.AGAIN, id="convert"),
         pytest.param("nanogpt_fast.train", ["quickstart"], AGAIN, id="train"),
     ],
 )
@@ -201,7 +201,7 @@ def test_doctor_works_for_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     for name in ("XDG_CACHE_HOME", "TRITON_HOME", "TRITON_CACHE_DIR", "HF_HOME"):
         monkeypatch.delenv(name, raising=False)
-    assert doctor.caches()["HF_HOME"].startswith("~/.cache/huggingface, not there yet")
+    assert examination.caches()["HF_HOME"].startswith("~/.cache/huggingface, not there yet")
 
 
 def test_a_product_that_gives_nothing_is_no_peak(monkeypatch: pytest.MonkeyPatch):

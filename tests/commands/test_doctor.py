@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanogpt_fast import doctor
+from nanogpt_fast import doctor, examination
 from nanogpt_fast.errors import DeviceError
 from nanogpt_fast.privacy import private
+from nanogpt_fast.settings.examining import DoctorConfig
 
-QUICK = doctor.DoctorConfig(device="cpu", dtype="float32", smoke=False)
+QUICK = DoctorConfig(device="cpu", dtype="float32", smoke=False)
 
 
 @pytest.fixture
 def short_smoke(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "SMOKE_STEPS", 15)
+    monkeypatch.setattr(examination, "SMOKE_STEPS", 15)
 
 
 def test_the_json_report_has_every_section(short_smoke: None, capsys: pytest.CaptureFixture[str], tmp_path: Path):
@@ -26,7 +27,7 @@ def test_the_json_report_has_every_section(short_smoke: None, capsys: pytest.Cap
     assert code == 0 and report["problems"] == []
     assert list(report) == ["versions", "extras", "cpu", "gpus", "caches", "data", "problems", "smoke"]
     assert report["versions"]["torch"] == torch.__version__
-    assert set(doctor.REQUIRED) < set(report["versions"]) and set(doctor.EXTRAS) < set(report["extras"])
+    assert set(examination.REQUIRED) < set(report["versions"]) and set(examination.EXTRAS) < set(report["extras"])
     assert report["cpu"]["threads of torch"] == torch.get_num_threads()
     assert len(report["gpus"]) == torch.cuda.device_count()
     assert report["smoke"]["device"] == "cpu, float32"
@@ -67,16 +68,16 @@ def test_privacy_leaves_words_alone(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_smoke_run_learns(short_smoke: None):
-    found = doctor.smoke(QUICK)
+    found = examination.smoke(QUICK)
     first, last = map(float, found["loss"].split(" in ")[0].split(" -> "))
     assert first == pytest.approx(5.55, abs=0.2), "ln 256 at the start"
-    assert last < first - doctor.SMOKE_FALL
+    assert last < first - examination.SMOKE_FALL
 
 
 def test_a_model_that_does_not_learn_is_a_problem(monkeypatch: pytest.MonkeyPatch, short_smoke: None):
-    monkeypatch.setattr(doctor.AdamW, "step", lambda *_: torch.zeros(()))
+    monkeypatch.setattr(examination.AdamW, "step", lambda *_: torch.zeros(()))
     with pytest.raises(DeviceError, match="did not learn"):
-        doctor.smoke(QUICK)
+        examination.smoke(QUICK)
     assert doctor.main(["--device=cpu", "--dtype=float32"]) == 5
 
 
@@ -87,9 +88,9 @@ def test_an_absent_device_is_a_problem(capsys: pytest.CaptureFixture[str]):
 
 def test_a_driver_without_a_gpu_in_torch_is_a_problem(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(doctor, "_driver", lambda: "575.57.08")
+    monkeypatch.setattr(examination, "_driver", lambda: "575.57.08")
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert doctor.examine(QUICK)["problems"] == [
+    assert examination.examine(QUICK)["problems"] == [
         f"an NVIDIA driver (575.57.08) is here, but torch {torch.__version__} sees no GPU: it is the CPU build"
     ]
 
@@ -107,8 +108,8 @@ def test_apex_of_pypi_is_told_from_nvidias(
         (tmp_path / name / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     sys.modules.pop("apex", None)
-    assert doctor.apex().startswith(verdict)
-    found = [p for p in doctor.examine(QUICK)["problems"] if p.startswith("apex is not NVIDIA's")]
+    assert examination.apex().startswith(verdict)
+    found = [p for p in examination.examine(QUICK)["problems"] if p.startswith("apex is not NVIDIA's")]
     assert bool(found) == (modules == ["apex"])
     sys.modules.pop("apex", None)  # finding its submodule imported it
 
@@ -116,9 +117,9 @@ def test_apex_of_pypi_is_told_from_nvidias(
 def test_cache_folders(tmp_path: Path):
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "a.cubin").write_bytes(b"x" * 2_500_000)
-    assert doctor._folder(tmp_path) == f"{tmp_path}, 2.5 MB in 1 files, writable"
-    assert doctor._folder(tmp_path / "x" / "y") == f"{tmp_path / 'x' / 'y'}, not there yet, writable"
-    assert doctor._folder(tmp_path / "kernels" / "a.cubin" / "z").endswith("NOT writable")
+    assert examination._folder(tmp_path) == f"{tmp_path}, 2.5 MB in 1 files, writable"
+    assert examination._folder(tmp_path / "x" / "y") == f"{tmp_path / 'x' / 'y'}, not there yet, writable"
+    assert examination._folder(tmp_path / "kernels" / "a.cubin" / "z").endswith("NOT writable")
 
 
 def test_datasets_are_listed(tmp_path: Path):
@@ -130,9 +131,9 @@ def test_datasets_are_listed(tmp_path: Path):
     splits = {"train": {"tokens": 1000, "files": []}, "val": {"tokens": 10, "files": []}}
     (tmp_path / "characters" / "meta.json").write_text(json.dumps({**meta, "splits": splits}))
     (tmp_path / "damaged" / "meta.json").write_text("{")
-    found = doctor.data(str(tmp_path))
+    found = examination.data(str(tmp_path))
     assert found[str(tmp_path / "gpt2_tokens")].endswith("no meta.json: taken for GPT-2 tokens")
     assert found[str(tmp_path / "characters")].endswith("char, 2 ids, tokens train 1,000, val 10")
     assert found[str(tmp_path / "damaged")].endswith("meta.json cannot be used")
     assert str(tmp_path / "empty") not in found
-    assert "prepare" in doctor.data(str(tmp_path / "empty"))["datasets"]
+    assert "prepare" in examination.data(str(tmp_path / "empty"))["datasets"]

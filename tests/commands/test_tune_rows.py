@@ -11,7 +11,7 @@ from nanogpt_kernels import launch
 from torch import Tensor
 from tune_case import FACTS, OP, SETUP, clock, few_rows, one_race, soon, target_of, targets_of, tuning_of
 
-from nanogpt_fast import launch_search, ops, tune, tuned, tuning
+from nanogpt_fast import launch_search, launch_tuning, ops, tune, tuned, tuning
 from nanogpt_fast.errors import ConfigError, DeviceError
 from nanogpt_fast.launch_plan import cases_of
 from nanogpt_fast.launch_race import Race
@@ -182,16 +182,16 @@ def test_rows_are_kept_as_they_are_found_and_dropped_where_the_whole_is_no_quick
     found, _ = tuning_of(ops.TRITON)
     key = finding(found, monkeypatch)
     monkeypatch.setattr(found, "whole", lambda: (10.0, 8.0, {OP: 0.5}))
-    assert tune.tune(found, FACTS, {}, soon()) == 0
+    assert launch_tuning.tune(found, FACTS, {}, soon()) == 0
     assert {key: entry.ratio for key, entry in tuned.read(FACTS).items()} == {key: 0.25}
     assert "10.0 ms an iteration with the shipped rows, 8.0 ms with the kept ones (0.800)" in capsys.readouterr().out
     earlier = tuned.read(FACTS)
     monkeypatch.setattr(found, "whole", lambda: (8.0, 8.1, {}))
-    assert tune.tune(found, FACTS, {}, soon()) == 0
+    assert launch_tuning.tune(found, FACTS, {}, soon()) == 0
     assert tuned.read(FACTS) == {} and "none is kept" in capsys.readouterr().out
     tuned.write(FACTS, earlier)  # whose rows these go on from
     monkeypatch.setattr(found, "whole", lambda: (10.0, 8.0, {}))
-    assert tune.tune(found, FACTS, earlier, soon()) == 0
+    assert launch_tuning.tune(found, FACTS, earlier, soon()) == 0
     assert tuned.read(FACTS)[key].ratio == 0.0625
 
 
@@ -199,7 +199,7 @@ def test_ctrl_c_keeps_what_was_found(capsys: pytest.CaptureFixture, monkeypatch:
     found, _ = tuning_of(ops.TRITON)
     key = finding(found, monkeypatch, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        tune.tune(found, FACTS, {}, soon())
+        launch_tuning.tune(found, FACTS, {}, soon())
     assert tuned.read(FACTS).keys() == {key} and "1 row kept so far" in capsys.readouterr().out
 
 

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 LONGEST = 60.0  # seconds that a command may take: the slowest here needs 4
-COMMANDS = ("train", "training", "evaluate", "evaluation", "sample", "samples", "prepare", "convert")  # all of them
+COMMANDS = (
+    "train", "training", "evaluate", "evaluation", "sample", "samples", "prepare", "convert", "conversion",
+)  # fmt: skip
 # {place: (module, attribute)}: a call of it begins the place.
 PLACES = {
     "startup": ("nanogpt_fast.command", "_guarded"),  # the imports are done, nothing else

@@ -115,7 +115,7 @@ def serve(folder: Path) -> None:
     """Fork the ranks of each line of stdin: their process ids on stdout, and of each that ends its rank and code."""
     sys.path.insert(0, str(ROOT / "tests/helpers"))
     importlib.import_module("rank_jobs")
-    for name in ("train", "training", "doctor", "network.check"):
+    for name in ("train", "training", "doctor", "examination", "network.check"):
         importlib.import_module(f"nanogpt_fast.{name}")
     said = os.dup(1)
     os.dup2(2, 1)

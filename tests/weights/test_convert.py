@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from random_weights import random_weights, same_tensors
 
-from nanogpt_fast import convert
+from nanogpt_fast import conversion, convert
 from nanogpt_fast.errors import CheckpointError, ConfigError
 from nanogpt_fast.weights.formats import read, write
 
@@ -74,7 +74,7 @@ def test_tells_what_it_found_and_what_comes_next(capsys):
     ],
 )
 def test_says_what_is_lost_and_nothing_else(to, changes, notes):
-    lines = convert.losses(random_weights(**changes), to)
+    lines = conversion.losses(random_weights(**changes), to)
     assert len(lines) == len(notes)
     for line, note in zip(lines, notes):
         assert note in line
