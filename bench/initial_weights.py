@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nanogpt_fast.errors import ConfigError
 from nanogpt_fast.model import GPT
 from nanogpt_fast.settings.config import GPTConfig
 from nanogpt_fast.weights import formats
@@ -52,7 +53,9 @@ def _head(factor: float) -> Callable[[GPT, torch.Generator], None]:
     """GPT-2's, but for a head of its own, so many times as wide."""
 
     def scaled(model: GPT, generator: torch.Generator) -> None:
-        assert not model.config.tie_word_embeddings, "the token embedding would be scaled"
+        if model.config.tie_word_embeddings:
+            expected = "tie_word_embeddings = false beside it"
+            raise ConfigError("weights of a head that is the token embedding", expected=expected)
         model.head.mul_(factor)
 
     return scaled

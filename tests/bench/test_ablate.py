@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -278,7 +279,11 @@ def test_initial_weights_are_what_they_are_called():
     shape = GPTConfig(block_size=32, vocab_size=96, n_layer=2, n_head=2, n_embd=64, bias=True)
     model = GPT(shape)
     model.init_weights(torch.Generator().manual_seed(3))
-    drawn = {kind: initial_weights.initial(kind, shape, 3) for kind in initial_weights.KINDS}
+    heads, own_head = (
+        [kind for kind in initial_weights.KINDS if "head" in kind],
+        replace(shape, tie_word_embeddings=False),
+    )
+    drawn = {kind: initial_weights.initial(kind, shape, 3) for kind in initial_weights.KINDS if kind not in heads}
     wte, fc, proj = "transformer.wte.weight", "transformer.h.1.mlp.c_fc.weight", "transformer.h.0.mlp.c_proj.weight"
     for name, parameter in model.named_parameters():
         assert torch.equal(drawn["gpt2"][name], parameter), "train's own, bit for bit"
@@ -290,6 +295,13 @@ def test_initial_weights_are_what_they_are_called():
     assert float(drawn["pytorch"][proj].abs().max()) == pytest.approx(1 / 16, rel=0.01)  # 1 / sqrt(256)
     assert float(drawn["pytorch, embeddings 0.02"][wte].std()) == pytest.approx(0.02, rel=0.05)
     assert torch.equal(drawn["pytorch"]["transformer.h.0.ln_1.weight"], torch.ones(64))
+    for kind in heads:
+        others = initial_weights.initial(kind, own_head, 3)
+        assert float(others.pop("lm_head.weight").std()) == pytest.approx(float(kind.split()[1]), rel=0.05)
+        assert others.keys() == drawn["gpt2"].keys()
+        assert all(torch.equal(others[n], drawn["gpt2"][n]) for n in others if n != wte), kind
+    with pytest.raises(ConfigError, match="is the token embedding"):
+        initial_weights.initial("head 0", shape, 3)
 
 
 def test_gpt_2_s_weights_through_a_checkpoint_are_a_run_from_scratch(tmp_path: Path):
