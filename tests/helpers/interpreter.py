@@ -62,7 +62,7 @@ def remember_types() -> None:
             return lhs, rhs
         return _stock(self, lhs, rhs)
 
-    tl.block_type.__init__, tl.tensor.__init__ = block_type, tensor  # type: ignore[method-assign]
+    tl.block_type.__init__, tl.tensor.__init__ = block_type, tensor
     TritonSemantic.broadcast_impl_value = broadcast
 
 
