@@ -40,8 +40,8 @@ def _numeric(handle: TensorHandle) -> np.ndarray:
 
 
 def remember_types() -> None:
-    """A type of a block is made once, and the shape that tensors of a type have: making them anew, for every operation of
-    every program, takes a quarter of the interpreter's time."""
+    """A block's type is made once, and the shape that tensors of it have: anew for every operation of every program
+    they take a quarter of the interpreter's time."""
     make_type, scalar = tl.block_type.__init__, {"shape": tl.tuple([]), "numel": tl.constexpr(1)}
 
     def block_type(self: Any, element_ty: Any, shape: Any) -> None:
