@@ -5,6 +5,7 @@ meaningless, and float32 -> bfloat16 truncates. Here bfloat16 operands are widen
 to nearest even, as GPUs do. What is not made exact (reductions and elementary functions of bfloat16) raises.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,9 @@ def install() -> None:
         return
     mend_interpreter()
     remember_types()
+    # Checks of overflow are computed, and then asserted only in debug mode, which the interpreter is not in.
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
     np.seterr(over="ignore")  # to infinity without a word, as GPUs do
     stock = {
         name: getattr(InterpreterBuilder, name)
