@@ -31,8 +31,6 @@ from nanogpt_fast.verdict import (
     taken_by_child,
 )
 
-PROG = "python -m nanogpt_fast.tune"
-
 
 def run(config: Config, minutes: float) -> int:
     """Measure for so long, keep, and say what it comes to; the exit code. Raises NanogptError."""
@@ -47,7 +45,7 @@ def run(config: Config, minutes: float) -> int:
             where=f"--device={config.system.device}",
             expected="cuda",
             found=f"{device}, torch {torch.__version__}",
-            hint=f"{PROG} --dry_run --on=h100 lists what would be tried, or `python -m nanogpt_fast.doctor`",
+            hint="`python -m nanogpt_fast.tune --dry_run --on=h100` lists what would be tried; or nanogpt_fast.doctor",
         )
     require_triton(device)
     ours = ours_of(config)
