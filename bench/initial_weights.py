@@ -18,6 +18,7 @@ from nanogpt_fast.weights import formats
 from nanogpt_fast.weights.canonical import Weights
 
 EMBEDDINGS = ("wte.weight", "wpe.weight")
+OUTSIDE = (*EMBEDDINGS, "lm_head.weight")  # of the blocks
 
 
 def _is_residual(name: str) -> bool:
@@ -39,11 +40,11 @@ def _zero_projections(model: GPT, generator: torch.Generator) -> None:
 
 
 def _times(factor: float, embeddings: bool = True, matrices: bool = True) -> Callable[[GPT, torch.Generator], None]:
-    """GPT-2's, so many times as wide; or only its two embeddings, of which one is the head, or all but them."""
+    """GPT-2's, so many times as wide; or only its two embeddings and the head, or all but them."""
 
     def scaled(model: GPT, generator: torch.Generator) -> None:
         for name, parameter in model.named_parameters():
-            if parameter.dim() > 1 and (embeddings if name.endswith(EMBEDDINGS) else matrices):
+            if parameter.dim() > 1 and (embeddings if name.endswith(OUTSIDE) else matrices):
                 parameter.mul_(factor)
 
     return scaled
@@ -74,7 +75,7 @@ def _pytorch(model: GPT, generator: torch.Generator) -> None:
 
 def _pytorch_small_embedding(model: GPT, generator: torch.Generator) -> None:
     """PyTorch's for the blocks, GPT-2's 0.02 for the two embeddings."""
-    kept = {name: p.clone() for name, p in model.named_parameters() if name.endswith(EMBEDDINGS)}
+    kept = {name: p.clone() for name, p in model.named_parameters() if name.endswith(OUTSIDE)}
     _pytorch(model, generator)
     named = dict(model.named_parameters())
     for name, value in kept.items():

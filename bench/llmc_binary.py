@@ -69,10 +69,11 @@ def write_inputs(setup: step_arms.Setup, rows: int, folder: Path, dtype: torch.d
     """A model file and a token file of `rows` sequences, which is one step: llm.c takes the same ones every time."""
     from nanogpt_fast.data.token_format import LLMC_LAYOUTS, LLMC_UINT16
     from nanogpt_fast.weights import llmc
-    from nanogpt_fast.weights.canonical import Weights, with_biases
+    from nanogpt_fast.weights.canonical import Weights, require_tied_head, with_biases
 
     shape = replace(setup.shape, activation="gelu_tanh", dropout=0.0)
     weights = Weights(model_args=shape, model=setup.weights)
+    require_tied_head(weights, folder)
     V, T = weights.used_vocab, shape.block_size
     model, tokens = folder / "model.bin", folder / "tokens.bin"
     llmc.write(weights, model, dtype)

@@ -37,7 +37,7 @@ def make_step(name: str, device_type: str, dtype: str, kernels: str = "reference
     sections = tomllib.loads((CONFIGS / f"{name}.toml").read_text())
     data, model = sections["data"], sections["model"]
     words = model.get("vocab_size") or (65 if "char" in data["dataset"] else 50304)
-    sizes = {key: model[key] for key in ("n_layer", "n_head", "n_embd", "dropout", "bias") if key in model}
+    sizes = {key: value for key, value in model.items() if key != "vocab_size"}
     shape = config.GPTConfig(block_size=data["block_size"], vocab_size=words, **sizes)
     world = join(device_type, "nccl" if device_type == "cuda" else "gloo", 1)
     network = GPT(shape, ops).train()

@@ -1,11 +1,12 @@
 """`python -m nanogpt_fast`: the commands, a line each; `python -m nanogpt_fast train ...` is `python -m
 nanogpt_fast.train ...`."""
 
+import importlib
 import runpy
 import sys
 
 from nanogpt_fast import __version__
-from nanogpt_fast.command import run_command
+from nanogpt_fast.command import importing, run_command
 from nanogpt_fast.errors import ConfigError, did_you_mean
 
 COMMANDS = {
@@ -42,6 +43,9 @@ def main(argv: list[str]) -> int:
             hint="python -m nanogpt_fast --help",
         )
     module, sys.argv = f"nanogpt_fast.{word}", argv
+    with importing():  # what the file imports; run, it has a boundary of its own
+        importlib.import_module(module)
+    del sys.modules[module]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
     return 0
 

@@ -25,7 +25,8 @@ EMBEDDINGS = -1  # a bucket's `first` where it holds the embeddings
 
 @dataclass(frozen=True)
 class Bucket:
-    """A run of the flat buffers that one collective moves: the matrices of whole blocks, or the embeddings."""
+    """A run of the flat buffers that one collective moves: the matrices of whole blocks, or the embeddings and
+    a head of its own."""
 
     start: int
     end: int
@@ -46,7 +47,8 @@ class Piece:
 
 
 class FlatParameters:
-    """The buffers behind a model's parameters, all of one layout: embeddings, block 0, 1, ..., then all vectors.
+    """The buffers behind a model's parameters, all of one layout: embeddings and a head of its own, block 0,
+    1, ..., then all vectors.
 
     master, grad: float32. params: the compute dtype; the same tensor as master when that is float32. Parameters of two
     and more dimensions are views of params, one-dimensional ones of master. Each carries `main_grad`, its view of

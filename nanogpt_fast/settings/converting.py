@@ -33,7 +33,7 @@ class ConvertConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES[self.to]:
             raise ConfigError(
-                "that form is not written in this dtype",
+                f"{self.to} files are not written in this dtype",
                 where=f"dtype = {self.dtype!r}, to = {self.to!r}",
                 expected=", ".join(DTYPES[self.to]),
             )

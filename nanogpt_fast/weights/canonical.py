@@ -190,11 +190,11 @@ def with_biases(weights: Weights) -> dict[str, Tensor]:
     return {n: t[:used] if n in _VOCABULARY else t for n, t in all_biases(weights).model.items()}
 
 
-def require_tied_head(weights: Weights, path: Path, whose: str) -> None:
-    """CheckpointError where the head is a weight of its own, for which whose files have no place."""
+def require_tied_head(weights: Weights, path: Path) -> None:
+    """CheckpointError where the head is a weight of its own, for which nanoGPT's and llm.c's files have no place."""
     if not weights.model_args.tie_word_embeddings:
         raise CheckpointError(
-            f"{whose}'s models have no head of their own, as this one has",
+            "nanoGPT's and llm.c's models have no head of their own, as this one has",
             where=str(path),
             expected="a head tied to the token embedding",
             hint="--to=hf or --to=native keeps both weights",

@@ -23,7 +23,7 @@ from nanogpt_fast.run.checkpoint import Checkpoint
 from nanogpt_fast.run.rundir import RunLock
 from nanogpt_fast.settings.config import GPTConfig
 from nanogpt_fast.weights import huggingface, llmc, nanogpt_ckpt
-from nanogpt_fast.weights.canonical import Weights, check_model, checked, model_config, plain_config
+from nanogpt_fast.weights.canonical import Weights, check_model, checked, model_config, plain_config, require_tied_head
 from nanogpt_fast.weights.destination import foreign_in, lock_of, written_beside
 from nanogpt_fast.weights.huggingface import HUB, load_pretrained
 from nanogpt_fast.weights.sources import file_bytes
@@ -103,6 +103,8 @@ def write(weights: Weights, dst: Path, to: Format, *, dtype: torch.dtype = torch
     """
     if to == "native":
         return _write_native(weights, dst, force)
+    if to in ("nanogpt", "llmc"):
+        require_tied_head(weights, dst)
     if to == "nanogpt" and dst.suffix != ".pt":
         dst = dst / "ckpt.pt"
     if force and os.path.lexists(dst) and (blocker := _irreplaceable(dst, to)):

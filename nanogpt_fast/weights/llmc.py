@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nanogpt_fast.errors import CheckpointError
-from nanogpt_fast.weights.canonical import Weights, checked, model_config, require_tied_head, with_biases
+from nanogpt_fast.weights.canonical import Weights, checked, model_config, with_biases
 from nanogpt_fast.weights.sources import file_bytes
 
 MAGIC = 20240326
@@ -93,8 +93,7 @@ def _read_tensor(file, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def write(weights: Weights, path: Path, dtype: torch.dtype = torch.float32) -> None:
-    """One model file; biases a model lacks are zeros, rows past the tokenizer's vocabulary are zeros."""
-    require_tied_head(weights, path, "llm.c")
+    """One model file of a tied head; biases a model lacks are zeros, rows past the tokenizer's vocabulary are zeros."""
     c, V, versions = weights.model_args, weights.used_vocab, {dtype: version for version, dtype in DTYPES.items()}
     if dtype not in versions:
         raise CheckpointError(

@@ -29,7 +29,6 @@ from nanogpt_fast.weights.canonical import (
     number,
     plain_config,
     plain_names,
-    require_tied_head,
     shown,
     without_tied_head,
 )
@@ -224,8 +223,7 @@ def _read_optimizer(saved: Any, config: GPTConfig, where: str) -> tuple[dict[str
 
 
 def write(weights: Weights, path: Path) -> None:
-    """A ckpt.pt that nanoGPT's train.py resumes from and its sample.py reads; float32. Raises CheckpointError."""
-    require_tied_head(weights, path, "nanoGPT")
+    """A ckpt.pt that nanoGPT's train.py resumes from and its sample.py reads; float32. Its head must be tied."""
     weights = all_biases(weights) if weights.model_args.norm_bias else weights
     c, config = weights.model_args, {k: weights.config[k] for k in CONFIG_KEYS if k in weights.config}
     config["activation"] = c.activation  # nanoGPT ignores it and computes erf; read() restores it
