@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from nanogpt_fast.errors import DataError
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
-
-from nanogpt_fast.errors import DataError  # noqa: E402
-
 Row = dict[str, Any]  # one line, with "file" (its path) and "line" (its number) added
 STOCK = ("nanogpt+compile", "nanogpt")  # what an arm is held against, the first that the run has
 NOT_RECORDED = "not recorded"

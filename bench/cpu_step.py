@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import machine  # noqa: F401  (first: it makes the packages importable)
 import step_arms
 import torch
 import torch.nn.functional as F

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import machine  # noqa: F401  (first: it makes the packages importable)
 import step_arms
 import torch
 from step_arms import Setup

@@ -19,19 +19,21 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "profiling"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import nvml
+import torch
+from work import EXPONENTIALS_A_CLOCK, Work
+
+from nanogpt_fast import assembler, files
+from nanogpt_fast.columns import columns
+from nanogpt_fast.errors import DeviceError
+from nanogpt_fast.gpus import GPUS
+from nanogpt_fast.hardware import peak_flops
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "profiling")]
-
-import nvml  # noqa: E402
-import torch  # noqa: E402
-from work import EXPONENTIALS_A_CLOCK, Work  # noqa: E402
-
-from nanogpt_fast import assembler, files  # noqa: E402
-from nanogpt_fast.columns import columns  # noqa: E402
-from nanogpt_fast.errors import DeviceError  # noqa: E402
-from nanogpt_fast.gpus import GPUS  # noqa: E402
-from nanogpt_fast.hardware import peak_flops  # noqa: E402
-
 assembler.prefer_extra()  # as the trainer does; --ptxas and Triton's variables go before it
 
 # Instruction sets beside the baseline whose presence changes a product's rate.
