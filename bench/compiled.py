@@ -74,10 +74,9 @@ class Compilers:
         self.pool = ProcessPoolExecutor(self.workers, mp_context=multiprocessing.get_context("spawn"))
 
     def stop(self) -> None:
-        workers = list((self.pool._processes or {}).values())
-        self.pool.shutdown(wait=False, cancel_futures=True)
-        for worker in workers:
+        for worker in list((self.pool._processes or {}).values()):
             worker.terminate()
+        self.pool.shutdown(cancel_futures=True)  # which waits for its thread: else Python's end may meet it half closed
 
     def __enter__(self) -> "Compilers":
         return self

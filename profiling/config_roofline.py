@@ -69,7 +69,7 @@ def lines(found: Launches, micro_steps: int, roof: Roof) -> Iterator[list[str]]:
     yield ["a step", f"{parts.launches:,}", *total.cells(), "100.0%", ""]
 
 
-def print_plan(config: Config, shape: GPTConfig, step: Counter[Launch], fused: bool) -> None:
+def print_plan(config: Config, shape: GPTConfig, step: Counter[Launch], gelu: str | None) -> None:
     """The bytes of a step's launches beside byte_plan.PLAN's, by group."""
     rows = []
     groups = byte_plan.compared(step, shape, config.tokens_per_iter)
@@ -79,7 +79,7 @@ def print_plan(config: Config, shape: GPTConfig, step: Counter[Launch], fused: b
     print_beside(["bytes", "launched GB", "planned GB", "ratio"], rows)
     launched, planned = groups["total"]
     over = launched > byte_plan.LIMIT * planned
-    hint = "" if fused else "; --fused shows the rows' other choice, GELU inside the MLP's products"
+    hint = "" if gelu else "; --gelu inside shows the rows' other choice"
     print(f"\n{'OVER' if over else 'within'} the limit of {byte_plan.LIMIT} of the plan{hint if over else ''}")
 
 
@@ -98,7 +98,8 @@ def show_config(args: argparse.Namespace, flags: list[str]) -> None:
     config = load_config(["--config", args.config, *flags], prog="python profiling/roofline.py")
     shape, dtype = config.shape(vocab_size_of(config, without_data=GPTConfig.vocab_size)), dtype_of(config)
     micro_steps, tokens = config.data.gradient_accumulation_steps, config.tokens_per_iter
-    record = cache(lambda arch: recorded(config, shape, dtype, arch, args.fused))
+    fused = None if args.gelu is None else args.gelu == "inside"
+    record = cache(lambda arch: recorded(config, shape, dtype, arch, fused))
     print(f"{args.config}: {micro_steps} x {config.data.batch_size} x {shape.block_size} = {tokens:,} tokens a step, "
           f"vocabulary {shape.vocab_size:,}, {str(dtype).removeprefix('torch.')}")  # fmt: skip
     rows = []
@@ -114,7 +115,7 @@ def show_config(args: argparse.Namespace, flags: list[str]) -> None:
             print(f"\na micro-step: {in_words(micro)}\nonce a step:  {in_words(summed(found.once, roof))}\n"
                   f"a step:       {in_words(whole)}\n"
                   f"{speed(shape, tokens, whole.seconds, gpu)}. A bound, not a measurement.\n")  # fmt: skip
-            print_plan(config, shape, step, args.fused)
+            print_plan(config, shape, step, args.gelu)
             if args.compiled:
                 from compiled_step import show_compiled  # after the rest is shown: it compiles for up to a minute
 

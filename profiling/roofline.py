@@ -1,7 +1,7 @@
 """The least time that a training step could take on a GPU, op by op: FLOPs, fewest bytes, and the datasheet's peaks.
 
     python profiling/roofline.py [--gpu h100 ...] [--model 124m] [--batch 64] [--ledger]
-    python profiling/roofline.py [--gpu h100 ...] --config NAME|FILE [--flag=value ...] [--fused]
+    python profiling/roofline.py [--gpu h100 ...] --config NAME|FILE [--flag=value ...] [--gelu inside]
     python profiling/roofline.py --gpu h100 --config NAME|FILE --compiled [--measured FILE.jsonl]
     python profiling/roofline.py [--gpu h100 ...] --config NAME|FILE --world [N ...] [--link ib] [--parallel zero1]
     python profiling/roofline.py --published
@@ -233,7 +233,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--deterministic", action="store_true", help="of --model: attention backward without atomics, 7 products, not 5"
     )
-    parser.add_argument("--fused", action="store_true", help="of --config: GELU inside products, whatever the rows say")
+    parser.add_argument(
+        "--gelu", choices=("inside", "apart"), help="of --config: of the MLP's products, whatever the rows say"
+    )
     parser.add_argument(
         "--compiled", action="store_true", help="of --config, on one GPU: what its kernels' code predicts"
     )
@@ -251,8 +253,8 @@ def main(argv: list[str]) -> int:
         if args.measured and not args.compiled or args.compiled and len(args.gpu) > 1:
             parser.error("--compiled is of one GPU, --measured goes with it")
         if args.world is not None:
-            if args.fused or args.compiled or args.measured:
-                parser.error("--world takes no --fused, --compiled, --measured")
+            if args.gelu or args.compiled or args.measured:
+                parser.error("--world takes no --gelu, --compiled, --measured")
             from scaling_table import show_world  # which needs Triton, as config_roofline does
 
             show_world(args, flags)
@@ -268,8 +270,8 @@ def main(argv: list[str]) -> int:
         from scaling_published import show_published
 
         show_published()
-    elif flags or args.fused or args.compiled:
-        parser.error(f"only with --config: {' '.join(flags) or ('--fused' if args.fused else '--compiled')}")
+    elif flags or args.gelu or args.compiled:
+        parser.error(f"only with --config: {' '.join(flags) or ('--gelu' if args.gelu else '--compiled')}")
     else:
         args.model = args.model or "124m"
         show_model(args)

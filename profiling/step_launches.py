@@ -75,14 +75,14 @@ class Launches:
         return self.once + Counter({one: n * micro_steps for one, n in self.micro_step.items()})
 
 
-def recorded(config: Config, shape: GPTConfig, dtype: torch.dtype, arch: int, fused: bool = False) -> Launches:
-    """A step of the configuration with the Triton ops and sm_`arch`'s launch rows. fused: whatever those say, the
-    MLP's products have GELU in their epilogue."""
+def recorded(config: Config, shape: GPTConfig, dtype: torch.dtype, arch: int, fused: bool | None = None) -> Launches:
+    """A step of the configuration with the Triton ops and sm_`arch`'s launch rows. fused: whatever those say, whether
+    the MLP's products have GELU in their epilogue."""
     with META:
         step = built_step.assembled(config, shape, TRITON, dtype, META)
     with ExitStack() as stack:
-        for op in ("mlp_fwd", "mlp_bwd") if fused else ():
-            stack.enter_context(launch.override(op, choices=dict(fused=True)))
+        for op in ("mlp_fwd", "mlp_bwd") if fused is not None else ():
+            stack.enter_context(launch.override(op, choices=dict(fused=fused)))
         (one, calls), (two, _) = (_step_of(step, n, config.data.batch_size, shape.block_size, arch) for n in (1, 2))
     micro_step = two - one
     return Launches(micro_step, one - micro_step, calls)

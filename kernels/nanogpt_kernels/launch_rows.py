@@ -59,6 +59,8 @@ class Row:
 _GEMM_128 = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, PARTS=4, FLATTEN=True, TMA_STORE=True)
 _GEMM_256 = _GEMM_128 | dict(BLOCK_N=256)
 _GEMM_PAIR = _GEMM_128 | dict(FLATTEN=False)  # of programs that share an SM
+_GEMM_MMA = _GEMM_128 | dict(BLOCK_K=32)  # as those, by mma.sync
+_GEMM_120 = _GEMM_MMA | dict(FLATTEN=False)
 _STRIP = dict(BLOCK_M=4, BLOCK_N=256)
 _CUBLAS = dict(fused=False, programs_per_sm=1, least_rows=2048)
 _FUSED = dict(fused=True, programs_per_sm=2, least_rows=2048)
@@ -71,6 +73,10 @@ _POINTERS = dict(tma=False)  # or keys and values by TMA, where T is whole tiles
 # What a clock chose, in bfloat16 at C = 768, 65,536 rows, V = 50304, D = 64, T = 1024, by bench/tune.py (rows tried are
 # in bench/results/h100): the source says by how much.
 _H100 = "measured on NVIDIA H100 80GB HBM3, 2026-11-27, by ptxas 13.5: "
+
+# GELU's own passes beside its product, at the data sheets' rates, C = 768 (1600): roofline.py --compiled --gelu apart
+_MMA_FWD = "reasoned: GELU is 0.40 of the product's time on A100, 0.43 on RTX 4090, 0.30 on RTX 5090 (0.19, 0.20, 0.15)"
+_MMA_BWD = "reasoned: GELU is 0.60 of the product's time on A100, 0.64 on RTX 4090, 0.46 on RTX 5090 (0.29, 0.31, 0.22)"
 
 # fmt: off
 TABLE: dict[str, tuple[Row, ...]] = {
@@ -129,24 +135,27 @@ TABLE: dict[str, tuple[Row, ...]] = {
     # mlp: up_to is C. fused: the GEMM with GELU in its epilogue, from least_rows rows on, not cuBLAS and an elementwise
     # pass, of which it saves one over [M, F] forward and two backward. 128x256 tiles by 8 warps are alone on an SM, so
     # nothing covers their epilogue (forward 1.08 of cuBLAS and GELU, measured); of 128x128 by 4 warps two share an SM,
-    # at most 80% of the peak, as shared memory feeds them. Not flattened, a step of their K loop has 93
-    # instructions on sm_90 (160), an epilogue 2,050 forward and 2,700 backward, and backward waits for no pre. Where no
-    # GPU has been timed, cuBLAS.
+    # on sm_90 at most 80% of the peak, as shared memory feeds them. Not flattened, a step of their K loop has 93
+    # instructions there (160), an epilogue 2,050 forward and 2,700 backward, and backward waits for no pre. By mma.sync
+    # each of 4 warps has 64x64 of a tile, so shared memory is busy for 0.75 of an A100's tensor clocks (8 warps: 1.0)
+    # and issue slots for 0.60 forward, 0.73 backward; in steps of 32 none spills. sm_100: tensor clocks not known.
     "mlp_fwd": (
-        Row(80, _GEMM_128, num_warps=8, num_stages=3, itemsize=2, choices=_CUBLAS),
+        Row(80, _GEMM_MMA, num_warps=4, num_stages=4, itemsize=2, choices=_FUSED, source=_MMA_FWD),
+        Row(86, _GEMM_MMA, num_warps=4, num_stages=3, itemsize=2, choices=_FUSED, source=_MMA_FWD),
         Row(90, _GEMM_128, num_warps=4, num_stages=3, itemsize=2, choices=_CUBLAS | dict(programs_per_sm=2)),
         Row(90, _GEMM_128, num_warps=4, num_stages=3, itemsize=2, up_to=768, choices=_FUSED,
             source=_H100 + "mlp forward 0.943 of cuBLAS and GELU; 1.019 unflattened in two parts"),
         Row(100, _GEMM_256, num_warps=8, num_stages=3, itemsize=2, choices=_CUBLAS),
-        Row(120, _GEMM_128, num_warps=8, num_stages=2, itemsize=2, choices=_CUBLAS),
+        Row(120, _GEMM_120, num_warps=4, num_stages=3, itemsize=2, choices=_FUSED, source=_MMA_FWD),
     ),
     "mlp_bwd": (
-        Row(80, _GEMM_128, num_warps=8, num_stages=3, itemsize=2, choices=_CUBLAS),
+        Row(80, _GEMM_MMA, num_warps=4, num_stages=4, itemsize=2, choices=_FUSED, source=_MMA_BWD),
+        Row(86, _GEMM_MMA, num_warps=4, num_stages=3, itemsize=2, choices=_FUSED, source=_MMA_BWD),
         Row(90, _GEMM_PAIR, num_warps=4, num_stages=3, itemsize=2, choices=_CUBLAS | dict(programs_per_sm=2)),
         Row(90, _GEMM_PAIR, num_warps=4, num_stages=3, itemsize=2, up_to=768, choices=_FUSED,
             source=_H100 + "mlp both ways 0.962 of cuBLAS and GELU; 0.967 in two parts, 0.984 flattened"),
         Row(100, _GEMM_256, num_warps=8, num_stages=3, itemsize=2, choices=_CUBLAS),
-        Row(120, _GEMM_128, num_warps=8, num_stages=2, itemsize=2, choices=_CUBLAS),
+        Row(120, _GEMM_MMA, num_warps=4, num_stages=3, itemsize=2, choices=_FUSED, source=_MMA_BWD),
     ),
     # cross_entropy: up_to is V; a program takes a row in tiles of BLOCK_V; chunk_rows rows of logits exist at a time.
     # Programs an SM are rows in flight, not what fits: two of 100 KB on each of an H100's SMs are 26 MB of its 50 MB of

@@ -101,7 +101,7 @@ def test_what_it_refuses(words: list[str], said: str):
 def test_flags_that_do_not_go_together(words: list[str], capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         roofline(words)
-    assert re.search("only with --(config|world)|takes no --fused", capsys.readouterr().err)
+    assert re.search("only with --(config|world)|takes no --gelu", capsys.readouterr().err)
 
 
 def test_the_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
