@@ -5,8 +5,8 @@
              is all-gathered, in the compute dtype, in the order in which the next forward asks for them
 
 On the wire a rank sends 2 (N - 1) / N of the gradient's bytes in ddp; in zero1 (N - 1) / N of them and of the
-parameters'. A bucket starts when the backward pass has left its lowest block; the embeddings', where a head of its own
-is too, is the last, and nothing hides it. Both reduce the same runs in the same order, and take the gradient's norm
+parameters'. A bucket starts when the backward pass has left its lowest block: that of a head of its own at once, the
+embeddings' at last, and nothing hides it. Both reduce the same runs in the same order, and take the gradient's norm
 from the same shares, so where a library's reduce-scatter has its all-reduce's bits (gloo's has) they train the same
 parameters bit for bit.
 """

@@ -136,7 +136,7 @@ class GPT(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = _Affine(config.vocab_size, config.n_embd)
         self.blocks: list[_Block] = list(self.transformer.h)  # type: ignore[arg-type]
-        self.at_block: Callable[[int, Tensor], None] | None = None  # called before block i, with its y; for step.py
+        self.at_block: Callable[[int, Tensor], None] | None = None  # before block i, or the head, with its y: step.py's
 
     @property
     def head(self) -> Tensor:
@@ -171,9 +171,8 @@ class GPT(nn.Module):
                 else:
                     draw_linear_default(named[name], self.config.bias)
             draw_linear_default(head, bias=False)
-            for name in matrices:
-                normal(named[name], std)
-            normal(head, std)  # the head is visited last; tied, it shares wte's storage
+            for parameter in (*(named[name] for name in matrices), head):  # tied, the head shares wte's storage
+                normal(parameter, std)
             for name in matrices:
                 if name.endswith("c_proj.weight"):
                     normal(named[name], std / math.sqrt(2 * self.config.n_layer))
@@ -231,6 +230,8 @@ class GPT(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(loss = grad_scale * sum of nll, nll [B*T] float32, 0 where targets is -1); idx, targets [B, T] int64."""
         y = self.hidden(idx, seed, doc_ids)
+        if self.at_block is not None:
+            self.at_block(len(self.blocks), y)
         return self.ops.linear_cross_entropy(y, self.head, targets, grad_scale)
 
     def logits(self, idx: Tensor) -> Tensor:
@@ -309,8 +310,7 @@ class GPT(nn.Module):
                 seen.scatter_(1, drawn, True)
             if logprobs is not None:
                 logprobs.append(logits.log_softmax(-1).gather(1, drawn))
-            drawn = drawn.to(idx.device)
-            yield drawn
+            yield (drawn := drawn.to(idx.device))
             cached = idx.size(1)
             idx = torch.cat((idx, drawn), dim=1)
             if idx.size(1) > c.block_size:

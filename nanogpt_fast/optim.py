@@ -25,12 +25,12 @@ EMBEDDINGS = -1  # a bucket's `first` where it holds the embeddings
 
 @dataclass(frozen=True)
 class Bucket:
-    """A run of the flat buffers that one collective moves: the matrices of whole blocks, or the embeddings and
-    a head of its own."""
+    """A run of the flat buffers that one collective moves: the embeddings, the matrices of whole blocks, or a head of
+    its own."""
 
     start: int
     end: int
-    first: int  # its lowest block
+    first: int  # its lowest block; the head's is the number of blocks
 
     def share(self, rank: int, ranks: int) -> slice:
         """The part of it that one of so many ranks updates."""
@@ -47,8 +47,8 @@ class Piece:
 
 
 class FlatParameters:
-    """The buffers behind a model's parameters, all of one layout: embeddings and a head of its own, block 0,
-    1, ..., then all vectors.
+    """The buffers behind a model's parameters, all of one layout: embeddings, block 0, 1, ..., a head of its own, then
+    all vectors.
 
     master, grad: float32. params: the compute dtype; the same tensor as master when that is float32. Parameters of two
     and more dimensions are views of params, one-dimensional ones of master. Each carries `main_grad`, its view of
@@ -158,12 +158,16 @@ def _layout(shapes: dict[str, torch.Size], unit: int, bucket: float) -> tuple[di
     A bucket has `bucket` elements and more, and is a multiple of `unit` long. Vectors are in none.
     """
     places: dict[int, list[str]] = {EMBEDDINGS: []}
+    head = [name for name in shapes if name.startswith("lm_head.")]
     for name, shape in shapes.items():
-        if len(shape) > 1:
+        if len(shape) > 1 and name not in head:
             block = re.search(r"\bh\.(\d+)\.", name)
             places.setdefault(int(block[1]) if block else EMBEDDINGS, []).append(name)
     sizes = [sum(shapes[name].numel() for name in places[block]) for block in range(len(places) - 1)]
     groups = [[EMBEDDINGS], *reversed(joined_blocks(sizes, bucket))]
+    if head:
+        places[len(sizes)] = head
+        groups.append([len(sizes)])
     slices: dict[str, tuple[int, int]] = {}
     buckets: list[Bucket] = []
     end = 0

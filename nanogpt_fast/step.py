@@ -165,7 +165,7 @@ class TrainStep:
         self.counter += 1
 
     def _at_block(self, reduces: bool, block: int, y: Tensor) -> None:
-        """Before a block, of input y: whose gradient is there when the backward pass has left the block."""
+        """Before a block, or the head, of input y: whose gradient is there when the backward pass has left it."""
         self.exchange.wait_for(block)
         if reduces:
             y.register_hook(lambda _: self.exchange.reduce_from(block))

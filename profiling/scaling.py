@@ -4,8 +4,9 @@ The step of one rank is played through, not given by a formula: compute in its o
 stream beside it, each begun when what it sends is ready and the one before has ended.
 
     ddp     float32 gradients are all-reduced in buckets of whole blocks, last to first, in the last micro-step alone,
-            each once the lowest block in it has finished its backward. The embeddings' bucket and the vectors come
-            after the backward and hide behind nothing; then a few bytes (loss, votes, norm); then AdamW on everything.
+            each once the lowest block in it has finished its backward, a head of its own before them all. The
+            embeddings' bucket and the vectors come after the backward and hide behind nothing; then a few bytes
+            (loss, votes, norm); then AdamW on everything.
     zero1   the same buckets are reduce-scattered, the vectors all-reduced; AdamW on a share; the 16-bit parameters are
             gathered in forward order at the next iteration's start, beside its first forward pass.
 
@@ -127,11 +128,11 @@ def rate_of_mfu(
 
 
 def matrix_elements(shape: GPTConfig) -> int:
-    return 12 * shape.n_embd**2 * shape.n_layer + embedding_elements(shape)
+    return 12 * shape.n_embd**2 * shape.n_layer + embedding_elements(shape) + shape.head_params
 
 
 def embedding_elements(shape: GPTConfig) -> int:
-    return (shape.vocab_size + shape.block_size) * shape.n_embd + shape.head_params
+    return (shape.vocab_size + shape.block_size) * shape.n_embd
 
 
 def vector_elements(shape: GPTConfig) -> int:
@@ -203,11 +204,16 @@ def play(
         gathered[-1] = streams.send(GATHER, fabric.all_gather(HALF * embedding_elements(shape), ranks))
         for group in reversed(groups):
             gathered[group[0]] = streams.send(GATHER, fabric.all_gather(HALF * block * len(group), ranks))
+        if shape.head_params:
+            gathered[shape.n_layer] = streams.send(GATHER, fabric.all_gather(HALF * shape.head_params, ranks))
     for micro_step in range(micro_steps):
         for i, seconds in ((-1, compute.embed), *((i, compute.block) for i in range(shape.n_layer))):
             streams.wait(GATHER, gathered.get(i, 0.0))
             streams.now += seconds
+        streams.wait(GATHER, gathered.get(shape.n_layer, 0.0))
         streams.now += compute.head
+        if shape.head_params and micro_step == micro_steps - 1:
+            streams.send(QUEUE, reduce(reduce_bytes * shape.head_params, ranks))
         for group in groups:
             streams.now += compute.block_backward * len(group)
             if micro_step == micro_steps - 1:

@@ -1,6 +1,7 @@
 """Ranks train what one alone does, with all of the optimizer's state on each or a share; what they send, and when."""
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -130,22 +131,22 @@ def test_summing_in_bfloat16_halves_the_gradients_bytes(ranks: Ranks):
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "zero1"])
 def test_sums_begin_before_the_backward_pass_has_ended(ranks: Ranks, sharded: bool):
-    """A trace of two micro-batches: blocks are summed within the second's backward, the rest after it."""
-    events = ranks.run(2, "traced", accumulation=4, sharded=sharded)[0]
+    """A trace of two micro-batches: an own head and blocks are summed in the second's backward, the rest after it."""
+    events = ranks.run(2, "traced", accumulation=4, sharded=sharded, tied=False)[0]
     _, (begins, ends) = [(begin, end) for name, begin, end in events if name == "backward"]
     sums = [begin for name, begin, _ in events if name.startswith("c10d::") and "reduce" in name]
-    assert len(sums) == 7, "five buckets, the vectors, the report"
-    assert [begins < begin < ends for begin in sums] == [True] * 4 + [False] * 3
+    assert len(sums) == 8, "six buckets, the vectors, the report"
+    assert [begins < begin < ends for begin in sums] == [True] * 5 + [False] * 3
     ((waits, _),) = [(begin, end) for name, begin, end in events if name == "all-reduce"]
-    assert ends < waits < sums[4], "the rest, and the wait for all"
+    assert ends < waits < sums[5], "the rest, and the wait for all"
 
 
 def test_parameters_are_on_their_way_before_the_first_forward_pass(ranks: Ranks):
-    """And not gathered again for the second micro-batch; a block waits for its own."""
-    events = ranks.run(2, "traced", accumulation=4, sharded=True)[0]
+    """And not gathered again for the second micro-batch; a block waits for its own, and a head of its own."""
+    events = ranks.run(2, "traced", accumulation=4, sharded=True, tied=False)[0]
     first, second = [begin for name, begin, _ in events if name == "forward"]
     gathers = [begin for name, begin, _ in events if "allgather" in name]
-    assert len(gathers) == 5 and max(gathers) < first < second
+    assert len(gathers) == 6 and max(gathers) < first < second
 
 
 # ---- the order of it, without other ranks ----
@@ -166,9 +167,11 @@ class Noted(World):
         return lambda: notes.append(f"{what} is waited for")
 
 
-def exchange(sharded: bool = False) -> tuple[Exchange, list[str], FlatParameters]:
-    world = Noted(1, 4, torch.device("cpu"))
-    model = GPT(GPTConfig(block_size=8, vocab_size=32, n_layer=3, n_head=2, n_embd=32, bias=False))
+SMALL = GPTConfig(block_size=8, vocab_size=32, n_layer=3, n_head=2, n_embd=32, bias=False)
+
+
+def exchange(sharded: bool = False, tied: bool = True) -> tuple[Exchange, list[str], FlatParameters]:
+    world, model = Noted(1, 4, torch.device("cpu")), GPT(replace(SMALL, tie_word_embeddings=tied))
     flat = FlatParameters(model, torch.float32, world.device, world, sharded=sharded, bucket_mb=0.01)
     world.notes.clear()  # type: ignore[attr-defined]  # of how the ranks began alike
     return Exchange(flat, world), world.notes, flat  # type: ignore[attr-defined]
@@ -188,15 +191,42 @@ def test_buckets_go_as_the_backward_pass_leaves_their_blocks():
     assert notes == [*(f"all_reduce {n}" for n in lengths), *(f"all_reduce {n} is waited for" for n in lengths)]
 
 
+def test_a_head_of_its_own_goes_first():
+    ours, notes, flat = exchange(tied=False)
+    assert [b.first for b in flat.buckets] == [EMBEDDINGS, 0, 1, 2, 3]
+    (start, end), head = flat.slices["lm_head.weight"], flat.buckets[-1]
+    assert (head.start, head.end) == (start, end) and end == flat.vectors.start
+    ours.begin()
+    ours.reduce_from(3)
+    assert notes == [f"all_reduce {end - start}"]
+
+
+def test_what_goes_when_the_backward_pass_leaves_a_block_or_the_head_is_final():
+    model = GPT(replace(SMALL, tie_word_embeddings=False))
+    model.init_weights(torch.Generator().manual_seed(0))
+    flat, left = FlatParameters(model.train(), torch.float32, torch.device("cpu"), bucket_mb=0.01), []
+
+    def leave(block: int, _: torch.Tensor) -> None:
+        left.append((block, [(b, flat.grad[b.start : b.end].clone()) for b in flat.buckets if b.first >= block]))
+
+    model.at_block = lambda block, y: y.register_hook(functools.partial(leave, block))  # type: ignore[assignment]
+    idx = torch.arange(16).view(2, 8)
+    model(idx, idx + 1)[0].backward()
+    assert [block for block, _ in left] == [3, 2, 1, 0]
+    for block, gradients in left:
+        assert len(gradients) == 4 - block
+        assert all(g.any() and torch.equal(g, flat.grad[b.start : b.end]) for b, g in gradients), block
+
+
 def test_a_block_waits_for_its_own_parameters():
-    ours, notes, flat = exchange(sharded=True)
+    ours, notes, flat = exchange(sharded=True, tied=False)
     ours.gather()
-    assert len(notes) == 4 and notes[0] == f"all_gather_single {flat.buckets[0].end}"
-    for block, so_far in ((EMBEDDINGS, 1), (0, 2), (0, 2), (2, 4)):
+    assert len(notes) == 5 and notes[0] == f"all_gather_single {flat.buckets[0].end}"
+    for block, so_far in ((EMBEDDINGS, 1), (0, 2), (0, 2), (2, 4), (3, 5)):
         ours.wait_for(block)
-        assert len(notes) - 4 == so_far
+        assert len(notes) - 5 == so_far
     ours.complete()
-    assert len(notes) == 8, "they are there"
+    assert len(notes) == 10, "they are there"
     ours.stale = True
     ours.complete()
-    assert len(notes) == 16 and not ours.stale
+    assert len(notes) == 20 and not ours.stale

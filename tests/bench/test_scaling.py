@@ -25,7 +25,7 @@ from nanogpt_fast.settings.config import GPTConfig
 ROOT = Path(__file__).resolve().parents[2]
 ROOF = roof_of("h100")
 SMALL_GPT = GPTConfig(block_size=8, vocab_size=10, n_layer=3, n_head=1, n_embd=4, bias=False)
-BLOCK, EMBEDDINGS, VECTORS = 12 * 16, 18 * 4, 7 * 4  # its elements
+BLOCK, EMBEDDINGS, VECTORS, HEAD = 12 * 16, 18 * 4, 7 * 4, 10 * 4  # its elements, those of a head of its own
 WORK = Compute(embed=1.0, block=2.0, head=3.0, block_backward=4.0, embed_backward=5.0, layers=3)
 
 
@@ -49,7 +49,7 @@ def test_buckets_are_whole_blocks_from_the_last_to_the_first():
 
 
 def test_what_is_counted_is_what_the_flat_buffer_holds():
-    for shape in (SMALL_GPT, replace(SMALL_GPT, bias=True)):
+    for shape in (SMALL_GPT, replace(SMALL_GPT, bias=True, tie_word_embeddings=False)):
         named = shape.parameter_shapes()
         vectors = sum(math.prod(s) for s in named.values() if len(s) == 1)
         assert scaling.vector_elements(shape) == vectors
@@ -80,6 +80,16 @@ def test_buckets_hide_behind_the_rest_of_the_backward():
     assert step.hidden == pytest.approx(3 * 3.0)
     joined = play(WORK, 0.0, SMALL_GPT, plain(4.0 * BLOCK / 3), 2, 1)  # one bucket of 9 s, behind 5 of the embedding
     assert joined.bare[QUEUE] == pytest.approx(4.0)
+
+
+def test_a_head_of_its_own_goes_first():
+    """As above: its gradient is there before the blocks'; its parameters come last, and its product waits for them."""
+    shape, first = replace(SMALL_GPT, tie_word_embeddings=False), WORK.micro_step + 1 + 6 + 3
+    step = play(WORK, 7.0, shape, plain(4.0), 2, micro_steps=2, bucket_mb=4 * BLOCK / 1e6)
+    assert step.bare[QUEUE] == first + HEAD + 3 * BLOCK - 2 * WORK.micro_step
+    assert step.bare[LAST] == EMBEDDINGS + VECTORS
+    shared = play(WORK, 0.0, shape, plain(1.0), 2, 1, "zero1", bucket_mb=4 * BLOCK / 1e6)
+    assert shared.bare[GATHER] == EMBEDDINGS + 3 * BLOCK + HEAD - (1 + 3 * 2)
 
 
 def test_zero1_gathers_beside_the_first_forward_pass():
