@@ -1,4 +1,5 @@
-"""What a training step holds at its peak, in bytes, before it runs: the step itself on tensors without data, counted.
+"""What a training step, or an evaluation alone, holds at its peak, in bytes, before it runs: itself on tensors without
+data, counted.
 
     peak(Plan(...)) -> {part: bytes}            largest_batch(plan, budget) -> sequences of a micro-batch that fit
 
@@ -8,8 +9,8 @@ device need not be there. Two things are told apart by hand: scaled_dot_product_
 T x T scores that no fused kernel makes, and the device that ops ask for (contract.stand_for).
 
 Not counted: what lies outside torch's allocator (the CUDA context, NCCL), the workspaces of cuBLAS and of torch's own
-kernels, fragmentation, and an evaluation, whose CUDA graph keeps its pool. torch.compile decides itself what to keep:
-here the step is eager.
+kernels, fragmentation, and an evaluation within a training run, whose CUDA graph keeps its pool. torch.compile decides
+itself what to keep: here the step is eager.
 """
 
 import weakref
@@ -31,6 +32,7 @@ from nanogpt_fast.hardware import capability_of
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import Ops, inside_of, without_data
 from nanogpt_fast.optim import BUCKET, AdamW, FlatParameters
+from nanogpt_fast.scoring import Forward, stack_for
 from nanogpt_fast.settings.config import Config, GPTConfig
 from nanogpt_fast.step import TrainStep
 
@@ -60,6 +62,7 @@ class Plan:
     parallel: str = "ddp"  # zero1: each holds a share of masters and moments
     reduce_dtype: torch.dtype = torch.float32
     bucket_mb: float = BUCKET
+    evaluates: bool = False  # and trains nothing
 
     def with_batch(self, batch_size: int) -> "Plan":
         """As many sequences an iteration, in micro-batches of batch_size, which divides them."""
@@ -97,6 +100,7 @@ def plan_of(
         parallel=config.system.parallel,
         reduce_dtype=getattr(torch, config.system.reduce_dtype),
         bucket_mb=config.system.bucket_mb,
+        evaluates=config.run.eval_only,
     )
 
 
@@ -104,9 +108,13 @@ def plan_of(
 
 
 def peak(plan: Plan) -> dict[str, int]:
-    """{part: bytes} of PARTS at the moment when a training step holds most; their sum is the peak."""
+    """{part: bytes} of PARTS at the moment when a training step, or an evaluation alone, holds most; their sum is the
+    peak."""
     held = _LiveBytes(CUDA_BLOCK if plan.device_type == "cuda" else 1)
     with without_data(plan.ops, plan.device_type, plan.capability), _fused_attention(plan.device_type), held:
+        if plan.evaluates:
+            _evaluate(plan, held)
+            return held.at_peak
         ids = torch.empty(1, plan.batch_size, plan.shape.block_size + 1, dtype=torch.uint16, device="meta")
         _step(plan, held)(ids, 0)
     more_ids = (plan.micro_batches - 1) * ids.nbytes if plan.device_type == "cpu" else 0  # the loader's batch
@@ -124,7 +132,8 @@ def _step(plan: Plan, held: "_LiveBytes") -> TrainStep:
     world = Unheard(0, plan.ranks, meta)
     with meta, held.overlooking():  # the model is built on the CPU
         model = GPT(plan.shape, ops, plan.residual_dtype, plan.recompute).train()
-    flat = FlatParameters(model, plan.dtype, meta, world, sharded=sharded, bucket_mb=plan.bucket_mb)
+    frozen, bucket_mb = plan.evaluates, plan.bucket_mb
+    flat = FlatParameters(model, plan.dtype, meta, world, sharded=sharded, frozen=frozen, bucket_mb=bucket_mb)
     optimizer = AdamW(flat, Config().optim, ops, scale_loss=plan.dtype == torch.float16)
     for part, buffers in {
         PARAMETERS: (flat.master, flat.params),
@@ -134,6 +143,15 @@ def _step(plan: Plan, held: "_LiveBytes") -> TrainStep:
         for buffer in buffers:
             held.label(buffer, part)
     return TrainStep(model, optimizer, world, seed=0, reduce_dtype=plan.reduce_dtype)
+
+
+@torch.no_grad()
+def _evaluate(plan: Plan, held: "_LiveBytes") -> None:
+    """One forward of an evaluation, as wide as scoring.py makes it."""
+    model, size = _step(plan, held).model.eval(), plan.shape.block_size
+    rows = plan.batch_size * stack_for(model, plan.batch_size, size, on=plan.device_type)
+    ids = torch.empty(rows, size, dtype=torch.int64, device="meta")
+    Forward(model).add(ids, ids)
 
 
 class Unheard(World):

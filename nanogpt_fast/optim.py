@@ -55,7 +55,8 @@ class FlatParameters:
     grad; float32 ones have it as .grad too, so plain autograd accumulates into the same memory.
 
     Every rank of world begins with rank 0's values. sharded: of several ranks each holds in master only its share of
-    every bucket, and the vectors, which are few; params and grad stay whole.
+    every bucket, and the vectors, which are few; params and grad stay whole. frozen: for evaluations alone: params, on
+    every rank, and of master what vectors are views of; no gradient, and AdamW has no moments.
     """
 
     def __init__(
@@ -66,33 +67,55 @@ class FlatParameters:
         world: World | None = None,
         *,
         sharded: bool = False,
+        frozen: bool = False,
         bucket_mb: float = BUCKET,
     ):
         world, named = world or World(), dict(model.named_parameters())
-        self.sharded = sharded and not world.alone
+        self.sharded, self.frozen = sharded and not world.alone and not frozen, frozen
         self.shapes = {name: parameter.shape for name, parameter in named.items()}
         self.slices, self.buckets = _layout(self.shapes, ALIGNMENT * world.size, bucket_mb * 1e6 / 4)
         start = self.buckets[-1].end
         self.vectors = slice(start, max([start, *(_up(end, ALIGNMENT) for _, end in self.slices.values())]))
-        shares = [bucket.share(world.rank, world.size) for bucket in self.buckets]
-        self.pieces = _held([*shares, self.vectors] if self.sharded else [slice(0, self.vectors.stop)])
-        self.master = torch.zeros(self.vectors.stop, dtype=torch.float32, device=device)
-        for name, parameter in named.items():
-            self.view(self.master, name).copy_(parameter.data)
-        world.broadcast_(self.master)
-        self.params = self.master if dtype == torch.float32 else self.master.to(dtype)
+        held = [slice(0, self.vectors.stop)]
+        if self.sharded:
+            held = [*(bucket.share(world.rank, world.size) for bucket in self.buckets), self.vectors]
+        elif frozen and dtype != torch.float32:
+            held = [self.vectors]
+        self.pieces = _held(held)
+        if frozen:
+            self.params = self._filled(named, 0, dtype, device, world)
+            self.master = self.params
+            if dtype != torch.float32:
+                self.master = self._filled(named, self.vectors.start, torch.float32, device, world)
+        else:
+            self.master = self._filled(named, 0, torch.float32, device, world)
+            self.params = self.master if dtype == torch.float32 else self.master.to(dtype)
         if self.sharded:
             self.master = torch.cat([self.master[piece.flat] for piece in self.pieces])
-        self.grad = torch.zeros(self.vectors.stop, dtype=torch.float32, device=device)  # once that room is free
+        size = 0 if frozen else self.vectors.stop
+        self.grad = torch.zeros(size, dtype=torch.float32, device=device)  # once that room is free
         moved = self.pieces[-1].held.stop - self.vectors.stop
         for name, parameter in named.items():
-            (start, end), shape, main_grad = self.slices[name], parameter.shape, self.view(self.grad, name)
+            (start, end), shape = self.slices[name], parameter.shape
             vector = parameter.dim() <= 1
             parameter.data = (self.master[start + moved : end + moved] if vector else self.params[start:end]).view(
                 shape
             )
-            parameter.main_grad = main_grad  # type: ignore[attr-defined]
-            parameter.grad = main_grad if parameter.dtype == torch.float32 else None
+            if not frozen:
+                parameter.main_grad = main_grad = self.view(self.grad, name)  # type: ignore[attr-defined]
+                parameter.grad = main_grad if parameter.dtype == torch.float32 else None
+
+    def _filled(
+        self, named: dict[str, nn.Parameter], first: int, dtype: torch.dtype, device: torch.device, world: World
+    ) -> Tensor:
+        """A flat buffer from element `first` on, with rank 0's values of the parameters that are there."""
+        buffer = torch.zeros(self.vectors.stop - first, dtype=dtype, device=device)
+        for name, parameter in named.items():
+            start, end = self.slices[name]
+            if start >= first:
+                buffer[start - first : end - first].view(parameter.shape).copy_(parameter.data)
+        world.broadcast_(buffer)
+        return buffer
 
     def view(self, buffer: Tensor, name: str) -> Tensor:
         """The part of a whole flat buffer that belongs to a parameter, in its shape."""
@@ -192,7 +215,7 @@ def _layout(shapes: dict[str, torch.Size], unit: int, bucket: float) -> tuple[di
 
 class AdamW:
     """AdamW with global-norm clipping and, for float16, a dynamic loss scale; its state lies on the device, numbers
-    on exact_device of it. Of a sharded flat.master it holds, and updates, as much.
+    on exact_device of it. Of a sharded flat.master it holds, and updates, as much; of a frozen one nothing.
 
     Loss scale: starts at 2^16, doubles after 2000 applied updates in a row, halves when a gradient is not finite
     (torch.amp.GradScaler's rule).
@@ -202,7 +225,8 @@ class AdamW:
 
     def __init__(self, flat: FlatParameters, config: OptimConfig, ops: Ops, scale_loss: bool = False):
         self.flat, self.ops, self.config, self.scale_loss = flat, ops, config, scale_loss
-        self.m, self.v = torch.zeros_like(flat.master), torch.zeros_like(flat.master)
+        updated = flat.master[:0] if flat.frozen else flat.master
+        self.m, self.v = torch.zeros_like(updated), torch.zeros_like(updated)
         self.segments = [_within(flat.decay_segments(config.weight_decay), piece.flat) for piece in flat.pieces]
         exact = exact_device(flat.grad.device)
         self.scalars = torch.zeros(5, dtype=torch.float64, device=exact)

@@ -86,7 +86,8 @@ def _shells(tensors: dict[str, Tensor] | None) -> Any:
 
 
 def _read_weights(config: Config, say: Any) -> Restored:
-    restored = restore(config.run.init_from, config.run.out_dir, config.data.data_dir, config.run.resume_step)
+    run = config.run
+    restored = restore(run.init_from, run.out_dir, config.data.data_dir, run.resume_step, optimizer=not run.eval_only)
     if config.run.init_from != "resume":
         say(f"Initializing from {restored.source}")
         return restored
@@ -154,28 +155,31 @@ def build_model(
 def build_optimizer(
     config: Config, model: GPT, restored: Restored | None, dtype: torch.dtype, world: World, say: Any
 ) -> AdamW:
-    """Move the parameters into flat buffers on the device, and AdamW over them, its state restored on resume."""
-    sharded, bucket_mb = config.system.parallel == "zero1", config.system.bucket_mb
-    flat = FlatParameters(model, dtype, world.device, world, sharded=sharded, bucket_mb=bucket_mb)
+    """Move the parameters into flat buffers on the device, and AdamW over them, its state restored on resume; for an
+    evaluation alone, which trains nothing, the parameters are all of it."""
+    sharded, frozen, bucket_mb = config.system.parallel == "zero1", config.run.eval_only, config.system.bucket_mb
+    flat = FlatParameters(model, dtype, world.device, world, sharded=sharded, frozen=frozen, bucket_mb=bucket_mb)
     optimizer = AdamW(flat, config.optim, model.ops, scale_loss=dtype == torch.float16)
     for text, wanted in (("decayed", True), ("non-decayed", False)):
         shapes = [shape for shape in flat.shapes.values() if (len(shape) > 1) == wanted]
         say(f"num {text} parameter tensors: {len(shapes)}, with {sum(s.numel() for s in shapes):,} parameters")
-    if config.run.init_from == "resume" and restored is not None and not restored.optimizer:
+    if frozen or config.run.init_from != "resume" or restored is None:
+        return optimizer
+    if not restored.optimizer:
         log.warning("the checkpoint has no optimizer state; AdamW starts anew")
-    elif config.run.init_from == "resume" and restored is not None and restored.optimizer:
-        rows, moments = model.config.block_size, restored.optimizer
+        return optimizer
+    rows, moments = model.config.block_size, restored.optimizer
 
-        def sent(name: str) -> Tensor:
-            moment = moments[name][:rows] if name.endswith("wpe.weight") else moments[name]
-            if world.size > 1:
-                moment = torch.empty_like(moment, device=world.device) if moment.is_meta else moment.to(world.device)
-                world.broadcast_(moment)
-            return moment
+    def sent(name: str) -> Tensor:
+        moment = moments[name][:rows] if name.endswith("wpe.weight") else moments[name]
+        if world.size > 1:
+            moment = torch.empty_like(moment, device=world.device) if moment.is_meta else moment.to(world.device)
+            world.broadcast_(moment)
+        return moment
 
-        for name in flat.slices:
-            optimizer.load_moments(name, sent(f"exp_avg.{name}"), sent(f"exp_avg_sq.{name}"))
-        optimizer.load_numbers({"optimizer_step": restored.step, **restored.state})
+    for name in flat.slices:
+        optimizer.load_moments(name, sent(f"exp_avg.{name}"), sent(f"exp_avg_sq.{name}"))
+    optimizer.load_numbers({"optimizer_step": restored.step, **restored.state})
     return optimizer
 
 

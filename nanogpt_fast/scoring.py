@@ -64,15 +64,17 @@ class Score:
         return self.nll / math.log(2.0) / self.text_bytes if self.text_bytes else None
 
 
-def stack_for(model: GPT, batch_size: int, block_size: int, *, head: bool = True) -> int:
-    """Batches to put in one forward, at least 1; without a head it has no logits."""
-    tokens = min(FORWARD_TOKENS[model.transformer.wte.weight.device.type], head_rows(model) if head else 2**63)
+def stack_for(model: GPT, batch_size: int, block_size: int, *, head: bool = True, on: str = "") -> int:
+    """Batches to put in one forward, at least 1; without a head it has no logits. on: a type of device, for the
+    model's."""
+    on = on or model.transformer.wte.weight.device.type
+    tokens = min(FORWARD_TOKENS[on], head_rows(model, on) if head else 2**63)
     return max(1, tokens // (batch_size * block_size))
 
 
-def head_rows(model: GPT) -> int:
+def head_rows(model: GPT, on: str = "") -> int:
     """Tokens whose logits are computed at once, at least 1."""
-    return max(1, FORWARD_LOGITS[model.transformer.wte.weight.device.type] // model.config.vocab_size)
+    return max(1, FORWARD_LOGITS[on or model.transformer.wte.weight.device.type] // model.config.vocab_size)
 
 
 class Forward:

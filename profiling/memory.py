@@ -53,7 +53,7 @@ class Change:
     time: float
     address: int
     bytes: int
-    total: int  # allocated then, as the allocator counts
+    total: int  # allocated then, as the allocator counts, since before the first
     holder: Holder
 
 
@@ -77,19 +77,21 @@ def changes(records: Iterable[dict[str, Any]], device_type: int, persistent: dic
     for event in tree:
         tracks[event.track].append(event)
     starts = {track: [e.start for e in events] for track, events in tracks.items()}
-    found, holders = [], {}
+    found, holders, before = [], {}, None
     for record in sorted((r for r in records if r.get("name") == "[memory]"), key=lambda r: r["args"].get("Ev Idx", 0)):
         args, track = record["args"], f"{record['pid']}/{record['tid']}"
         if args["Device Type"] != device_type:
             continue
         size, address = int(args["Bytes"]), int(args["Addr"])
+        if before is None:  # what an earlier trace of this process has left in the count
+            before = int(args["Total Allocated"]) - size
         if size > 0:
             at = bisect_right(starts.get(track, []), record["ts"]) - 1
             event = next((e for e in tracks[track][at].around() if e.end >= record["ts"]), None) if at >= 0 else None
             known = persistent.get(address)
             holders[address] = Holder(known) if known else _holder(*where.place(event))
         holder = holders.get(address, Holder("other"))
-        found.append(Change(float(record["ts"]), address, size, int(args["Total Allocated"]), holder))
+        found.append(Change(float(record["ts"]), address, size, int(args["Total Allocated"]) - before, holder))
     return found
 
 

@@ -1,11 +1,13 @@
 """The predicted peak of a training step against the allocator's count of a real one, and what is made of it."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import memory as measured
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from nanogpt_fast import hardware
 from nanogpt_fast.hardware import free_memory
@@ -13,6 +15,7 @@ from nanogpt_fast.memory import CUDA_BLOCK, Plan, Unheard, batch_flags, largest_
 from nanogpt_fast.model import GPT
 from nanogpt_fast.ops import REFERENCE
 from nanogpt_fast.optim import ALIGNMENT, FlatParameters
+from nanogpt_fast.scoring import Forward, stack_for
 from nanogpt_fast.settings.config import GPTConfig
 
 STEP = (
@@ -71,6 +74,25 @@ def test_a_share_of_the_state_is_what_the_buffers_hold(dtype: torch.dtype):
         assert parts[part] == whole[part], part
     summed = peak(replace(plan, reduce_dtype=torch.bfloat16))
     assert sum(summed.values()) >= sum(parts.values()), "what is sent is held beside the gradient"
+
+
+@pytest.mark.parametrize("dtype, a_parameter", [(torch.float32, 4), (torch.bfloat16, 2)], ids=str)
+def test_an_evaluation_alone_holds_parameters_and_a_forward(dtype: torch.dtype, a_parameter: int, tmp_path: Path):
+    """Within 2% of the allocator's count of a real one, from before its buffers are made."""
+    plan = replace(PLAN, dtype=dtype, evaluates=True, shape=replace(SHAPE, vocab_size=5000))
+    n, parts = plan.shape.num_params(non_embedding=False), peak(plan)
+    assert parts["gradients"] == parts["optimizer"] == 0 < min(parts["activations"], parts["logits and workspace"])
+    assert parts["parameters"] == pytest.approx(n * a_parameter, rel=0.05)
+    model = GPT(plan.shape)
+    model.init_weights(torch.Generator().manual_seed(0))
+    idx = torch.zeros(plan.batch_size * stack_for(model, plan.batch_size, 64), 64, dtype=torch.int64)
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        FlatParameters(model, dtype, torch.device("cpu"), frozen=True)
+        Forward(model.eval()).add(idx, idx)
+    recorded.export_chrome_trace(str(tmp_path / "trace.json"))
+    records = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    line = measured.timeline(measured.changes(records, measured.DEVICE_TYPE["cpu"], {}))
+    assert line.peak == pytest.approx(sum(parts.values()), rel=0.02)
 
 
 def test_another_device_than_this_one():

@@ -93,6 +93,23 @@ def test_eval_only_evaluates_and_writes_nothing(folder: Path):
     assert not (folder / "out/checkpoints").exists()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_eval_only_finds_the_losses_of_the_run(folder: Path, dtype: str, monkeypatch: pytest.MonkeyPatch):
+    """With the parameters alone: no gradient, no moments, nor a checkpoint's read."""
+    built = []
+    run = Trainer.run
+    monkeypatch.setattr(Trainer, "run", lambda trainer: built.append(trainer.optimizer) or run(trainer))
+    train(folder, dtype=dtype)
+    train(folder, dtype=dtype, init_from="resume", eval_only=True)
+    rows = [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text().splitlines()]
+    last, again = [(row["iter"], row["train_loss"], row["val_loss"]) for row in rows if row["kind"] == "eval"][-2:]
+    assert last == again
+    whole, frozen = built
+    assert len(whole.m) == len(whole.flat.grad) == len(whole.flat.params) == len(frozen.flat.params)
+    assert len(frozen.m) == len(frozen.v) == len(frozen.flat.grad) == 0
+    assert (frozen.flat.master is frozen.flat.params) == (dtype == "float32")
+
+
 def test_full_evaluation_covers_the_split(folder: Path):
     train(folder, eval_only=True, eval_mode="full")
     train(folder, eval_only=True, eval_mode="full", batch_size=7)
