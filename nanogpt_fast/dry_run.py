@@ -26,7 +26,8 @@ def describe(config: Config) -> str:
     known = meta.vocab_size if meta and meta.tokenizer.get("kind") != "gpt2" else GPT2_PADDED
     shape, model = config.shape(config.model.vocab_size or known), "a new model"
     if config.run.init_from != "scratch":
-        restored = restore(config.run.init_from, config.run.out_dir, config.data.data_dir, config.run.resume_step)
+        run = config.run
+        restored = restore(run.init_from, run.out_dir, config.data.data_dir, run.resume_step, optimizer=False)
         shape = shape_of(config, restored, None, lambda _: None)
         model = restored.source
     if config.system.on:

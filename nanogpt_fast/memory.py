@@ -15,7 +15,7 @@ itself what to keep: here the step is eager.
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
@@ -39,6 +39,7 @@ from nanogpt_fast.step import TrainStep
 RESERVE = 0.1  # of a device's memory, left free: a prediction may be so far off, and does not count everything
 RECOMPUTE = ("none", "mlp", "block")  # each keeps less than the one before
 CUDA_BLOCK = 512  # bytes: the caching allocator rounds up to multiples (CUDACachingAllocator.cpp, kMinBlockSize)
+NO_RELIEF = "a smaller --block_size or model, or a device with more memory"
 PARTS = ("parameters", "gradients", "optimizer", "activations", "logits and workspace")
 PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, WORKSPACE = PARTS
 
@@ -130,10 +131,15 @@ def _step(plan: Plan, held: "_LiveBytes") -> TrainStep:
     )
     meta, sharded = torch.device("meta"), plan.parallel == "zero1"
     world = Unheard(0, plan.ranks, meta)
-    with meta, held.overlooking():  # the model is built on the CPU
-        model = GPT(plan.shape, ops, plan.residual_dtype, plan.recompute).train()
     frozen, bucket_mb = plan.evaluates, plan.bucket_mb
-    flat = FlatParameters(model, plan.dtype, meta, world, sharded=sharded, frozen=frozen, bucket_mb=bucket_mb)
+    built_there = (
+        frozen and plan.device_type == "cpu"
+    )  # the model is built on the CPU; a step holds more than that later
+    with meta, nullcontext() if built_there else held.overlooking():
+        model = held.labelled(PARAMETERS, GPT)(plan.shape, ops, plan.residual_dtype, plan.recompute).train()
+    flat = held.labelled(PARAMETERS, FlatParameters)(
+        model, plan.dtype, meta, world, sharded=sharded, frozen=frozen, bucket_mb=bucket_mb
+    )
     optimizer = AdamW(flat, Config().optim, ops, scale_loss=plan.dtype == torch.float16)
     for part, buffers in {
         PARAMETERS: (flat.master, flat.params),
@@ -271,9 +277,15 @@ def batch_flags(plan: Plan, batch_size: int) -> str:
 
 
 def relief(plan: Plan, budget: float | None) -> str:
-    """What to set when a step of this plan ran out of memory, best first; budget: bytes there are, None if unknown."""
+    """What to set when a step of this plan, or its evaluation, ran out of memory, best first; budget: bytes there are,
+    None if unknown."""
     found, stronger = [], RECOMPUTE[RECOMPUTE.index(plan.recompute) + 1 :]
     now = sum(peak(plan).values())
+    if plan.evaluates:  # few batches are put together, so that fewer sequences a batch may mean more at once
+        sizes = [n for n in (plan.batch_size >> i for i in range(1, 10)) if n]
+        held = {n: sum(peak(replace(plan, batch_size=n)).values()) for n in sizes}
+        least = min(held, key=lambda n: held[n], default=0)
+        return f"--batch_size={least}" if least and held[least] < now else NO_RELIEF
     kept = {name: sum(peak(replace(plan, recompute=name)).values()) for name in stronger}
     helps = [name for name in stronger if kept[name] < now]
     smaller = [n for n in plan.batch_sizes if n < plan.batch_size]
@@ -284,7 +296,7 @@ def relief(plan: Plan, budget: float | None) -> str:
     if smaller:
         fits = None if budget is None else largest_batch(plan, budget)
         found.append(batch_flags(plan, fits if fits in smaller else smaller[-1]) + ", on the same tokens")
-    return ", or ".join(found) or "a smaller --block_size or model, or a device with more memory"
+    return ", or ".join(found) or NO_RELIEF
 
 
 def readable(count: float) -> str:

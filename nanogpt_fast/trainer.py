@@ -218,13 +218,12 @@ class Trainer:
         dtype, model = self.optimizer.flat.params.dtype, self.model
         plan = plan_of(self.config, model.config, model.ops, dtype, device, self.world.size)
         there = free_memory(device)
-        smaller = f"--batch_size={max(1, data.batch_size // 2)}, or evaluate on a device with more memory"
         return DeviceError(
             "the device ran out of memory",
             where=f"{device}, batch_size = {data.batch_size}, block_size = {data.block_size}, "
             f"recompute = {plan.recompute!r}",
             found=next(iter(str(error).splitlines()), type(error).__name__),
-            hint=smaller if plan.evaluates else relief(plan, None if there is None else (1 - RESERVE) * there),
+            hint=relief(plan, None if there is None else (1 - RESERVE) * there),
         )
 
     # ---- evaluation ----

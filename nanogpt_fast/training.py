@@ -63,7 +63,7 @@ def train(config: Config) -> int:
         generator = torch.Generator().manual_seed(config.run.seed + world.rank)
         dtype = distributed.resolve_dtype(config.system.dtype, world.device)
         ops = ops_of_run(system.kernels, setup_of(config, shape, dtype), world, say, rows=system.rows)
-        if config.system.micro_batch == "auto":
+        if config.system.micro_batch == "auto" and not config.run.eval_only:  # whose batches are batch_size's
             config = parts.fit_micro_batch(config, shape, ops, dtype, world, say)
             data, batches = config.data, BatchSchedule.of(config.data)
         model = parts.build_model(config, shape, restored, generator, ops, say)

@@ -69,7 +69,7 @@ def lines(found: Launches, micro_steps: int, roof: Roof) -> Iterator[list[str]]:
     yield ["a step", f"{parts.launches:,}", *total.cells(), "100.0%", ""]
 
 
-def print_plan(config: Config, shape: GPTConfig, step: Counter[Launch], gelu: str | None) -> None:
+def print_plan(config: Config, shape: GPTConfig, step: Counter[Launch]) -> None:
     """The bytes of a step's launches beside byte_plan.PLAN's, by group."""
     rows = []
     groups = byte_plan.compared(step, shape, config.tokens_per_iter)
@@ -79,7 +79,8 @@ def print_plan(config: Config, shape: GPTConfig, step: Counter[Launch], gelu: st
     print_beside(["bytes", "launched GB", "planned GB", "ratio"], rows)
     launched, planned = groups["total"]
     over = launched > byte_plan.LIMIT * planned
-    hint = "" if gelu else "; --gelu inside shows the rows' other choice"
+    apart = any(one.name == "bias_gelu_fwd" for one in step)
+    hint = "; --gelu inside shows the rows' other choice" if apart else ""
     print(f"\n{'OVER' if over else 'within'} the limit of {byte_plan.LIMIT} of the plan{hint if over else ''}")
 
 
@@ -115,7 +116,7 @@ def show_config(args: argparse.Namespace, flags: list[str]) -> None:
             print(f"\na micro-step: {in_words(micro)}\nonce a step:  {in_words(summed(found.once, roof))}\n"
                   f"a step:       {in_words(whole)}\n"
                   f"{speed(shape, tokens, whole.seconds, gpu)}. A bound, not a measurement.\n")  # fmt: skip
-            print_plan(config, shape, step, args.gelu)
+            print_plan(config, shape, step)
             if args.compiled:
                 from compiled_step import show_compiled  # after the rest is shown: it compiles for up to a minute
 

@@ -175,6 +175,8 @@ def _edges() -> Iterator[Case]:
                 yield case(attention, s, choices=atomic(way), core=core)
     for dtype in (BF16, FP16, FP32):
         yield case(norm, at(of_124m(C=2048), dtype))
+        if dtype is not FP32:
+            yield case(mlp, at(of_124m(C=2048), dtype), choices=fused(True))
         yield case(norm, at(of_124m(C=8192), dtype), core=dtype is FP32)
         yield case(cross_entropy, at(of_124m(V=4096), dtype), valid_vocab=4096, core=dtype is not FP16)
     for x in (SMALLEST, of_124m(N=2**32 + 16)):

@@ -161,7 +161,7 @@ class Step:
         return self.communication - sum(self.bare.values())
 
 
-QUEUE, LAST, REPORT, GATHER = "blocks' buckets", "last bucket", "report", "gathers"
+QUEUE, LAST, REPORT, GATHER = "blocks' buckets", "last bucket", "report", "gathers"  # QUEUE: a head of its own too
 
 
 @dataclass

@@ -115,7 +115,8 @@ def test_buckets_are_whole_blocks_joined_from_the_last():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("ranks", [2, 3, 7])
 def test_shares_are_the_whole_once(ranks: int, dtype: torch.dtype):
-    """Every rank's master, and moments that are loaded into it, together are one process's; vectors are on each."""
+    """Every rank's master, and moments that are loaded into it, together are one process's; vectors are on each, and
+    of a frozen one everything."""
     _, whole = adamw(dtype=dtype)
     flat, generator = whole.flat, torch.Generator().manual_seed(1)
     saved, numbers = whole.state_dict()
@@ -144,6 +145,12 @@ def test_shares_are_the_whole_once(ranks: int, dtype: torch.dtype):
             if parameter.dim() == 1:
                 assert parameter.untyped_storage().data_ptr() == ours.master.untyped_storage().data_ptr()
     assert held == ours.vectors.start
+    model.init_weights(torch.Generator().manual_seed(0))
+    alone = FlatParameters(model, dtype, world.device, world, sharded=True, frozen=True)
+    assert not alone.sharded, "an evaluation gathers nothing"
+    assert all(
+        torch.equal(p.float(), flat.view(flat.master, n).to(p.dtype).float()) for n, p in model.named_parameters()
+    )
     for name in names:
         assert torch.equal(found[name].view(flat.shapes[name]), flat.view(flat.master, name)), name
 

@@ -59,11 +59,12 @@ class Row:
 _GEMM_128 = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, PARTS=4, FLATTEN=True, TMA_STORE=True)
 _GEMM_256 = _GEMM_128 | dict(BLOCK_N=256)
 _GEMM_PAIR = _GEMM_128 | dict(FLATTEN=False)  # of programs that share an SM
-_GEMM_MMA = _GEMM_128 | dict(BLOCK_K=32)  # as those, by mma.sync
-_GEMM_120 = _GEMM_MMA | dict(FLATTEN=False)
+_GEMM_MMA = _GEMM_128 | dict(BLOCK_K=32)  # as those, by mma.sync; unflattened, backward spills 168 bytes on sm_80
+_MMA_PAIR = _GEMM_MMA | dict(FLATTEN=False)  # forward by TMA on sm_120: 194 registers for 231
 _STRIP = dict(BLOCK_M=4, BLOCK_N=256)
 _CUBLAS = dict(fused=False, programs_per_sm=1, least_rows=2048)
-_FUSED = dict(fused=True, programs_per_sm=2, least_rows=2048)
+_PAIR = dict(programs_per_sm=2)
+_FUSED = dict(fused=True, least_rows=2048) | _PAIR
 # with dy in float32 and C above this, dres is loaded late: loaded with dy, it spilled 40 bytes a thread at C = 8192
 _WIDE_NORM_BWD = dict(programs_per_sm=1, float32_dres_late_above=4096)
 _ROWS = dict(chunk_rows=8192, programs_per_sm=2, backwards=True, evict_first=True)
@@ -74,7 +75,7 @@ _POINTERS = dict(tma=False)  # or keys and values by TMA, where T is whole tiles
 # in bench/results/h100): the source says by how much.
 _H100 = "measured on NVIDIA H100 80GB HBM3, 2026-11-27, by ptxas 13.5: "
 
-# GELU's own passes beside its product, at the data sheets' rates, C = 768 (1600): roofline.py --compiled --gelu apart
+# GELU's own passes beside its product, the floors of each at C = 768 (1600): profiling/roofline.py --gelu apart
 _MMA_FWD = "reasoned: GELU is 0.40 of the product's time on A100, 0.43 on RTX 4090, 0.30 on RTX 5090 (0.19, 0.20, 0.15)"
 _MMA_BWD = "reasoned: GELU is 0.60 of the product's time on A100, 0.64 on RTX 4090, 0.46 on RTX 5090 (0.29, 0.31, 0.22)"
 
@@ -138,24 +139,30 @@ TABLE: dict[str, tuple[Row, ...]] = {
     # on sm_90 at most 80% of the peak, as shared memory feeds them. Not flattened, a step of their K loop has 93
     # instructions there (160), an epilogue 2,050 forward and 2,700 backward, and backward waits for no pre. By mma.sync
     # each of 4 warps has 64x64 of a tile, so shared memory is busy for 0.75 of an A100's tensor clocks (8 warps: 1.0)
-    # and issue slots for 0.60 forward, 0.73 backward; in steps of 32 none spills. sm_100: tensor clocks not known.
+    # and issue slots for 0.60 forward, 0.73 backward; K in steps of 32 spills on sm_120 alone, 48 bytes at most.
     "mlp_fwd": (
-        Row(80, _GEMM_MMA, num_warps=4, num_stages=4, itemsize=2, choices=_FUSED, source=_MMA_FWD),
-        Row(86, _GEMM_MMA, num_warps=4, num_stages=3, itemsize=2, choices=_FUSED, source=_MMA_FWD),
-        Row(90, _GEMM_128, num_warps=4, num_stages=3, itemsize=2, choices=_CUBLAS | dict(programs_per_sm=2)),
+        Row(80, _GEMM_MMA, num_warps=4, num_stages=4, itemsize=2, choices=_CUBLAS | _PAIR),
+        Row(80, _GEMM_MMA, num_warps=4, num_stages=4, itemsize=2, up_to=1600, choices=_FUSED, source=_MMA_FWD),
+        Row(86, _GEMM_MMA, num_warps=4, num_stages=3, itemsize=2, choices=_CUBLAS | _PAIR),
+        Row(86, _GEMM_MMA, num_warps=4, num_stages=3, itemsize=2, up_to=1600, choices=_FUSED, source=_MMA_FWD),
+        Row(90, _GEMM_128, num_warps=4, num_stages=3, itemsize=2, choices=_CUBLAS | _PAIR),
         Row(90, _GEMM_128, num_warps=4, num_stages=3, itemsize=2, up_to=768, choices=_FUSED,
             source=_H100 + "mlp forward 0.943 of cuBLAS and GELU; 1.019 unflattened in two parts"),
         Row(100, _GEMM_256, num_warps=8, num_stages=3, itemsize=2, choices=_CUBLAS),
-        Row(120, _GEMM_120, num_warps=4, num_stages=3, itemsize=2, choices=_FUSED, source=_MMA_FWD),
+        Row(120, _MMA_PAIR, num_warps=4, num_stages=3, itemsize=2, choices=_CUBLAS | _PAIR),
+        Row(120, _MMA_PAIR, num_warps=4, num_stages=3, itemsize=2, up_to=1600, choices=_FUSED, source=_MMA_FWD),
     ),
     "mlp_bwd": (
-        Row(80, _GEMM_MMA, num_warps=4, num_stages=4, itemsize=2, choices=_FUSED, source=_MMA_BWD),
-        Row(86, _GEMM_MMA, num_warps=4, num_stages=3, itemsize=2, choices=_FUSED, source=_MMA_BWD),
-        Row(90, _GEMM_PAIR, num_warps=4, num_stages=3, itemsize=2, choices=_CUBLAS | dict(programs_per_sm=2)),
+        Row(80, _GEMM_MMA, num_warps=4, num_stages=4, itemsize=2, choices=_CUBLAS | _PAIR),
+        Row(80, _GEMM_MMA, num_warps=4, num_stages=4, itemsize=2, up_to=1600, choices=_FUSED, source=_MMA_BWD),
+        Row(86, _GEMM_MMA, num_warps=4, num_stages=3, itemsize=2, choices=_CUBLAS | _PAIR),
+        Row(86, _GEMM_MMA, num_warps=4, num_stages=3, itemsize=2, up_to=1600, choices=_FUSED, source=_MMA_BWD),
+        Row(90, _GEMM_PAIR, num_warps=4, num_stages=3, itemsize=2, choices=_CUBLAS | _PAIR),
         Row(90, _GEMM_PAIR, num_warps=4, num_stages=3, itemsize=2, up_to=768, choices=_FUSED,
             source=_H100 + "mlp both ways 0.962 of cuBLAS and GELU; 0.967 in two parts, 0.984 flattened"),
         Row(100, _GEMM_256, num_warps=8, num_stages=3, itemsize=2, choices=_CUBLAS),
-        Row(120, _GEMM_MMA, num_warps=4, num_stages=3, itemsize=2, choices=_FUSED, source=_MMA_BWD),
+        Row(120, _GEMM_MMA, num_warps=4, num_stages=3, itemsize=2, choices=_CUBLAS | _PAIR),
+        Row(120, _GEMM_MMA, num_warps=4, num_stages=3, itemsize=2, up_to=1600, choices=_FUSED, source=_MMA_BWD),
     ),
     # cross_entropy: up_to is V; a program takes a row in tiles of BLOCK_V; chunk_rows rows of logits exist at a time.
     # Programs an SM are rows in flight, not what fits: two of 100 KB on each of an H100's SMs are 26 MB of its 50 MB of

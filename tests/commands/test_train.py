@@ -16,7 +16,7 @@ import pytest
 import torch
 from tiny_run import VOCAB, flags, metrics, train, train_process, write_dataset
 
-from nanogpt_fast import hardware, trainer
+from nanogpt_fast import hardware, parts, trainer
 from nanogpt_fast.errors import CheckpointError, ConfigError, DataError, DeviceError, DivergedError
 from nanogpt_fast.hardware import Peak
 from nanogpt_fast.parts import best_val_loss_of
@@ -96,7 +96,11 @@ def test_eval_only_evaluates_and_writes_nothing(folder: Path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_eval_only_finds_the_losses_of_the_run(folder: Path, dtype: str, monkeypatch: pytest.MonkeyPatch):
     """With the parameters alone: no gradient, no moments, nor a checkpoint's read."""
-    built = []
+    built, moments = [], []
+    read = parts.restore
+    monkeypatch.setattr(
+        parts, "restore", lambda *args, **kw: (found := read(*args, **kw), moments.append(found.optimizer))[0]
+    )
     run = Trainer.run
     monkeypatch.setattr(Trainer, "run", lambda trainer: built.append(trainer.optimizer) or run(trainer))
     train(folder, dtype=dtype)
@@ -106,6 +110,7 @@ def test_eval_only_finds_the_losses_of_the_run(folder: Path, dtype: str, monkeyp
     assert last == again
     whole, frozen = built
     assert len(whole.m) == len(whole.flat.grad) == len(whole.flat.params) == len(frozen.flat.params)
+    assert moments == [None]
     assert len(frozen.m) == len(frozen.v) == len(frozen.flat.grad) == 0
     assert (frozen.flat.master is frozen.flat.params) == (dtype == "float32")
 

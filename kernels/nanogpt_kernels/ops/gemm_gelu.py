@@ -5,10 +5,10 @@ backward  dact = ddelta w; dpre = dact gelu'(pre); db partials = column sums of 
 
 Persistent programs stride over the output tiles, in bands of GROUP_M row tiles (operands stay in L2). FLATTEN: the K
 loop is flattened into the loop over tiles, so that the next tile's loads overlap this one's epilogue; for two programs
-an SM, each of which covers the other's epilogue, it only costs 60 instructions a step. Without it backward reads its
-tile of pre before the K loop, which covers the wait. From sm_90 on, operands are read by TMA descriptors made on the
-host, where bases and rows are 16-byte aligned, and results written by them or, TMA_STORE=False, by pointers, which wait
-for no buffer; else all goes by pointers.
+an SM, each of which covers the other's epilogue, it only costs 60 instructions a step on sm_90. Without it backward
+reads its tile of pre before the K loop, which covers the wait. From sm_90 on, operands are read by TMA descriptors made
+on the host, where bases and rows are 16-byte aligned, and results written by them or, TMA_STORE=False, by pointers,
+which wait for no buffer; else all goes by pointers.
 Products of 16-bit operands are summed in float32 in an order that depends on K alone: a row does not depend on M.
 pre is rounded to its dtype once, and gelu and gelu' are taken of the rounded pre, as an elementwise pass would.
 """

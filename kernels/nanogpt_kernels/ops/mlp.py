@@ -149,7 +149,7 @@ def _fused(op: str, C: int, x: Tensor, *others: Tensor) -> Row | None:
     """The shape of the GEMM with GELU in its epilogue, or None where cuBLAS is to do it.
 
     Always so in float32, for few rows, whose tiles would leave most of the GPU idle, and where an operand cannot be
-    described: without TMA the tiles for sm_90 spill registers.
+    described: without TMA the tiles for sm_90 spill registers, and elsewhere such operands are read by narrow loads.
     """
     row = pick(op, x, C) if x.element_size() == 2 else None
     if row is None or not row.choices["fused"] or x.size(0) < row.choices["least_rows"]:
