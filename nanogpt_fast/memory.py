@@ -132,10 +132,8 @@ def _step(plan: Plan, held: "_LiveBytes") -> TrainStep:
     meta, sharded = torch.device("meta"), plan.parallel == "zero1"
     world = Unheard(0, plan.ranks, meta)
     frozen, bucket_mb = plan.evaluates, plan.bucket_mb
-    built_there = (
-        frozen and plan.device_type == "cpu"
-    )  # the model is built on the CPU; a step holds more than that later
-    with meta, nullcontext() if built_there else held.overlooking():
+    counts = frozen and plan.device_type == "cpu"  # the model is built on a CPU; of a step, less than what comes later
+    with meta, nullcontext() if counts else held.overlooking():
         model = held.labelled(PARAMETERS, GPT)(plan.shape, ops, plan.residual_dtype, plan.recompute).train()
     flat = held.labelled(PARAMETERS, FlatParameters)(
         model, plan.dtype, meta, world, sharded=sharded, frozen=frozen, bucket_mb=bucket_mb
@@ -281,7 +279,7 @@ def relief(plan: Plan, budget: float | None) -> str:
     None if unknown."""
     found, stronger = [], RECOMPUTE[RECOMPUTE.index(plan.recompute) + 1 :]
     now = sum(peak(plan).values())
-    if plan.evaluates:  # few batches are put together, so that fewer sequences a batch may mean more at once
+    if plan.evaluates:  # small batches are put together (stack_for), so fewer sequences a batch may be more at once
         sizes = [n for n in (plan.batch_size >> i for i in range(1, 10)) if n]
         held = {n: sum(peak(replace(plan, batch_size=n)).values()) for n in sizes}
         least = min(held, key=lambda n: held[n], default=0)

@@ -234,7 +234,7 @@ def main(argv: list[str]) -> int:
         "--deterministic", action="store_true", help="of --model: attention backward without atomics, 7 products, not 5"
     )
     parser.add_argument(
-        "--gelu", choices=("inside", "apart"), help="of --config: of the MLP's products, whatever the rows say"
+        "--gelu", choices=("inside", "apart"), help="of --config: of the MLP's products, not as the rows say"
     )
     parser.add_argument(
         "--compiled", action="store_true", help="of --config, on one GPU: what its kernels' code predicts"
