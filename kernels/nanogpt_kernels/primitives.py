@@ -71,7 +71,7 @@ def row_pieces(ptr, m, M, C: tl.constexpr, BLOCK_C: tl.constexpr, PIECES: tl.con
     pieces = ()
     if ptr is not None:
         for i in tl.static_range(PIECES):  # type: ignore[misc]
-            at, inside = piece(m, M, i, C, BLOCK_C)  # type: ignore[misc]
+            at, inside = piece(m, M, i, C, BLOCK_C)
             pieces += (tl.load(ptr + at, mask=inside, other=0.0),)
     return pieces
 
@@ -114,7 +114,7 @@ def gelu(x, TANH: tl.constexpr, SHORT: tl.constexpr):
     if TANH:
         return x * _sigmoid_of_twice(x, x * x, SHORT)
     elif SHORT:
-        z, tail = _normal_tail(x)  # type: ignore[misc]
+        z, tail = _normal_tail(x)
         return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) - z * tail
     else:
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
@@ -128,7 +128,7 @@ def gelu_derivative(x, TANH: tl.constexpr, SHORT: tl.constexpr):
         s = _sigmoid_of_twice(x, square, SHORT)
         return s + s * (x * (1.0 - s) * (1.5957691216057308 + 0.21406444881780076 * square))
     elif SHORT:
-        z, tail = _normal_tail(x)  # type: ignore[misc]
+        z, tail = _normal_tail(x)
         # log2 of phi: -z^2 / 2 log2(e) - log2(sqrt(2 pi))
         beyond = z * tl.exp2(z * (z * -0.7213475204444817) - 1.3257480647361595) - tail
         return tl.where(x < 0.0, -beyond, 1.0 + beyond)

@@ -196,7 +196,7 @@ def test_opcheck():
 
 @triton.jit
 def _query_tile_kernel(head_ptr, tile_ptr, heads, T, D: tl.constexpr, BLOCK_M: tl.constexpr):
-    head, tile = query_tile(tl.program_id(0), heads, T, D, BLOCK_M, 2)  # type: ignore[misc]
+    head, tile = query_tile(tl.program_id(0), heads, T, D, BLOCK_M, 2)
     tl.store(head_ptr + tl.program_id(0), head)
     tl.store(tile_ptr + tl.program_id(0), tile)
 

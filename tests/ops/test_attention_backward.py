@@ -259,8 +259,8 @@ def test_opcheck(atomic: bool, p: float, docs: bool):
 
 @triton.jit
 def _offsets_kernel(x_ptr, out_ptr, head, start, stride, T, H, D: tl.constexpr):
-    qkv_at, o_at, row_at, doc_at = head_offsets(tl.cast(head, tl.int32), T, H, D)  # type: ignore[misc]
-    at, _ = tile_at(x_ptr, start, stride, T, 2, D, D)  # type: ignore[misc]
+    qkv_at, o_at, row_at, doc_at = head_offsets(tl.cast(head, tl.int32), T, H, D)
+    at, _ = tile_at(x_ptr, start, stride, T, 2, D, D)
     tl.store(out_ptr, qkv_at)
     tl.store(out_ptr + 1, o_at)
     tl.store(out_ptr + 2, row_at)

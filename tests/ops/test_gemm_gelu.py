@@ -172,7 +172,7 @@ def test_an_infinite_weight_stays_in_its_column(M: int):
 
 @triton.jit
 def _order_kernel(order_ptr, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    tile_m, tile_n = gemm_gelu._tile_at(tl.program_id(0), tiles_m, tiles_n, GROUP_M)  # type: ignore[misc]
+    tile_m, tile_n = gemm_gelu._tile_at(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
     tl.store(order_ptr + tl.program_id(0), tile_m * tiles_n + tile_n)
 
 

@@ -107,7 +107,7 @@ def _piece_kernel(
     at_ptr, inside_ptr, row0, M, C: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, I: tl.constexpr
 ):  # fmt: skip
     m = row0 + tl.arange(0, ROWS).to(tl.int64)
-    at, inside = primitives.piece(m, M, I, C, BLOCK_C)  # type: ignore[misc]
+    at, inside = primitives.piece(m, M, I, C, BLOCK_C)
     lane = tl.arange(0, ROWS)[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     tl.store(at_ptr + lane, at)
     tl.store(inside_ptr + lane, inside)

@@ -58,7 +58,7 @@ def _add_tile(peak, total, z, LANES: tl.constexpr, VEC: tl.constexpr):
     z = z.reshape([z.shape[0] // (LANES * VEC), LANES, VEC])
     higher = tl.maximum(peak, tl.max(tl.max(z, 2), 0))
     e = _exp(z - higher[None, :, None])
-    return higher, total * _exp(peak - higher) + tl.sum(tl.sum(e, 2), 0)  # type: ignore[operator]
+    return higher, total * _exp(peak - higher) + tl.sum(tl.sum(e, 2), 0)
 
 
 @triton.jit
@@ -69,10 +69,10 @@ def _peak_and_total(row_ptr, width, valid_vocab, BLOCK_V: tl.constexpr, LANES: t
     whole = valid_vocab // BLOCK_V * BLOCK_V
     for start in range(0, whole, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
-        peak, total = _add_tile(peak, total, tl.load(row_ptr + v).to(tl.float32), LANES, VEC)  # type: ignore[misc]
+        peak, total = _add_tile(peak, total, tl.load(row_ptr + v).to(tl.float32), LANES, VEC)
     for start in range(whole, valid_vocab, LANES * VEC):
         v = start + tl.arange(0, LANES * VEC)
-        peak, total = _add_tile(peak, total, _load_ragged(row_ptr, v, width, valid_vocab), LANES, VEC)  # type: ignore[misc]
+        peak, total = _add_tile(peak, total, _load_ragged(row_ptr, v, width, valid_vocab), LANES, VEC)
     row_peak = tl.max(peak, axis=0)
     return row_peak, tl.sum(total * _exp(peak - row_peak), axis=0)
 
@@ -137,12 +137,12 @@ def _cross_entropy_fwd_kernel(
         row_ptr = logits_ptr + m * _multiple(stride, ALIGN)
         target = tl.load(targets_ptr + m)
         # Here, before the gradient overwrites it: the reductions below are barriers.
-        z_target = _load_target(row_ptr, target, ignore_index, valid_vocab)  # type: ignore[misc]
+        z_target = _load_target(row_ptr, target, ignore_index, valid_vocab)
         peak = 0.0
         total = 0.0
         nll = 0.0
         if target != ignore_index:
-            peak, total = _peak_and_total(row_ptr, width, valid_vocab, BLOCK_V, LANES, VEC)  # type: ignore[misc]
+            peak, total = _peak_and_total(row_ptr, width, valid_vocab, BLOCK_V, LANES, VEC)
             nll = tl.log(total) - (z_target - peak)
         tl.store(nll_ptr + m, nll)
         if peak_ptr is not None:
@@ -180,9 +180,9 @@ def _cross_entropy_bwd_kernel(
     for before in range(0, last + 1, tl.num_programs(0)):
         m = last - before
         row_ptr, target = logits_ptr + m * _multiple(stride, ALIGN), tl.load(targets_ptr + m)
-        z_target = _load_target(row_ptr, target, ignore_index, valid_vocab)  # type: ignore[misc]
+        z_target = _load_target(row_ptr, target, ignore_index, valid_vocab)
         _write_gradient(
-            row_ptr, dlogits_ptr + m * width, width, valid_vocab, target, ignore_index,  # type: ignore[misc]
+            row_ptr, dlogits_ptr + m * width, width, valid_vocab, target, ignore_index,
             z_target, tl.load(peak_ptr + m), tl.load(total_ptr + m), grad_scale_ptr,
             BLOCK_V, LANES, VEC, BACKWARDS, EVICTION,
         )  # fmt: skip

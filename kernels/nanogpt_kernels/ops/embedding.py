@@ -62,7 +62,7 @@ def _embedding_fwd_kernel(
     ids = tl.load(idx_ptr + b * stride_b + t * stride_t, mask=b < B, other=-1).to(tl.int64)
     known = (ids >= 0) & (ids < V)
     if start_ptr is not None:
-        start, in_range = position_at(start_ptr, last)  # type: ignore[misc]
+        start, in_range = position_at(start_ptr, last)
         known &= in_range
     inside = known[:, None] & (c < C)[None, :]
     token = tl.load(wte_ptr + ids[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)

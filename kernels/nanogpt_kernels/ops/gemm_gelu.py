@@ -67,7 +67,7 @@ def _halves(acc, I: tl.constexpr, J: tl.constexpr):
 def _parts(acc, I: tl.constexpr, J: tl.constexpr, PARTS: tl.constexpr):
     """[I, PARTS * J] as 2 or 4 of [I, J], from left to right: of the whole, neither the registers of an epilogue nor
     the shared memory of a store would fit."""
-    left, right = _halves(acc, I, PARTS // 2 * J)  # type: ignore[misc]
+    left, right = _halves(acc, I, PARTS // 2 * J)
     if PARTS == 4:
         left, right = _halves(left, I, J), _halves(right, I, J)
         parts = (left[0], left[1], right[0], right[1])

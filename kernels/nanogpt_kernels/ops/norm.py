@@ -147,12 +147,12 @@ def _norm_bwd_kernel(
         if DRES_LATE:
             drs = row_pieces(dres_ptr, m, M, C, BLOCK_C, PIECES)
         next_d_delta_bias = ()
-        for i in tl.static_range(PIECES):
+        for i in tl.static_range(PIECES):  # type: ignore[misc]
             at, inside = piece(m, M, i, C, BLOCK_C)
             if dy_ptr is None:
                 dr = drs[i].to(tl.float32)
             else:
-                dr = (gs[i] - mean_g - ns[i] * mean_gn) * rstd
+                dr = (gs[i] - mean_g - ns[i] * mean_gn) * rstd  # type: ignore[misc]
                 if dres_ptr is not None:
                     dr += drs[i].to(tl.float32)
             if dr_ptr is not None:
@@ -165,7 +165,7 @@ def _norm_bwd_kernel(
             next_d_delta_bias += (d_delta_bias[i] + dr,)
         d_delta_bias = next_d_delta_bias
     at_program = tl.program_id(0).to(tl.int64) * C
-    for i in tl.static_range(PIECES):
+    for i in tl.static_range(PIECES):  # type: ignore[misc]
         c = i * BLOCK_C + tl.arange(0, BLOCK_C)
         if dw_ptr is not None:
             tl.store(dw_ptr + at_program + c, tl.sum(dw[i], axis=0), mask=c < C)

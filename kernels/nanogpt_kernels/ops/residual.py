@@ -42,7 +42,7 @@ def _dropout_add_fwd_kernel(
         seed = tl.load(seed_ptr)
     for start in range(tl.program_id(0).to(tl.int64) * ROWS, M, tl.num_programs(0) * ROWS):
         m = start + tl.arange(0, ROWS).to(tl.int64)
-        at, inside = piece(m, M, i, C, BLOCK_C)  # type: ignore[misc]
+        at, inside = piece(m, M, i, C, BLOCK_C)
         r = tl.load(r_ptr + at, mask=inside, other=0.0).to(tl.float32)
         delta = tl.load(delta_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if delta_bias_ptr is not None:
@@ -73,7 +73,7 @@ def _dropout_add_bwd_kernel(
         seed = tl.load(seed_ptr)
     for start in range(tl.program_id(0).to(tl.int64) * ROWS, M, tl.num_programs(0) * ROWS):
         m = start + tl.arange(0, ROWS).to(tl.int64)
-        at, inside = piece(m, M, i, C, BLOCK_C)  # type: ignore[misc]
+        at, inside = piece(m, M, i, C, BLOCK_C)
         ddelta = tl.load(dr_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if seed_ptr is not None:
             keep = keep_mask(seed, site, threshold, m, i * BLOCK_C, tl.cdiv(C, 4), ROWS, BLOCK_C)

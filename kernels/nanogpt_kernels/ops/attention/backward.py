@@ -62,8 +62,8 @@ def _attention_bwd_dq_kernel(
     DOCUMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    head, tile = query_tile(tl.program_id(0), heads, T, D, BLOCK_M, ITEMSIZE)  # type: ignore[misc]
-    qkv_at, o_at, row_at, doc_at = head_offsets(head, T, H, D)  # type: ignore[misc]
+    head, tile = query_tile(tl.program_id(0), heads, T, D, BLOCK_M, ITEMSIZE)
+    qkv_at, o_at, row_at, doc_at = head_offsets(head, T, H, D)
     m, stride = tile * BLOCK_M, 3 * H * D
     i = m + tl.arange(0, BLOCK_M)
     q_ptr = qkv_ptr + qkv_at
@@ -140,9 +140,9 @@ def _attention_bwd_dkdv_kernel(
     DOCUMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    head, from_last = query_tile(tl.program_id(0), heads, T, D, BLOCK_N, ITEMSIZE)  # type: ignore[misc]
+    head, from_last = query_tile(tl.program_id(0), heads, T, D, BLOCK_N, ITEMSIZE)
     tile = tl.cdiv(T, BLOCK_N) - 1 - from_last  # the first keys have the most queries
-    qkv_at, o_at, row_at, doc_at = head_offsets(head, T, H, D)  # type: ignore[misc]
+    qkv_at, o_at, row_at, doc_at = head_offsets(head, T, H, D)
     n, stride = tile * BLOCK_N, 3 * H * D
     q_ptr, do_ptr, lse_ptr, delta_ptr = qkv_ptr + qkv_at, do_ptr + o_at, lse_ptr + row_at, delta_ptr + row_at
     k = load_tile(q_ptr + H * D, n, stride, T, BLOCK_N, D, BLOCK_D, RAGGED)

@@ -25,7 +25,7 @@ def _before_atomic_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    _, o_at, row_at, _ = head_offsets(tl.program_id(0), T, H, D)  # type: ignore[misc]
+    _, o_at, row_at, _ = head_offsets(tl.program_id(0), T, H, D)
     start = tl.program_id(1) * ROWS
     o = load_tile(o_ptr + o_at, start, H * D, T, ROWS, D, BLOCK_D, True).to(tl.float32)
     do = load_tile(do_ptr + o_at, start, H * D, T, ROWS, D, BLOCK_D, True).to(tl.float32)
@@ -49,7 +49,7 @@ def _after_atomic_kernel(
     SUMS: tl.constexpr,
 ):
     head, tile, tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    qkv_at, _, row_at, _ = head_offsets(head, T, H, D)  # type: ignore[misc]
+    qkv_at, _, row_at, _ = head_offsets(head, T, H, D)
     dq = load_tile(dq_ptr + row_at * D, tile * ROWS, D, T, ROWS, D, BLOCK_D, True) * scale
     sums_ptr += (((head // H).to(tl.int64) * tiles + tile) * H + head % H) * D
     store_tile(dqkv_ptr + qkv_at, sums_ptr, dq, tile * ROWS, 3 * H * D, T, ROWS, D, BLOCK_D, SUMS)

@@ -53,7 +53,7 @@ def _cached_attention_kernel(
     b, h = (head // H).to(tl.int64), head % H
     rows, keys, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     if start_ptr is not None:
-        start, in_range = position_at(start_ptr, last)  # type: ignore[misc]
+        start, in_range = position_at(start_ptr, last)
     inside = (rows < T - first)[:, None] & (d < D)[None, :]
     qkv_ptr += b * T * (3 * H * D) + h * D
     new_rows = qkv_ptr + first.to(tl.int64) * (3 * H * D) + rows[:, None] * (3 * H * D) + d[None, :]

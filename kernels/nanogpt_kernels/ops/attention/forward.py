@@ -100,7 +100,7 @@ def _attention_fwd_kernel(
     DOCUMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    head, tile = query_tile(tl.program_id(0), heads, T, D, BLOCK_M, ITEMSIZE)  # type: ignore[misc]
+    head, tile = query_tile(tl.program_id(0), heads, T, D, BLOCK_M, ITEMSIZE)
     # 64-bit offsets are scalars, added to pointers; a tile's own offsets stay 32-bit. Both save registers.
     b, h, first = (head // H).to(tl.int64), head % H, tile * BLOCK_M
     rows, d, left = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), T - first

@@ -98,7 +98,7 @@ def load_tile(
     RAGGED: tl.constexpr,
 ):
     """Rows start..., [ROWS, BLOCK_D], zeros beyond D, and beyond T where RAGGED says that there may be such rows."""
-    at, inside = tile_at(x_ptr, start, stride, T, ROWS, D, BLOCK_D)  # type: ignore[misc]
+    at, inside = tile_at(x_ptr, start, stride, T, ROWS, D, BLOCK_D)
     return load_where(at, inside, RAGGED or D < BLOCK_D)
 
 
@@ -116,7 +116,7 @@ def store_tile(
     SUMS: tl.constexpr,
 ):
     """x at rows start..., and where SUMS asks for them the float32 sums of its columns before rounding."""
-    at, inside = tile_at(x_ptr, start, stride, T, ROWS, D, BLOCK_D)  # type: ignore[misc]
+    at, inside = tile_at(x_ptr, start, stride, T, ROWS, D, BLOCK_D)
     tl.store(at, x.to(x_ptr.dtype.element_ty), mask=inside)
     if SUMS:
         d = tl.arange(0, BLOCK_D)
