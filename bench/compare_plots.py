@@ -4,6 +4,7 @@ Of an arm, model, dtype and machine only the newest result is drawn; every resul
 MFU (its peak is unknown, as of most CPUs) tokens/s are drawn in its place.
 """
 
+import importlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def draw_all(results: Sequence[Result], pairs: Sequence[Pair]) -> tuple[list[Plo
     if not kept:
         return [], "No plots: no step in these results has a time."
     try:
-        import matplotlib.figure  # noqa: F401
+        importlib.import_module("matplotlib.figure")
     except ImportError:
         return [], NO_MATPLOTLIB
     has_mfu = any(number(r.row, "mfu_nanogpt") is not None for r in kept)

@@ -95,7 +95,7 @@ def all_stages(out: Path, arch: int = 90, ptxas: Path | None = None, sanitizer: 
 
     on_cpu, one_step = ("--device=cpu", "--dtype=float32"), ("--tiny", "--accumulation=1", "--warmup=0", "--steps=1")
     parallel = ["-n", "8"] if importlib.util.find_spec("xdist") else []  # a test's time is compiling: on several cores
-    on_gpu = ["-m", "gpu", "--maxfail=40", *parallel]
+    on_gpu = ["-m", "gpu", "--maxfail=40", *parallel]  # so many failures say enough, and a GPU's minutes are few
     tool = sanitizer or shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     memcheck = [str(tool or "compute-sanitizer"), "--tool", "memcheck", "--error-exitcode", "9"]
     race = ("race.py", "--device=cpu", "--dtype=float32", "--size=tiny", "--repeats=2", "--ballast_mb=0")

@@ -5,9 +5,9 @@ norm: its result has the weight's dtype, so weight and bias are narrowed to the 
 float32); their gradients are as narrow. adamw_: bench/fused_adam.py.
 """
 
-import amp_C  # noqa: F401  (built with APEX_CUDA_EXT)
+import importlib
+
 import fused_adam
-import fused_layer_norm_cuda  # noqa: F401  (likewise)
 from apex.normalization.fused_layer_norm import fused_layer_norm_affine
 from apex.optimizers import FusedAdam
 from harness import Bound, Contestant
@@ -18,6 +18,12 @@ REQUIRES = (
     "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation ."
 )
 OPS = ("norm", "adamw_")
+
+for compiled in (
+    "amp_C",
+    "fused_layer_norm_cuda",
+):  # built with APEX_CUDA_EXT: an ImportError says that apex is missing
+    importlib.import_module(compiled)
 
 
 def _bind_norm(r: Tensor, w: Tensor, b: Tensor | None, eps: float = 1e-5) -> Bound:

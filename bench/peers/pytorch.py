@@ -52,7 +52,7 @@ def _adamw() -> Contestant:
         divisor = torch.tensor(
             1.0 / clip, device=g.device
         )  # clips, as GradScaler's scale does; it is written back to g
-        optimizer.grad_scale, optimizer.found_inf = divisor, torch.zeros_like(divisor)  # type: ignore[attr-defined]
+        vars(optimizer).update(grad_scale=divisor, found_inf=torch.zeros_like(divisor))
 
         def update() -> None:  # and the copy that training takes
             optimizer.step()
