@@ -55,8 +55,8 @@ class FlatParameters:
     grad; float32 ones have it as .grad too, so plain autograd accumulates into the same memory.
 
     Every rank of world begins with rank 0's values. sharded: of several ranks each holds in master only its share of
-    every bucket, and the vectors, which are few; params and grad stay whole. frozen: for evaluations alone: params, on
-    every rank, and of master what vectors are views of; no gradient, and AdamW has no moments.
+    every bucket, and the vectors, which are few; params and grad stay whole. frozen: for evaluations alone each holds
+    in master the vectors, and no gradient.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class FlatParameters:
         bucket_mb: float = BUCKET,
     ):
         world, named = world or World(), dict(model.named_parameters())
-        self.sharded, self.frozen = sharded and not world.alone and not frozen, frozen
+        self.sharded = sharded and not world.alone and not frozen
         self.shapes = {name: parameter.shape for name, parameter in named.items()}
         self.slices, self.buckets = _layout(self.shapes, ALIGNMENT * world.size, bucket_mb * 1e6 / 4)
         start = self.buckets[-1].end
@@ -79,14 +79,12 @@ class FlatParameters:
         held = [slice(0, self.vectors.stop)]
         if self.sharded:
             held = [*(bucket.share(world.rank, world.size) for bucket in self.buckets), self.vectors]
-        elif frozen and dtype != torch.float32:
+        elif frozen:
             held = [self.vectors]
         self.pieces = _held(held)
         if frozen:
             self.params = self._filled(named, 0, dtype, device, world)
-            self.master = self.params
-            if dtype != torch.float32:
-                self.master = self._filled(named, self.vectors.start, torch.float32, device, world)
+            self.master = self._filled(named, self.vectors.start, torch.float32, device, world)
         else:
             self.master = self._filled(named, 0, torch.float32, device, world)
             self.params = self.master if dtype == torch.float32 else self.master.to(dtype)
@@ -215,7 +213,7 @@ def _layout(shapes: dict[str, torch.Size], unit: int, bucket: float) -> tuple[di
 
 class AdamW:
     """AdamW with global-norm clipping and, for float16, a dynamic loss scale; its state lies on the device, numbers
-    on exact_device of it. Of a sharded flat.master it holds, and updates, as much; of a frozen one nothing.
+    on exact_device of it. Of a sharded flat.master it holds, and updates, as much.
 
     Loss scale: starts at 2^16, doubles after 2000 applied updates in a row, halves when a gradient is not finite
     (torch.amp.GradScaler's rule).
@@ -225,8 +223,7 @@ class AdamW:
 
     def __init__(self, flat: FlatParameters, config: OptimConfig, ops: Ops, scale_loss: bool = False):
         self.flat, self.ops, self.config, self.scale_loss = flat, ops, config, scale_loss
-        updated = flat.master[:0] if flat.frozen else flat.master
-        self.m, self.v = torch.zeros_like(updated), torch.zeros_like(updated)
+        self.m, self.v = torch.zeros_like(flat.master), torch.zeros_like(flat.master)
         self.segments = [_within(flat.decay_segments(config.weight_decay), piece.flat) for piece in flat.pieces]
         exact = exact_device(flat.grad.device)
         self.scalars = torch.zeros(5, dtype=torch.float64, device=exact)

@@ -200,24 +200,22 @@ def play(
     zero1, block = parallel == "zero1", 12 * shape.n_embd**2
     reduce = fabric.reduce_scatter if zero1 else fabric.all_reduce
     gathered: dict[int, float] = {}  # {a bucket's first block: when it is there}
+    head = [(shape.n_layer, shape.head_params)] if shape.head_params else []
     if zero1:  # -1 stands for the embeddings, which come first
-        gathered[-1] = streams.send(GATHER, fabric.all_gather(HALF * embedding_elements(shape), ranks))
-        for group in reversed(groups):
-            gathered[group[0]] = streams.send(GATHER, fabric.all_gather(HALF * block * len(group), ranks))
-        if shape.head_params:
-            gathered[shape.n_layer] = streams.send(GATHER, fabric.all_gather(HALF * shape.head_params, ranks))
+        blocks = [(group[0], block * len(group)) for group in reversed(groups)]
+        for first, elements in ((-1, embedding_elements(shape)), *blocks, *head):
+            gathered[first] = streams.send(GATHER, fabric.all_gather(HALF * elements, ranks))
     for micro_step in range(micro_steps):
-        for i, seconds in ((-1, compute.embed), *((i, compute.block) for i in range(shape.n_layer))):
+        forward = [compute.block] * shape.n_layer + [compute.head]
+        for i, seconds in enumerate([compute.embed, *forward], start=-1):
             streams.wait(GATHER, gathered.get(i, 0.0))
             streams.now += seconds
-        streams.wait(GATHER, gathered.get(shape.n_layer, 0.0))
-        streams.now += compute.head
-        if shape.head_params and micro_step == micro_steps - 1:
-            streams.send(QUEUE, reduce(reduce_bytes * shape.head_params, ranks))
-        for group in groups:
-            streams.now += compute.block_backward * len(group)
+        backward = [(0.0, elements) for _, elements in head]  # its gradient is made in forward
+        backward += [(compute.block_backward * len(group), block * len(group)) for group in groups]
+        for seconds, elements in backward:
+            streams.now += seconds
             if micro_step == micro_steps - 1:
-                streams.send(QUEUE, reduce(reduce_bytes * block * len(group), ranks))
+                streams.send(QUEUE, reduce(reduce_bytes * elements, ranks))
         streams.now += compute.embed_backward
     streams.wait(QUEUE, streams.free)
     streams.send(LAST, reduce(reduce_bytes * embedding_elements(shape), ranks))
